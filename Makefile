@@ -1,0 +1,49 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-fast lint build native-test lock clean
+
+demo: build
+	$(BIN)/python -m flamingo_kernels demo
+
+test: build native-test
+	$(BIN)/python -m pytest -q
+
+test-fast: build
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(STAMP): requirements.lock requirements-peers.lock
+	@echo "== installing the pinned packages into $(VENV) (downloads on the first run)"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-peers.lock
+	@touch $@
+
+# Ninja decides what is stale, so this runs every time; it takes a second when nothing changed.
+build: $(STAMP)
+	@echo "== building the native library"
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
+native-test: $(STAMP)
+	@echo "== native tests, plain and with the address and undefined-behaviour sanitizers"
+	for sanitize in OFF ON; do \
+	  PATH="$(abspath $(BIN)):$$PATH"; folder=build/native-tests-$$sanitize; \
+	  cmake -S . -B $$folder -G Ninja -DFLAMINGO_TESTS=ON -DFLAMINGO_SANITIZE=$$sanitize \
+	  && cmake --build $$folder && ctest --test-dir $$folder --output-on-failure || exit 1; \
+	done
+
+# Pins for Python 3.10 and later, from the floors in pyproject.toml; pins already in the file are kept
+# (delete a line, or the file, to move it). Left out: what torch itself pins (CUDA), other systems' packages.
+lock:
+	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 \
+	  --no-annotate --no-header --quiet --output-file requirements.lock
+	sed -i -E "/^(cuda|nvidia)-|sys_platform == '(win32|emscripten)'/d" requirements.lock
+
+clean:
+	rm -rf build dist *.egg-info flamingo_kernels/_cpp/libflamingo_cpu.so .pytest_cache .ruff_cache

@@ -1,0 +1,28 @@
+#include "flamingo_cpu.h"
+
+int32_t flamingo_abi_version() { return FLAMINGO_ABI_VERSION; }
+
+const char *flamingo_version() { return FLAMINGO_VERSION; }
+
+const char *flamingo_build_flags() { return FLAMINGO_BUILD_FLAGS; }
+
+const char *flamingo_status_message(int32_t status) {
+    switch (status) {
+    case FLAMINGO_OK:
+        return "ok";
+    case FLAMINGO_NEGATIVE_SIZE:
+        return "a size is negative";
+    case FLAMINGO_NULL_POINTER:
+        return "a tensor with elements has a null pointer";
+    case FLAMINGO_HEADS_NOT_DIVISIBLE:
+        return "the number of query heads is not a multiple of the number of key/value heads";
+    case FLAMINGO_UNKNOWN_DTYPE:
+        return "the dtype is neither float32 nor float64";
+    case FLAMINGO_NO_THREADS:
+        return "the number of threads is below 1";
+    case FLAMINGO_INSTRUCTION_SET_UNUSABLE:
+        return "the instruction set was not compiled in or this processor lacks it";
+    default:
+        return "unknown status";
+    }
+}

@@ -1,0 +1,71 @@
+// The parts of the interface that compute nothing, and every status of a rejected call.
+#include "flamingo_cpu.h"
+
+#include <cstring>
+#include <initializer_list>
+
+#include "expect.h"
+
+namespace {
+
+flamingo_media_attention_forward_params valid_params() {
+    static const float q = 1, k = 1, v = 1;
+    static const int32_t first = 0, last = 0;
+    static float out;
+    flamingo_media_attention_forward_params p{};
+    p.q = &q, p.k = &k, p.v = &v, p.first = &first, p.last = &last, p.out = &out;
+    p.rows = p.tokens = p.media = p.latents = p.heads = p.kv_heads = p.head_dim = 1;
+    p.scale = 1;
+    p.dtype = FLAMINGO_FLOAT32;
+    p.threads = 1;
+    p.instruction_set = FLAMINGO_PORTABLE;
+    return p;
+}
+
+template <typename Change> int32_t status_after(Change change) {
+    flamingo_media_attention_forward_params p = valid_params();
+    change(p);
+    return flamingo_media_attention_forward(&p);
+}
+
+} // namespace
+
+int main() {
+    using Params = flamingo_media_attention_forward_params;
+    expect(flamingo_abi_version() == FLAMINGO_ABI_VERSION, "the ABI version is the header's");
+    expect(std::strlen(flamingo_version()) > 0, "there is a version");
+    expect(std::strstr(flamingo_build_flags(), "portable"), "the build flags name the kernels");
+
+    const uint32_t detected = flamingo_detected_instruction_sets();
+    const uint32_t usable = flamingo_usable_instruction_sets();
+    expect(detected & FLAMINGO_PORTABLE, "portable code always runs");
+    expect((usable & ~detected) == 0, "only detected instruction sets are usable");
+    expect(std::strcmp(flamingo_instruction_set_name(0), "portable") == 0, "bit 0 is portable");
+    expect(flamingo_instruction_set_name(4) == nullptr, "there are four instruction sets");
+
+    expect(status_after([](Params &) {}) == FLAMINGO_OK, "a valid call");
+    expect(status_after([](Params &p) { p.tokens = -1; }) == FLAMINGO_NEGATIVE_SIZE, "size -1");
+    expect(status_after([](Params &p) { p.q = nullptr; }) == FLAMINGO_NULL_POINTER, "q missing");
+    expect(status_after([](Params &p) { p.v = nullptr; }) == FLAMINGO_NULL_POINTER, "v missing");
+    expect(status_after([](Params &p) { p.last = nullptr; }) == FLAMINGO_NULL_POINTER,
+           "last missing");
+    expect(status_after([](Params &p) { p.media = 0, p.k = p.v = nullptr; }) == FLAMINGO_OK,
+           "no media needs no keys");
+    expect(status_after([](Params &p) { p.heads = 3, p.kv_heads = 2; }) ==
+               FLAMINGO_HEADS_NOT_DIVISIBLE,
+           "3 query heads over 2 key/value heads");
+    expect(status_after([](Params &p) { p.kv_heads = 0; }) == FLAMINGO_HEADS_NOT_DIVISIBLE,
+           "no key/value head");
+    expect(status_after([](Params &p) { p.dtype = 9; }) == FLAMINGO_UNKNOWN_DTYPE, "dtype 9");
+    expect(status_after([](Params &p) { p.threads = 0; }) == FLAMINGO_NO_THREADS, "0 threads");
+    for (const int32_t set : {0, FLAMINGO_PORTABLE | FLAMINGO_AVX2, 1 << 4}) {
+        expect(status_after([set](Params &p) { p.instruction_set = set; }) ==
+                   FLAMINGO_INSTRUCTION_SET_UNUSABLE,
+               "an instruction set that is none");
+    }
+    for (int32_t status = FLAMINGO_OK; status <= FLAMINGO_INSTRUCTION_SET_UNUSABLE; ++status) {
+        expect(std::strcmp(flamingo_status_message(status), "unknown status") != 0,
+               "every status has a message");
+    }
+    return report();
+}

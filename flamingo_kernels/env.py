@@ -1,0 +1,38 @@
+"""Every environment variable the package reads; nothing else in it touches ``os.environ``.
+
+FLAMINGO_CPP_LIBRARY
+    Path of the native library to load instead of the one installed with the package.
+FLAMINGO_CPU_ISA
+    Instruction set of the native kernels, by a name that ``flamingo-kernels info`` lists, for
+    example ``portable``. Default: the best one that this processor has and the library was built
+    for. Read once, when the library is loaded; a name that cannot be used makes the library
+    unavailable, with the reason.
+TRITON_INTERPRET
+    ``1`` runs Triton kernels in Triton's interpreter, on the CPU. Triton reads it when a kernel's
+    module is imported, so it has to be set before.
+
+``FLAMINGO_BUILD_CPP=0``, which leaves the native library out of an install, is read by setup.py.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["cpp_library_path", "cpu_isa", "triton_interpret"]
+
+
+def cpp_library_path() -> Path | None:
+    """Path in FLAMINGO_CPP_LIBRARY, or None where it is unset or empty."""
+    value = os.environ.get("FLAMINGO_CPP_LIBRARY")
+    return Path(value) if value else None
+
+
+def cpu_isa() -> str | None:
+    """Name in FLAMINGO_CPU_ISA, or None where it is unset or empty; the library validates it."""
+    return os.environ.get("FLAMINGO_CPU_ISA") or None
+
+
+def triton_interpret() -> bool:
+    """Whether TRITON_INTERPRET asks for Triton's interpreter."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,76 @@
+"""Configurations of the language models; plain values, so that they serialise as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _require_positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """The Chinchilla-style decoder of `flamingo_kernels.language.decoder`.
+
+    Attributes
+    ----------
+    vocab_size, dim, depth, heads, head_dim : sizes; `head_dim` is even (rotary positions).
+    ff_mult : feed-forward width over `dim`.
+    rope_theta : base of the rotary frequencies.
+    norm_eps : added to the mean square in RMSNorm.
+    """
+
+    kind: str = field(default="decoder", init=False)
+    vocab_size: int
+    dim: int
+    depth: int
+    heads: int
+    head_dim: int
+    ff_mult: int = 4
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            vocab_size=self.vocab_size,
+            dim=self.dim,
+            depth=self.depth,
+            heads=self.heads,
+            head_dim=self.head_dim,
+            ff_mult=self.ff_mult,
+            rope_theta=self.rope_theta,
+            norm_eps=self.norm_eps,
+        )
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceLanguageConfig:
+    """A causal language model that transformers builds from its `model_type` and options.
+
+    Attributes
+    ----------
+    model_type : transformers' name of the architecture, such as "gpt_neox".
+    options : arguments of its configuration class.
+    dim, depth, vocab_size : what the built model must have; known here without building it.
+    """
+
+    kind: str = field(default="huggingface", init=False)
+    model_type: str
+    options: dict[str, Any] = field(default_factory=dict)
+    dim: int
+    depth: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if not self.model_type:
+            raise ValueError(f"model_type must name an architecture, got {self.model_type!r}")
+        _require_positive(dim=self.dim, depth=self.depth, vocab_size=self.vocab_size)
+
+
+LanguageConfig = DecoderConfig | HuggingFaceLanguageConfig

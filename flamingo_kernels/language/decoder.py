@@ -1,0 +1,266 @@
+"""A Chinchilla-style decoder-only language model.
+
+Hoffmann et al. 2022 (arXiv 2203.15556) after Rae et al. 2021 (Gopher, arXiv 2112.11446): pre-norm
+RMSNorm, GELU feed-forward of four times the width, tied embeddings. The relative positions of the
+original have no public weights; rotary ones stand in their place, which leaves out one
+dim x dim projection per block.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flamingo_kernels.language.config import DecoderConfig
+from flamingo_kernels.language.protocol import (
+    BeforeBlock,
+    LanguageModelOutput,
+    check_inputs,
+    positions,
+)
+
+_INIT_STD = 0.02
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of norms and angles: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class DecoderCache:
+    """Rotated keys and values of the tokens read so far, [B, H, length, D] for each block.
+
+    Buffers double when full, so that a step copies O(1) tokens on average. `length` moves only
+    when every block has been extended: a forward that fails midway leaves the cache as it was.
+
+    Attributes
+    ----------
+    length : tokens held per row, padding included.
+    masked : an attention mask came with them.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.length = 0
+        self.masked = False
+        self._blocks: list[tuple[Tensor, Tensor] | None] = [None] * num_blocks
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows held; None before the first token."""
+        return self._blocks[-1][0].shape[0] if self.length else None
+
+    def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put `key` and `value` [B, H, T, D] after the held ones and return all of them."""
+        held = self._blocks[block] if self.length else None
+        if held is None:
+            self._blocks[block] = (key, value)
+            return key, value
+        if key.requires_grad or value.requires_grad or held[0].requires_grad:
+            # Writing into a buffer that autograd has saved would spoil its backward.
+            joined = tuple(
+                torch.cat((old[:, :, : self.length], new), dim=2)
+                for old, new in zip(held, (key, value), strict=True)
+            )
+            self._blocks[block] = joined
+            return joined
+        end = self.length + key.shape[2]
+        if end > held[0].shape[2]:
+            held = tuple(self._grown(old, end) for old in held)
+            self._blocks[block] = held
+        for buffer, new in zip(held, (key, value), strict=True):
+            buffer[:, :, self.length : end] = new
+        return held[0][:, :, :end], held[1][:, :, :end]
+
+    def _grown(self, buffer: Tensor, needed: int) -> Tensor:
+        rows, heads, capacity, head_dim = buffer.shape
+        grown = buffer.new_empty(rows, heads, max(needed, 2 * capacity), head_dim)
+        grown[:, :, : self.length] = buffer[:, :, : self.length]
+        return grown
+
+    def index_select(self, rows: Tensor) -> DecoderCache:
+        """A cache of its own whose row i is row `rows[i]` of this one, which stays as it is."""
+        selected = DecoderCache(len(self._blocks))
+        selected.length = self.length
+        selected.masked = self.masked
+        if self.length:
+            selected._blocks = [
+                tuple(held[:, :, : self.length].index_select(0, rows) for held in block)
+                for block in self._blocks
+            ]
+        return selected
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in at least fp32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = _wide(x.dtype)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+
+class RotaryAngles:
+    """Cosines and sines [B or 1, 1, T, D/2] of one forward's positions, shared by its blocks."""
+
+    def __init__(self, position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> None:
+        exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=dtype) / head_dim
+        angle = position[:, None, :, None].to(dtype) * theta**-exponent
+        self.cos = angle.cos()
+        self.sin = angle.sin()
+
+    def rotate(self, x: Tensor) -> Tensor:
+        """Rotate each pair (i, i + D/2) of x [B, H, T, D] by its angle."""
+        first, second = x.to(self.cos.dtype).chunk(2, dim=-1)
+        rotated = (
+            first * self.cos - second * self.sin,
+            second * self.cos + first * self.sin,
+        )
+        return torch.cat(rotated, dim=-1).to(x.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Causal multi-head attention with rotary positions, no biases."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        inner = config.heads * config.head_dim
+        self.heads = config.heads
+        self.to_q = nn.Linear(config.dim, inner, bias=False)
+        self.to_k = nn.Linear(config.dim, inner, bias=False)
+        self.to_v = nn.Linear(config.dim, inner, bias=False)
+        self.to_out = nn.Linear(inner, config.dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: RotaryAngles,
+        visible: Tensor | None,
+        cache: DecoderCache | None,
+        block: int,
+    ) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(2, (self.heads, -1)).transpose(1, 2)  # [B, H, T, D]
+            for project in (self.to_q, self.to_k, self.to_v)
+        )
+        query, key = angles.rotate(query), angles.rotate(key)
+        if cache is not None:
+            key, value = cache.extend(block, key, value)
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, is_causal=visible is None
+        )
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class DecoderBlock(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.dim, config.norm_eps)
+        self.attention = SelfAttention(config)
+        self.feed_forward_norm = RMSNorm(config.dim, config.norm_eps)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(config.dim, config.ff_mult * config.dim, bias=False),
+            nn.GELU(),
+            nn.Linear(config.ff_mult * config.dim, config.dim, bias=False),
+        )
+
+    def forward(
+        self,
+        x: Tensor,
+        angles: RotaryAngles,
+        visible: Tensor | None,
+        cache: DecoderCache | None,
+        block: int,
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), angles, visible, cache, block)
+        return x + self.feed_forward(self.feed_forward_norm(x))
+
+
+class Decoder(nn.Module):
+    """The language model; a `LanguageModel`, see its `__call__` for arguments and errors.
+
+    Logits are in the parameters' dtype; softmax, norms and rotary angles are computed in at least
+    fp32. A padding token sees itself, so that its (meaningless) outputs are finite. A row's logits
+    depend on its own tokens and mask alone.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.dim = config.dim
+        self.num_blocks = config.depth
+        self.vocab_size = config.vocab_size
+        self.token_embedding = nn.Embedding(config.vocab_size, config.dim)
+        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
+        self.final_norm = RMSNorm(config.dim, config.norm_eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal of deviation 0.02, divided by sqrt(2 depth) where a block adds to the stream.
+
+        The papers do not give their initialisation; this is GPT-2's, whose layout theirs follows.
+        """
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=_INIT_STD)
+            elif isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+        residual_std = _INIT_STD * (2 * self.num_blocks) ** -0.5
+        for block in self.blocks:
+            nn.init.normal_(block.attention.to_out.weight, std=residual_std)
+            nn.init.normal_(block.feed_forward[2].weight, std=residual_std)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: DecoderCache | None = None,
+        before_block: BeforeBlock | None = None,
+        use_cache: bool = False,
+    ) -> LanguageModelOutput:
+        check_inputs(input_ids, attention_mask, cache)
+        rows, new = input_ids.shape
+        if cache is None:
+            cache = DecoderCache(self.num_blocks) if use_cache else None
+        elif cache.batch_size not in (None, rows):
+            raise ValueError(f"the cache holds {cache.batch_size} rows, input_ids has {rows}")
+        cached = 0 if cache is None else cache.length
+
+        index = torch.arange(cached + new, device=input_ids.device)
+        if attention_mask is None:
+            position = index[None, cached:]
+        else:
+            position = positions(attention_mask, new)
+        visible = _visible_keys(index, cached, attention_mask)
+
+        x = self.token_embedding(input_ids)
+        angles = RotaryAngles(
+            position, self.config.head_dim, self.config.rope_theta, _wide(x.dtype)
+        )
+        for i, block in enumerate(self.blocks):
+            if before_block is not None:
+                x = before_block(i, x)
+            x = block(x, angles, visible, cache, i)
+        logits = F.linear(self.final_norm(x), self.token_embedding.weight)
+
+        if cache is not None:
+            cache.length += new
+            cache.masked = cache.masked or attention_mask is not None
+        return LanguageModelOutput(logits, cache)
+
+
+def _visible_keys(index: Tensor, cached: int, attention_mask: Tensor | None) -> Tensor | None:
+    """[B or 1, 1, T, cached + T]: the keys each new token sees; None for plain causal order."""
+    if attention_mask is None and cached == 0:
+        return None
+    query = index[cached:, None]
+    if attention_mask is None:
+        return (index <= query)[None, None]
+    real = attention_mask.bool()[:, None, None, :]
+    return real & (index <= query) | (index == query)

@@ -1,0 +1,269 @@
+"""Hugging Face causal language models, run with something before their decoder blocks.
+
+Forward pre-hooks on the blocks look up what to run in a context variable that holds the call in
+progress. Nothing about a call is stored on a module, so calls from several threads, or of several
+models in one another, do not see each other.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels.language.config import HuggingFaceLanguageConfig
+from flamingo_kernels.language.protocol import (
+    BeforeBlock,
+    LanguageModelOutput,
+    check_inputs,
+    positions,
+)
+
+
+class HuggingFaceCache:
+    """A transformers `Cache` as a `LanguageModelCache`.
+
+    Attributes
+    ----------
+    past_key_values : the wrapped `Cache`, for transformers' own functions.
+    masked : an attention mask came with the tokens it holds.
+    """
+
+    def __init__(self, past_key_values: Any, masked: bool) -> None:
+        self.past_key_values = past_key_values
+        self.masked = masked
+
+    @property
+    def length(self) -> int:
+        """Tokens held per row, padding included."""
+        return int(self.past_key_values.get_seq_length())
+
+    def index_select(self, rows: Tensor) -> HuggingFaceCache:
+        """A cache of its own whose row i is row `rows[i]` of this one, which stays as it is."""
+        selected = copy.copy(self.past_key_values)
+        # Reordering puts new tensors into the layer objects, so those are copied first.
+        selected.layers = [copy.copy(layer) for layer in selected.layers]
+        selected.reorder_cache(rows)
+        return HuggingFaceCache(selected, self.masked)
+
+
+class _Call:
+    """One forward in progress."""
+
+    def __init__(self, owner: object, before_block: BeforeBlock) -> None:
+        self.owner = owner
+        self.before_block = before_block
+        self.blocks_run = 0
+
+
+_running: ContextVar[_Call | None] = ContextVar("flamingo_kernels_running_call", default=None)
+
+
+class _BeforeBlockHook:
+    """Pre-hook of block `index`; a class, so that copies of the model carry working hooks."""
+
+    def __init__(self, owner: object, index: int) -> None:
+        self.owner = owner
+        self.index = index
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call = _running.get()
+        if call is None or call.owner is not self.owner:
+            return None
+        if self.index != call.blocks_run:
+            raise RuntimeError(
+                f"block {self.index} ran where block {call.blocks_run} was due: the blocks of "
+                "this model do not run once each in order"
+            )
+        call.blocks_run += 1
+        if args:
+            return (call.before_block(self.index, args[0]), *args[1:]), kwargs
+        if "hidden_states" not in kwargs:
+            raise RuntimeError(
+                f"{type(block).__name__} takes its input neither as the first argument nor as "
+                f"`hidden_states`, but as {sorted(kwargs)}"
+            )
+        hidden = call.before_block(self.index, kwargs["hidden_states"])
+        return args, {**kwargs, "hidden_states": hidden}
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder blocks of a Hugging Face causal language model, and their name in it.
+
+    They are the one `ModuleList` as long as the configuration's `num_hidden_layers` that is not
+    inside another such list.
+
+    Raises
+    ------
+    ValueError
+        If the configuration has no `num_hidden_layers`, or no list or several lists fit.
+    """
+    model_name = type(model).__name__
+    count = getattr(_text_config(model), "num_hidden_layers", None)
+    if count is None:
+        raise ValueError(f"cannot wrap {model_name}: its config has no num_hidden_layers")
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    fitting = [name for name, blocks in lists.items() if len(blocks) == count]
+    outermost = [
+        name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)
+    ]
+    if len(outermost) == 1:
+        return outermost[0], lists[outermost[0]]
+    if outermost:
+        raise ValueError(
+            f"cannot wrap {model_name}: several module lists have num_hidden_layers={count} "
+            f"entries, so its decoder blocks are ambiguous: {', '.join(outermost)}"
+        )
+    found = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"
+    raise ValueError(
+        f"cannot wrap {model_name}: no module list has num_hidden_layers={count} entries; "
+        f"module lists found: {found}"
+    )
+
+
+class HuggingFaceLanguageModel(nn.Module):
+    """A transformers causal language model as a `LanguageModel`, see its `__call__`.
+
+    Parameters
+    ----------
+    model : the language model; it becomes the submodule `model` and is not otherwise changed
+        than by hooks, which `unwrap` removes.
+
+    Raises
+    ------
+    ValueError
+        If the decoder blocks cannot be told (`find_blocks`).
+    RuntimeError
+        From `forward` with `before_block`: if blocks do not run once each in order, the model was
+        unwrapped, or it uses activation checkpointing while training (its recomputation in the
+        backward runs outside the call, where `before_block` is not known).
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._blocks_name, blocks = find_blocks(model)
+        self.model = model
+        self.num_blocks = len(blocks)
+        # OPT and its like derive positions from the mask; MPT and its like have none.
+        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+        self._owner = object()
+        self._handles = [
+            block.register_forward_pre_hook(_BeforeBlockHook(self._owner, i), with_kwargs=True)
+            for i, block in enumerate(blocks)
+        ]
+
+    @classmethod
+    def from_config(cls, config: HuggingFaceLanguageConfig) -> HuggingFaceLanguageModel:
+        """Build the model that `config` describes, with random weights (or on the meta device).
+
+        Raises
+        ------
+        ImportError
+            If transformers is not installed.
+        ValueError
+            If the model's sizes are not the ones `config` declares.
+        """
+        try:
+            from transformers import AutoConfig, AutoModelForCausalLM
+        except ImportError as error:
+            raise ImportError(
+                f"building a {config.model_type!r} language model needs transformers: "
+                'pip install "flamingo_kernels[hf]"'
+            ) from error
+        options = AutoConfig.for_model(config.model_type, **config.options)
+        language_model = cls(AutoModelForCausalLM.from_config(options))
+        built = {
+            "dim": language_model.dim,
+            "depth": language_model.num_blocks,
+            "vocab_size": language_model.vocab_size,
+        }
+        for name, value in built.items():
+            if getattr(config, name) != value:
+                raise ValueError(
+                    f"config declares {name}={getattr(config, name)}, but {config.model_type!r} "
+                    f"with its options has {value}"
+                )
+        return language_model
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return _text_config(self.model).hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the logits; follows `model.resize_token_embeddings`."""
+        return _text_config(self.model).vocab_size
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, inside `model`."""
+        return self.model.get_submodule(self._blocks_name)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: HuggingFaceCache | None = None,
+        before_block: BeforeBlock | None = None,
+        use_cache: bool = False,
+    ) -> LanguageModelOutput:
+        check_inputs(input_ids, attention_mask, cache)
+        options: dict[str, Any] = {"use_cache": use_cache or cache is not None}
+        if cache is not None:
+            options["past_key_values"] = cache.past_key_values
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+            if self._takes_position_ids:
+                options["position_ids"] = positions(attention_mask, input_ids.shape[1])
+
+        call = None
+        if before_block is not None:
+            self._check_can_run_before_blocks()
+            call = _Call(self._owner, before_block)
+        token = _running.set(call)
+        try:
+            output = self.model(input_ids=input_ids, **options)
+        finally:
+            _running.reset(token)
+        if call is not None and call.blocks_run != self.num_blocks:
+            raise RuntimeError(
+                f"{type(self.model).__name__} ran {call.blocks_run} of its {self.num_blocks} "
+                "blocks, so `before_block` was not called for all"
+            )
+
+        if not options["use_cache"]:
+            return LanguageModelOutput(output.logits, None)
+        masked = attention_mask is not None or (cache is not None and cache.masked)
+        return LanguageModelOutput(output.logits, HuggingFaceCache(output.past_key_values, masked))
+
+    def unwrap(self) -> nn.Module:
+        """Remove the hooks and return the model as it was given."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return self.model
+
+    def _check_can_run_before_blocks(self) -> None:
+        if not self._handles:
+            raise RuntimeError("this model was unwrapped: it cannot run `before_block` any more")
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            raise RuntimeError(
+                f"activation checkpointing inside {type(self.model).__name__} is not supported "
+                "with `before_block`: turn it off in the model"
+            )
+
+
+def _text_config(model: nn.Module) -> Any:
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"cannot wrap {type(model).__name__}: it has no config")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -1,0 +1,311 @@
+"""FlamingoModel: frozen vision encoder and language model, trainable bridge between them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels.language import build_language_model
+from flamingo_kernels.model import checkpoint, generation
+from flamingo_kernels.model.cache import FlamingoCache, append_media
+from flamingo_kernels.model.config import FlamingoConfig
+from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
+from flamingo_kernels.model.loss import next_token_loss
+from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
+from flamingo_kernels.ops import MediaSpans
+from flamingo_kernels.ops.dispatch import check_kernel_name
+from flamingo_kernels.vision import build_vision_encoder
+
+FROZEN_PARTS = ("vision_encoder", "language_model")
+
+
+@dataclass(frozen=True)
+class FlamingoOutput:
+    """``loss`` scalar or None, ``logits`` [B, T, V], ``cache`` or None."""
+
+    loss: Tensor | None
+    logits: Tensor
+    cache: FlamingoCache | None = None
+
+
+class FlamingoModel(nn.Module):
+    """Flamingo (Alayrac et al., 2022): a frozen language model that sees interleaved images.
+
+    Parameters
+    ----------
+    config : FlamingoConfig
+        Shapes of all components.
+    kernel : {"auto", "triton", "cpp", "torch"}
+        Kernel of every op; ``"auto"`` takes the best for the tensors' device at each call, an
+        explicit one never falls back.
+    vision_encoder, language_model : nn.Module, optional
+        Frozen parts to use in place of freshly initialised ones; see ``vision.VisionEncoder`` and
+        ``language.LanguageModel`` for what they must offer.
+
+    Raises
+    ------
+    ValueError
+        Unknown kernel name.
+    """
+
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        kernel: str = "auto",
+        *,
+        vision_encoder: nn.Module | None = None,
+        language_model: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_kernel_name(kernel)
+        self.config = config
+        self.kernel = kernel
+        self.vision_encoder = vision_encoder or build_vision_encoder(config.vision)
+        self.language_model = language_model or build_language_model(config.language)
+        resampler, cross = config.resampler, config.cross_attention
+        self.perceiver = PerceiverResampler(
+            resampler.dim,
+            depth=resampler.depth,
+            dim_head=resampler.head_dim,
+            heads=resampler.heads,
+            num_latents=resampler.num_latents,
+            max_num_frames=resampler.max_num_frames,
+            ff_mult=resampler.ff_mult,
+            input_dim=resampler.input_dim,
+            activation=resampler.activation,
+            final_norm=resampler.final_norm,
+            kernel=kernel,
+        )
+        self.gated_cross_attn_layers = nn.ModuleList(
+            GatedCrossAttentionBlock(
+                config.language.dim,
+                resampler.dim,
+                dim_head=cross.head_dim,
+                heads=cross.heads,
+                ff_mult=cross.ff_mult,
+                attend=cross.attend,
+                media_norm=cross.media_norm,
+                gate=cross.gate,
+                activation=cross.activation,
+                feed_forward_without_media=cross.feed_forward_without_media,
+                kernel=kernel,
+            )
+            for _ in config.cross_attention_blocks
+        )
+        for part in self._frozen_modules():
+            part.requires_grad_(False)
+        self.train(self.training)
+
+    def _frozen_modules(self) -> tuple[nn.Module, ...]:
+        return tuple(getattr(self, name) for name in FROZEN_PARTS)
+
+    def train(self, mode: bool = True) -> FlamingoModel:
+        """Training mode for the trainable parts; the frozen ones stay in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen_modules():
+            part.eval()
+        return self
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Name -> parameter of everything outside the frozen vision encoder and language model."""
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.split(".", 1)[0] not in FROZEN_PARTS
+        }
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        num_images: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        assign: str = "previous",
+        cache: FlamingoCache | None = None,
+        use_cache: bool = False,
+    ) -> FlamingoOutput:
+        """Logits, and the loss where labels are given.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            int64 [B, T]; one ``<image>`` token (``config.image_token_id``) per image.
+        pixel_values : Tensor, optional
+            Normalised images [B, I, F, C, H, W]; F = 1 for images. None: no image in the batch.
+        attention_mask : Tensor, optional
+            [B, T], nonzero at real tokens; padding on either side. With a cache it covers the
+            cached tokens as well.
+        labels : Tensor, optional
+            int64 [B, T], usually ``input_ids``; shifted inside. -100, ``<image>`` and padding are
+            ignored; with nothing left the loss is 0.
+        num_images : Tensor, optional
+            Integer [B]: how many of the I slots each row fills (default: all). The others are never
+            read.
+        num_frames : Tensor, optional
+            Integer [B, I]: how many of the F frames of each clip are real (default: all).
+        assign : {"previous", "next"}
+            Text belongs to the image before or after it (the paper's training augmentation,
+            appendix A.3.2).
+        cache : FlamingoCache, optional
+            Of an earlier call; ``input_ids`` and ``pixel_values`` then hold what is new.
+        use_cache : bool
+            Return a cache for the next call.
+
+        Returns
+        -------
+        FlamingoOutput
+
+        Raises
+        ------
+        TypeError, ValueError
+            Input that does not fit; the message names the row or the value.
+        """
+        cached_tokens = 0 if cache is None else cache.input_ids.shape[1]
+        vocab_size = self.config.language.vocab_size
+        check_text(input_ids, attention_mask, labels, vocab_size, cached_tokens)
+        if cache is not None and cache.input_ids.shape[0] != input_ids.shape[0]:
+            raise ValueError(
+                f"the cache holds {cache.input_ids.shape[0]} rows, input_ids {input_ids.shape[0]}"
+            )
+        if cache is not None and assign != "previous":
+            raise ValueError(f"assign={assign!r} looks ahead and cannot be used with a cache")
+        media_inputs = check_media(
+            input_ids, self.config.image_token_id, pixel_values, num_images, num_frames
+        )
+        media = self.encode_media(media_inputs, input_ids.shape[0])
+        media_kv = [layer.project_media(media) for layer in self.gated_cross_attn_layers]
+        counts = (input_ids == self.config.image_token_id).sum(1)
+        history, mask = input_ids, attention_mask
+        if cache is not None:
+            if counts.any():
+                media_kv = [
+                    append_media(old, cache.num_images, new, counts)
+                    for old, new in zip(cache.media, media_kv, strict=True)
+                ]
+            else:
+                media_kv = list(cache.media)
+            counts = counts + cache.num_images
+            history = torch.cat((cache.input_ids, input_ids), 1)
+            if mask is None and cache.attention_mask is not None:
+                mask = torch.cat((cache.attention_mask, torch.ones_like(input_ids)), 1)
+        spans = MediaSpans.from_tokens(
+            history, self.config.image_token_id, self.config.cross_attention.attend, assign
+        ).newest(input_ids.shape[1])
+
+        out = self.language_model(
+            input_ids,
+            attention_mask=mask,
+            cache=None if cache is None else cache.language,
+            before_block=self._cross_attention(media_kv, spans),
+            use_cache=use_cache,
+        )
+        loss = None
+        if labels is not None:
+            real = None if mask is None else mask[:, cached_tokens:] != 0
+            loss = next_token_loss(out.logits, self._counted_labels(labels, real))
+        if not use_cache:
+            return FlamingoOutput(loss, out.logits)
+        grown = FlamingoCache(out.cache, tuple(media_kv), counts, history, mask)
+        return FlamingoOutput(loss, out.logits, grown)
+
+    def _counted_labels(self, labels: Tensor, real: Tensor | None) -> Tensor:
+        """Labels with -100 at ``<image>`` and padding, and after padding.
+
+        The first token of a left-padded row would be predicted from padding; the row alone does not
+        predict it.
+        """
+        ignored = labels == self.config.image_token_id
+        if self.config.pad_token_id != self.config.eos_token_id:
+            ignored = ignored | (labels == self.config.pad_token_id)
+        if real is not None:
+            ignored = ignored | ~real
+            ignored[:, 1:] |= ~real[:, :-1]
+        return labels.masked_fill(ignored, -100)
+
+    def encode_media(self, inputs: MediaInputs | None, batch: int) -> Tensor:
+        """Latents [B, I, R, dim] of the media; slots that hold no image are zero."""
+        parameter = self.perceiver.latents
+        if inputs is None:
+            return parameter.new_zeros(batch, 0, *parameter.shape)
+        features = self._encode_frames(inputs)
+        frames = inputs.frames and torch.tensor(inputs.frames, device=features.device)
+        if inputs.counts is None:
+            return self.perceiver(features, frames)
+        # Resample only the slots that hold an image.
+        used = torch.arange(inputs.slots) < torch.tensor(inputs.counts)[:, None]
+        rows, slots = (index.to(features.device) for index in used.nonzero(as_tuple=True))
+        packed_frames = None if frames is None else frames[rows, slots][None]
+        packed = self.perceiver(features[rows, slots][None], packed_frames)[0]
+        latents = packed.new_zeros(batch, inputs.slots, *packed.shape[1:])
+        return latents.index_put((rows, slots), packed)
+
+    def _encode_frames(self, inputs: MediaInputs) -> Tensor:
+        """Features [B, I, F, S, D] of the frozen encoder, zero for frames that are padding."""
+        pixels = inputs.pixel_values
+        weight = next(self.vision_encoder.parameters(), self.perceiver.latents)
+        real = inputs.real_frames()
+        with torch.no_grad():
+            if real is None:
+                features = self.vision_encoder(pixels.flatten(0, 2).to(weight.dtype))
+                return features.unflatten(0, pixels.shape[:3])
+            index = tuple(i.to(pixels.device) for i in real.nonzero(as_tuple=True))
+            features = self.vision_encoder(pixels[index].to(weight.dtype))
+            padded = features.new_zeros(*pixels.shape[:3], *features.shape[1:])
+            return padded.index_put(index, features)
+
+    def _cross_attention(self, media_kv: list[MediaKeyValue], spans: MediaSpans):
+        layers = {
+            block: (layer, kv)
+            for block, layer, kv in zip(
+                self.config.cross_attention_blocks,
+                self.gated_cross_attn_layers,
+                media_kv,
+                strict=True,
+            )
+        }
+
+        def before_block(block: int, hidden: Tensor) -> Tensor:
+            if block not in layers:
+                return hidden
+            layer, kv = layers[block]
+            return layer(hidden, spans=spans, media_kv=kv)
+
+        return before_block
+
+    generate = generation.generate
+
+    def save_pretrained(self, path: str | PathLike, include_frozen: bool = False) -> None:
+        """Write ``config.json`` and ``model.safetensors`` into the directory ``path``, atomically.
+
+        Only trainable tensors are written unless ``include_frozen``.
+        """
+        checkpoint.save(self, path, include_frozen)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike,
+        kernel: str = "auto",
+        *,
+        vision_encoder: nn.Module | None = None,
+        language_model: nn.Module | None = None,
+    ) -> FlamingoModel:
+        """Load what :meth:`save_pretrained` wrote.
+
+        A checkpoint of the trainable tensors only needs the frozen parts it was trained with.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            Missing, corrupt, truncated or foreign checkpoint, or frozen parts that are neither in
+            the checkpoint nor given; the message names the file and the tensors.
+        """
+        return checkpoint.load(
+            cls, path, kernel, vision_encoder=vision_encoder, language_model=language_model
+        )

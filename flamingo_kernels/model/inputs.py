@@ -1,0 +1,162 @@
+"""Checks at the model boundary: every error names the offending row or value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MediaInputs:
+    """Checked images: pixel values [B, I, F, C, H, W] and how many of them are real.
+
+    ``counts`` and ``frames`` are host integers (per row, per row and slot), or None where every
+    slot or frame is real.
+    """
+
+    pixel_values: Tensor
+    counts: list[int] | None
+    frames: list[list[int]] | None
+
+    @property
+    def slots(self) -> int:
+        return self.pixel_values.shape[1]
+
+    def real_frames(self) -> Tensor | None:
+        """bool [B, I, F] on the host: frames to encode; None when all of them are."""
+        if self.counts is None and self.frames is None:
+            return None
+        batch, slots, frames = self.pixel_values.shape[:3]
+        real = torch.ones(batch, slots, frames, dtype=torch.bool)
+        if self.counts is not None:
+            real &= (torch.arange(slots) < torch.tensor(self.counts)[:, None])[..., None]
+        if self.frames is not None:
+            real &= torch.arange(frames) < torch.tensor(self.frames).reshape(batch, slots, 1)
+        return real
+
+
+def check_text(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    vocab_size: int,
+    cached_tokens: int = 0,
+) -> None:
+    """Raise TypeError or ValueError unless the text arguments fit together."""
+    if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise TypeError(f"input_ids must be an int64 or int32 tensor [B, T], got {got}")
+    if input_ids.ndim != 2:
+        raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
+    if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)}: a batch needs at least one row and one "
+            "token"
+        )
+    low, high = (int(value) for value in torch.aminmax(input_ids))
+    if low < 0 or high >= vocab_size:
+        bad = low if low < 0 else high
+        raise ValueError(f"input_ids holds {bad}, outside the vocabulary 0..{vocab_size - 1}")
+    batch, tokens = input_ids.shape
+    if attention_mask is not None:
+        expected = (batch, cached_tokens + tokens)
+        if tuple(attention_mask.shape) != expected:
+            raise ValueError(
+                f"attention_mask must be [B, T] = {expected}"
+                + (f" ({cached_tokens} cached + {tokens} new tokens)" if cached_tokens else "")
+                + f", got {tuple(attention_mask.shape)}"
+            )
+        _require_device("attention_mask", attention_mask, input_ids)
+    if labels is not None:
+        if labels.dtype != torch.int64:
+            raise TypeError(f"labels must be int64, got {labels.dtype}")
+        if labels.shape != input_ids.shape:
+            raise ValueError(
+                f"labels must have the shape of input_ids {tuple(input_ids.shape)}, got "
+                f"{tuple(labels.shape)}"
+            )
+        _require_device("labels", labels, input_ids)
+        counted = labels[labels != -100]
+        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < vocab_size:
+            bad = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
+            raise ValueError(
+                f"labels holds {bad}; allowed are -100 (ignored) and 0..{vocab_size - 1}"
+            )
+
+
+def check_media(
+    input_ids: Tensor,
+    image_token_id: int,
+    pixel_values: Tensor | None,
+    num_images: Tensor | None,
+    num_frames: Tensor | None,
+) -> MediaInputs | None:
+    """Images that match the ``<image>`` tokens row by row, or None for a batch without any.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Wrong rank, dtype or device; a row whose ``<image>`` tokens and images differ in number.
+    """
+    batch = input_ids.shape[0]
+    if pixel_values is None:
+        for name, value in (("num_images", num_images), ("num_frames", num_frames)):
+            if value is not None and bool((value != 0).any()):
+                raise ValueError(f"{name} is given without pixel_values")
+        _match_counts(input_ids, image_token_id, [0] * batch)
+        return None
+    if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+        got = getattr(pixel_values, "dtype", type(pixel_values).__name__)
+        raise TypeError(f"pixel_values must be a floating point tensor, got {got}")
+    if pixel_values.ndim != 6:
+        raise ValueError(
+            f"pixel_values must be [B, I, F, C, H, W], got shape {tuple(pixel_values.shape)}"
+        )
+    if pixel_values.shape[0] != batch:
+        raise ValueError(f"pixel_values has {pixel_values.shape[0]} rows, input_ids has {batch}")
+    _require_device("pixel_values", pixel_values, input_ids)
+    slots, frames = pixel_values.shape[1:3]
+    counts = _host_integers("num_images", num_images, (batch,), 0, slots)
+    _match_counts(input_ids, image_token_id, counts or [slots] * batch)
+    # A padded slot may hold any frame count, so that zero is as good as another.
+    frame_counts = _host_integers("num_frames", num_frames, (batch, slots), 0, frames)
+    if frame_counts is not None:
+        for row, of_row in enumerate(frame_counts):
+            for slot, value in enumerate(of_row[: slots if counts is None else counts[row]]):
+                if value < 1:
+                    raise ValueError(f"num_frames[{row}, {slot}] is {value}; a clip needs a frame")
+    if slots and frames == 0:
+        raise ValueError(f"pixel_values has no frames: shape {tuple(pixel_values.shape)}")
+    return MediaInputs(pixel_values, counts, frame_counts) if slots else None
+
+
+def _host_integers(
+    name: str, value: Tensor | None, shape: tuple[int, ...], low: int, high: int
+) -> list | None:
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
+        got = getattr(value, "dtype", type(value).__name__)
+        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    if tuple(value.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
+    if value.numel() and not low <= int(value.min()) <= int(value.max()) <= high:
+        raise ValueError(f"{name} must be in {low}..{high}, got {value.tolist()}")
+    return value.tolist()
+
+
+def _match_counts(input_ids: Tensor, image_token_id: int, given: list[int]) -> None:
+    tokens = (input_ids == image_token_id).sum(1).tolist()
+    for row, (wanted, images) in enumerate(zip(tokens, given, strict=True)):
+        if wanted != images:
+            raise ValueError(
+                f"row {row} has {wanted} <image> token(s) but {images} image(s); give as many "
+                "images as tokens, and num_images where rows differ"
+            )
+
+
+def _require_device(name: str, tensor: Tensor, reference: Tensor) -> None:
+    if tensor.device != reference.device:
+        raise ValueError(f"{name} is on {tensor.device}, input_ids on {reference.device}")

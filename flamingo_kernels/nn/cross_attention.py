@@ -1,0 +1,218 @@
+"""The gated cross-attention dense block (Flamingo, section 2.2 and figure 4)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels.nn.layers import FeedForward, LayerNorm
+from flamingo_kernels.ops import MediaSpans, gated_residual, media_cross_attention
+from flamingo_kernels.ops.spans import ATTEND_MODES
+
+GATES = ("scalar", "vector")
+
+
+class MediaKeyValue(NamedTuple):
+    """Keys and values of all media slots for one layer, [B, I, R, H, D] each."""
+
+    key: Tensor
+    value: Tensor
+
+
+class MaskedCrossAttention(nn.Module):
+    """Pre-norm cross-attention of text [B, T, dim] to media latents, before gate and residual."""
+
+    def __init__(
+        self,
+        dim: int,
+        dim_visual: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        *,
+        media_norm: bool = False,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        inner = dim_head * heads
+        self.heads = heads
+        self.kernel = kernel
+        self.norm = LayerNorm(dim, kernel)
+        self.norm_media = LayerNorm(dim_visual, kernel) if media_norm else None
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim_visual, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def project_media(self, media: Tensor) -> MediaKeyValue:
+        """Media latents [B, I, R, dim_visual] -> keys and values, strided views of one product."""
+        if self.norm_media is not None:
+            media = self.norm_media(media)
+        key_value = self.to_kv(media).unflatten(-1, (2, self.heads, -1))
+        return MediaKeyValue(*key_value.unbind(-3))
+
+    def forward(
+        self, x: Tensor, media_kv: MediaKeyValue, spans: MediaSpans, gate: Tensor | None = None
+    ) -> Tensor:
+        q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, -1))
+        out = media_cross_attention(
+            q, media_kv.key, media_kv.value, spans, gate, kernel=self.kernel
+        )
+        return self.to_out(out.flatten(-2))
+
+
+class GatedCrossAttentionBlock(nn.Module):
+    """Gated cross-attention and gated feed-forward, to be run before a frozen LM block.
+
+    ``x + tanh(attn_gate) * attn(x, media)``, then ``x + tanh(ff_gate) * ff(x)``; with both gates at
+    their initial 0 the output equals ``x`` bit for bit. Parameters and state-dict names are those
+    of OpenFlamingo's module of this name; what follows ``*`` is new.
+
+    Parameters
+    ----------
+    dim, dim_visual : int
+        Widths of the text and of the media latents.
+    dim_head, heads, ff_mult : int
+        Attention head width, number of heads, hidden over model width of the feed-forward.
+    only_attend_immediate_media : bool
+        True is attend mode ``"last"``, False ``"previous"``; used by ``media_locations`` only.
+        Unlike OpenFlamingo's, tokens before the first image see nothing in either mode.
+    attend : {"last", "last_group", "previous"}, optional
+        Overrides ``only_attend_immediate_media``.
+    media_norm : bool
+        LayerNorm on the media before keys and values (paper v1, section 3.1.2).
+    gate : {"scalar", "vector"}
+        One gate value per layer, or one per channel.
+    activation : {"gelu", "squared_relu", "relu"}
+        Feed-forward activation.
+    feed_forward_without_media : bool
+        Run the gated feed-forward on tokens that see no media too (paper, OpenFlamingo, IDEFICS);
+        False leaves such tokens untouched (Llama-3.2-Vision).
+    kernel : {"auto", "triton", "cpp", "torch"}
+        Kernel of every op inside.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dim_visual: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        only_attend_immediate_media: bool = True,
+        *,
+        attend: str | None = None,
+        media_norm: bool = False,
+        gate: str = "scalar",
+        activation: str = "gelu",
+        feed_forward_without_media: bool = True,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        if gate not in GATES:
+            raise ValueError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
+        self.attend = attend or ("last" if only_attend_immediate_media else "previous")
+        if self.attend not in ATTEND_MODES:
+            raise ValueError(f"unknown attend mode {attend!r}; known: {', '.join(ATTEND_MODES)}")
+        self.feed_forward_without_media = feed_forward_without_media
+        self.scalar_gate = gate == "scalar"
+        self.kernel = kernel
+        gate_size = 1 if self.scalar_gate else dim
+        self.attn = MaskedCrossAttention(
+            dim, dim_visual, dim_head, heads, media_norm=media_norm, kernel=kernel
+        )
+        self.attn_gate = nn.Parameter(torch.zeros(gate_size))
+        self.ff = FeedForward(dim, ff_mult, activation, kernel)
+        self.ff_gate = nn.Parameter(torch.zeros(gate_size))
+
+    def project_media(self, media: Tensor) -> MediaKeyValue:
+        """Keys and values of media latents [B, I, R, dim_visual], to be reused over decoding steps.
+
+        Slots that are padding must hold finite values here, as they enter the weight gradient.
+        """
+        return self.attn.project_media(media)
+
+    def forward(
+        self,
+        x: Tensor,
+        media: Tensor | None = None,
+        media_locations: Tensor | None = None,
+        use_cached_media: bool = False,
+        *,
+        spans: MediaSpans | None = None,
+        media_kv: MediaKeyValue | None = None,
+    ) -> Tensor:
+        """One block.
+
+        Parameters
+        ----------
+        x : Tensor
+            Text hidden states [B, T, dim].
+        media : Tensor, optional
+            Media latents [B, I, R, dim_visual]; slots that no token sees may hold NaN.
+        media_locations : Tensor, optional
+            bool [B, T], True at ``<image>`` tokens. Without it and without ``spans`` every token
+            sees all media, as in OpenFlamingo.
+        use_cached_media : bool
+            Every token of ``x`` sees what the last position of ``media_locations`` sees, however
+            many tokens that has (OpenFlamingo's decoding).
+        spans : MediaSpans, optional
+            What each token sees; takes the place of ``media_locations``.
+        media_kv : MediaKeyValue, optional
+            ``project_media(media)``, in place of ``media``.
+
+        Returns
+        -------
+        Tensor
+            [B, T, dim].
+
+        Raises
+        ------
+        ValueError
+            Both or neither of ``media`` and ``media_kv``, both of ``spans`` and
+            ``media_locations``, or shapes that do not fit.
+        """
+        if (media is None) == (media_kv is None):
+            raise ValueError("give exactly one of media and media_kv")
+        if media is not None and media.ndim != 4:
+            raise ValueError(f"media must be [B, I, R, dim_visual], got {tuple(media.shape)}")
+        if spans is None:
+            slots = (media if media is not None else media_kv.key).shape[1]
+            spans = self._spans(x, slots, media_locations, use_cached_media)
+        elif media_locations is not None:
+            raise ValueError("give at most one of spans and media_locations")
+        if media_kv is None:
+            seen = spans.visible(media.shape[1]).any(1)
+            media_kv = self.project_media(media.masked_fill(~seen[:, :, None, None], 0))
+
+        if self.scalar_gate:
+            x = x + self.attn(x, media_kv, spans, gate=self.attn_gate)
+            update = self.ff(x, gate=self.ff_gate)
+        else:
+            attended = self.attn(x, media_kv, spans)
+            x = gated_residual(x, attended, self.attn_gate, kernel=self.kernel)
+            update = self.ff(x)
+        if not self.feed_forward_without_media:
+            update = update.masked_fill((spans.first > spans.last)[..., None], 0)
+        if self.scalar_gate:
+            return x + update
+        return gated_residual(x, update, self.ff_gate, kernel=self.kernel)
+
+    def _spans(
+        self, x: Tensor, slots: int, media_locations: Tensor | None, use_cached_media: bool
+    ) -> MediaSpans:
+        tokens = x.shape[1]
+        if media_locations is None:
+            return MediaSpans.everything(x.shape[0], tokens, slots, x.device)
+        spans = MediaSpans.from_media_locations(media_locations, self.attend)
+        if use_cached_media:
+            last = spans.newest(1)
+            return MediaSpans(
+                last.first.expand(-1, tokens), last.last.expand(-1, tokens), last.single_item
+            )
+        if media_locations.shape[1] != tokens:
+            raise ValueError(
+                f"media_locations has {media_locations.shape[1]} tokens, x has {tokens}; for a "
+                "decoding step pass use_cached_media=True"
+            )
+        return spans

@@ -1,0 +1,65 @@
+"""LayerNorm and feed-forward on the pointwise ops."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from flamingo_kernels.ops import gated_activation, layer_norm
+from flamingo_kernels.ops.pointwise import ACTIVATIONS
+
+
+class LayerNorm(nn.LayerNorm):
+    """``torch.nn.LayerNorm`` over the last dimension, run by the selected kernel."""
+
+    def __init__(self, dim: int, kernel: str = "auto") -> None:
+        super().__init__(dim)
+        self.kernel = kernel
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., dim] -> [..., dim]."""
+        return layer_norm(x, self.weight, self.bias, self.eps, kernel=self.kernel)
+
+
+class _Activation(nn.Module):
+    """``tanh(gate) * activation(x)``; holds place 2 of OpenFlamingo's feed-forward Sequential."""
+
+    def __init__(self, activation: str, kernel: str) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        self.activation = activation
+        self.kernel = kernel
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return gated_activation(x, gate, self.activation, kernel=self.kernel)
+
+
+class FeedForward(nn.Sequential):
+    """LayerNorm, expansion, activation, projection, without biases (state-dict keys 0, 1 and 3).
+
+    Parameters
+    ----------
+    dim : int
+        Width.
+    mult : int
+        Hidden width over ``dim``.
+    activation : {"gelu", "squared_relu", "relu"}
+        GELU is OpenFlamingo's, squared ReLU the paper's (appendix A.1.4).
+    kernel : str
+        Kernel of the norm and the activation.
+    """
+
+    def __init__(
+        self, dim: int, mult: int = 4, activation: str = "gelu", kernel: str = "auto"
+    ) -> None:
+        super().__init__(
+            LayerNorm(dim, kernel),
+            nn.Linear(dim, dim * mult, bias=False),
+            _Activation(activation, kernel),
+            nn.Linear(dim * mult, dim, bias=False),
+        )
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        """[..., dim] -> [..., dim], multiplied by ``tanh(gate)`` when a scalar gate is given."""
+        norm, expand, activation, project = self
+        return project(activation(expand(norm(x)), gate))

@@ -1,0 +1,167 @@
+"""The Perceiver Resampler (Flamingo, section 2.1 and figure 5)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels.nn.layers import FeedForward, LayerNorm
+from flamingo_kernels.ops import latent_attention
+
+
+class PerceiverAttention(nn.Module):
+    """Latents [N, L, dim] attend to features [N, M, dim] and to themselves."""
+
+    def __init__(
+        self, dim: int, dim_head: int = 64, heads: int = 8, *, kernel: str = "auto"
+    ) -> None:
+        super().__init__()
+        inner = dim_head * heads
+        self.heads = heads
+        self.kernel = kernel
+        self.norm_media = LayerNorm(dim, kernel)
+        self.norm_latents = LayerNorm(dim, kernel)
+        self.to_q = nn.Linear(dim, inner, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
+        self.to_out = nn.Linear(inner, dim, bias=False)
+
+    def forward(self, features: Tensor, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
+        latents = self.norm_latents(latents)
+        q = self.to_q(latents).unflatten(-1, (self.heads, -1))
+        k_media, v_media = self._key_value(self.norm_media(features))
+        k_latents, v_latents = self._key_value(latents)
+        out = latent_attention(
+            q, k_media, v_media, k_latents, v_latents, lengths, kernel=self.kernel
+        )
+        return self.to_out(out.flatten(-2))
+
+    def _key_value(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.to_kv(x).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+
+
+class PerceiverResampler(nn.Module):
+    """Turns the features of each image or clip into a fixed number of latents.
+
+    Parameters and state-dict names are those of OpenFlamingo's module of this name; what follows
+    ``*`` is new.
+
+    Parameters
+    ----------
+    dim : int
+        Width of features and latents.
+    depth, dim_head, heads, num_latents, ff_mult : int
+        Layers, head width, heads, latents per media item, hidden over model width.
+    max_num_media : int, optional
+        Size of a learned embedding of the media slot; None: no such embedding.
+    max_num_frames : int, optional
+        Size n of the learned temporal embedding. Frame f of F gets position ``f (n-1) / (F-1)`` of
+        it, linearly interpolated (appendix B.1.2): frame f itself for F = n, and position 0 for an
+        image, F = 1. None: no temporal embedding.
+    input_dim : int, optional
+        Width of the features where it differs; adds a projection to ``dim``.
+    activation : {"gelu", "squared_relu", "relu"}
+        Feed-forward activation.
+    final_norm : bool
+        LayerNorm after the last layer (OpenFlamingo: yes, the paper's pseudo-code: no).
+    kernel : {"auto", "triton", "cpp", "torch"}
+        Kernel of every op inside.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        depth: int = 6,
+        dim_head: int = 64,
+        heads: int = 8,
+        num_latents: int = 64,
+        max_num_media: int | None = None,
+        max_num_frames: int | None = None,
+        ff_mult: int = 4,
+        *,
+        input_dim: int | None = None,
+        activation: str = "gelu",
+        final_norm: bool = True,
+        kernel: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(num_latents, dim))
+        self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
+        self.media_time_embs = (
+            nn.Parameter(torch.randn(max_num_media, 1, dim)) if max_num_media else None
+        )
+        self.input_projection = nn.Linear(input_dim, dim, bias=False) if input_dim else None
+        self.layers = nn.ModuleList(
+            nn.ModuleList(
+                [
+                    PerceiverAttention(dim, dim_head, heads, kernel=kernel),
+                    FeedForward(dim, ff_mult, activation, kernel),
+                ]
+            )
+            for _ in range(depth)
+        )
+        self.norm = LayerNorm(dim, kernel) if final_norm else None
+
+    def forward(self, x: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Features [B, I, F, S, D_in] of every frame -> latents [B, I, R, dim].
+
+        Parameters
+        ----------
+        x : Tensor
+            Features; S spatial positions of each of F frames of I media items.
+        num_frames : Tensor, optional
+            Integer [B, I], frames that are real; the others are never read and may hold NaN.
+
+        Raises
+        ------
+        ValueError
+            Wrong rank or shape, or more media items than ``max_num_media``.
+        """
+        if x.ndim != 5:
+            raise ValueError(f"features must be [B, I, F, S, D], got shape {tuple(x.shape)}")
+        batch, media, frames, positions, _ = x.shape
+        lengths = None
+        if num_frames is not None:
+            if num_frames.shape != (batch, media):
+                raise ValueError(
+                    f"num_frames must be [B, I] = {(batch, media)}, got {tuple(num_frames.shape)}"
+                )
+            real = torch.arange(frames, device=x.device) < num_frames[..., None]
+            x = x.masked_fill(~real[..., None, None], 0)
+            lengths = (num_frames * positions).flatten()
+        if self.input_projection is not None:
+            x = self.input_projection(x)
+        if self.frame_embs is not None:
+            x = x + self._temporal_embedding(frames, num_frames).to(x.dtype)
+        x = x.flatten(2, 3)  # [B, I, F*S, dim]
+        if self.media_time_embs is not None:
+            if media > len(self.media_time_embs):
+                raise ValueError(
+                    f"{media} media items, but max_num_media is {len(self.media_time_embs)}"
+                )
+            x = x + self.media_time_embs[:media].to(x.dtype)
+        x = x.flatten(0, 1)  # [N, F*S, dim]
+        latents = self.latents.expand(x.shape[0], -1, -1)
+        for attention, feed_forward in self.layers:
+            latents = latents + attention(x, latents, lengths)
+            latents = latents + feed_forward(latents)
+        if self.norm is not None:
+            latents = self.norm(latents)
+        return latents.unflatten(0, (batch, media))
+
+    def _temporal_embedding(self, frames: int, num_frames: Tensor | None) -> Tensor:
+        """[F, 1, dim], or [B, I, F, 1, dim] where items differ in length."""
+        table = self.frame_embs
+        last = table.shape[0] - 1
+        precision = torch.promote_types(table.dtype, torch.float32)
+        frame = torch.arange(frames, device=table.device, dtype=precision)
+        if num_frames is None:
+            intervals = max(frames - 1, 1)
+        else:
+            intervals = (num_frames[..., None] - 1).clamp(min=1)
+        # Frames past an item's end are masked; the clamp only keeps their index valid.
+        position = (frame * last / intervals).clamp(max=last)
+        below = position.floor()
+        fraction = (position - below).to(table.dtype)[..., None]
+        below = below.long()
+        above = (below + 1).clamp(max=last)
+        return torch.lerp(table[below], table[above], fraction)[..., None, :]

@@ -1,0 +1,17 @@
+"""Public ops: one function each, ``kernel=`` selects the implementation."""
+
+from flamingo_kernels.ops.dispatch import KernelUnavailableError
+from flamingo_kernels.ops.latent_attention import latent_attention
+from flamingo_kernels.ops.media_attention import media_cross_attention
+from flamingo_kernels.ops.pointwise import gated_activation, gated_residual, layer_norm
+from flamingo_kernels.ops.spans import MediaSpans
+
+__all__ = [
+    "KernelUnavailableError",
+    "MediaSpans",
+    "gated_activation",
+    "gated_residual",
+    "latent_attention",
+    "layer_norm",
+    "media_cross_attention",
+]

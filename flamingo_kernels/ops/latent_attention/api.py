@@ -1,0 +1,57 @@
+"""The public latent attention op."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flamingo_kernels.ops import checks, dispatch
+from flamingo_kernels.ops.latent_attention import impl_torch
+
+
+def latent_attention(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Attention of a Perceiver Resampler layer: keys and values from [features; latents].
+
+    Equivalent to ``softmax(q @ cat([k_media, k_latents]).T * scale) @ cat([v_media, v_latents])``
+    per item and head (Flamingo, figure 5), without the concatenation.
+
+    Parameters
+    ----------
+    q : Tensor
+        Floating point [N, L, H, D], N media items with L latents.
+    k_media, v_media : Tensor
+        [N, M, H, D], dtype and device of ``q``; M may be 0.
+    k_latents, v_latents : Tensor
+        [N, L, H, D].
+    lengths : Tensor, optional
+        Integer [N], number of valid media keys per item; keys past it are never read into a
+        result. Default: all M.
+    scale : float, optional
+        Score multiplier, default ``D ** -0.5``.
+    kernel : {"auto", "triton", "cpp", "torch"}
+        ``"auto"`` takes the best available; an explicit kernel never falls back.
+
+    Returns
+    -------
+    Tensor
+        [N, L, H, D], dtype of ``q``. Softmax and sums are in fp32 (fp64 for fp64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Arguments that do not fit together; the message names the values.
+    KernelUnavailableError
+        The kernel asked for cannot run this call; the message lists the reasons.
+    """
+    checks.latent_attention(q, k_media, v_media, k_latents, v_latents, lengths)
+    dispatch.choose_for("latent_attention", kernel, q, k_media, v_media, k_latents, v_latents)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return impl_torch.forward(q, k_media, v_media, k_latents, v_latents, lengths, scale)

@@ -1,0 +1,32 @@
+"""The best that stock PyTorch does for latent attention: SDPA on concatenated keys. Any device."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def forward(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """See ``api.latent_attention``."""
+    mask = None
+    if lengths is not None:
+        keys = torch.arange(k_media.shape[1], device=q.device)
+        valid = keys < lengths[:, None]  # [N, M]
+        k_media, v_media = (x.masked_fill(~valid[:, :, None, None], 0) for x in (k_media, v_media))
+        mask = F.pad(valid, (0, k_latents.shape[1]), value=True)[:, None, None]
+    return F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        torch.cat((k_media, k_latents), 1).transpose(1, 2),
+        torch.cat((v_media, v_latents), 1).transpose(1, 2),
+        attn_mask=mask,
+        scale=scale,
+    ).transpose(1, 2)

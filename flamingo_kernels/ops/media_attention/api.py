@@ -1,0 +1,67 @@
+"""The public media cross-attention op."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flamingo_kernels.ops import checks, dispatch
+from flamingo_kernels.ops.media_attention import contract, impl_torch
+from flamingo_kernels.ops.spans import MediaSpans
+
+
+def media_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: MediaSpans,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+    kernel: str = "auto",
+) -> Tensor:
+    """Masked cross-attention of text tokens to media latents (Flamingo, section 2.4, A.1.3).
+
+    Equivalent to, with ``mask[b, t, i] = spans.first[b, t] <= i <= spans.last[b, t]``::
+
+        scores = einsum("bthd,birhd->bhtir", q, k) * scale          # media slots masked out: -inf
+        out = einsum("bhtir,birhd->bthd", softmax(scores over i, r), v) * tanh(gate)
+
+    with exact zeros, and exactly zero gradients, for tokens whose range is empty. Media slots that
+    no token of a row sees are never read into a result: they may hold NaN.
+
+    Parameters
+    ----------
+    q : Tensor
+        Floating point [B, T, H, D].
+    k, v : Tensor
+        [B, I, R, Hkv, D], dtype and device of ``q``; ``H`` a multiple of ``Hkv`` (grouped queries).
+        Any strides; I, the number of media slots, may be 0.
+    spans : MediaSpans
+        Ranges [B, T] of the items that each token sees.
+    gate : Tensor, optional
+        One floating point value, any dtype; the output is multiplied by ``tanh(gate)``.
+    scale : float, optional
+        Score multiplier, default ``D ** -0.5``.
+    kernel : {"auto", "triton", "cpp", "torch"}
+        ``"auto"`` takes the best available; an explicit kernel never falls back.
+
+    Returns
+    -------
+    Tensor
+        [B, T, H, D], dtype of ``q``. Softmax and sums are in fp32 (fp64 for fp64 inputs).
+
+    Raises
+    ------
+    TypeError, ValueError
+        Arguments that do not fit together; the message names the values.
+    KernelUnavailableError
+        The kernel asked for cannot run this call; the message lists the reasons.
+    """
+    checks.media_cross_attention(q, k, v, spans, gate)
+    chosen = dispatch.choose_for("media_cross_attention", kernel, q, k, v, gate)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if gate is not None:
+        gate = gate.to(torch.promote_types(q.dtype, torch.float32))
+    if chosen == "torch":
+        return impl_torch.forward(q, k, v, spans, gate, scale)
+    return contract.forward(q, k, v, spans.first, spans.last, gate, scale, chosen)

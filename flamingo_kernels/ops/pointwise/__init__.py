@@ -1,0 +1,10 @@
+"""Memory-bound ops around the attention: gated residual, gated activation, LayerNorm."""
+
+from flamingo_kernels.ops.pointwise.api import (
+    ACTIVATIONS,
+    gated_activation,
+    gated_residual,
+    layer_norm,
+)
+
+__all__ = ["ACTIVATIONS", "gated_activation", "gated_residual", "layer_norm"]

@@ -1,0 +1,154 @@
+"""Which media items each token may see, as ranges of media indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+ATTEND_MODES = ("last", "last_group", "previous")
+ASSIGN_MODES = ("previous", "next")
+
+
+@dataclass(frozen=True, eq=False)
+class MediaSpans:
+    """Range ``first..last`` (both inclusive) of media items that each token sees.
+
+    Every attend mode is such a range, because media indices never decrease along the text
+    (Flamingo, section 2.4 and appendix A.1.3). A range is empty where ``first > last``: such a
+    token sees nothing and its attention output is exactly zero. Ops intersect ranges with the
+    ``0..I-1`` media slots they are given.
+
+    Computed once per forward and passed to every layer.
+
+    Attributes
+    ----------
+    first, last : Tensor
+        int32 [B, T].
+    single_item : bool
+        No range holds more than one item (attend mode ``"last"``), known without a device read.
+    """
+
+    first: Tensor
+    last: Tensor
+    single_item: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("first", "last"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.dtype != torch.int32:
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"MediaSpans.{name} must be an int32 tensor, got {got}")
+        if self.first.ndim != 2 or self.first.shape != self.last.shape:
+            raise ValueError(
+                "MediaSpans.first and .last must have one shape [B, T], got "
+                f"{tuple(self.first.shape)} and {tuple(self.last.shape)}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        """[B, T]."""
+        return self.first.shape
+
+    @classmethod
+    def from_tokens(
+        cls, input_ids: Tensor, image_token_id: int, attend: str = "last", assign: str = "previous"
+    ) -> MediaSpans:
+        """Ranges for rows of token ids; the k-th ``<image>`` token of a row starts media item k.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            Integer [B, T]. Padding needs no mask: only ``<image>`` tokens are counted.
+        image_token_id : int
+            Id of the ``<image>`` token.
+        attend : {"last", "last_group", "previous"}
+            ``last``: the token's own item k (Flamingo, OpenFlamingo, IDEFICS); ``last_group``: the
+            run of adjacent ``<image>`` tokens that ends at item k (Llama-3.2-Vision);
+            ``previous``: items 0..k.
+        assign : {"previous", "next"}
+            Whether text belongs to the image before it or, as in half of the paper's training
+            documents (appendix A.3.2), to the one after it. With ``"next"``, text after the
+            last image sees none. An ``<image>`` token always belongs to its own image.
+
+        Raises
+        ------
+        ValueError
+            Unknown mode, or ``input_ids`` not of shape [B, T].
+        """
+        if input_ids.ndim != 2:
+            raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
+        return cls.from_media_locations(input_ids == image_token_id, attend, assign)
+
+    @classmethod
+    def from_media_locations(
+        cls, locations: Tensor, attend: str = "last", assign: str = "previous"
+    ) -> MediaSpans:
+        """Ranges from a bool [B, T] that is True at ``<image>`` tokens; see :meth:`from_tokens`."""
+        _check_mode("attend", attend, ATTEND_MODES)
+        _check_mode("assign", assign, ASSIGN_MODES)
+        if locations.ndim != 2 or locations.dtype != torch.bool:
+            raise ValueError(
+                f"media locations must be bool [B, T], got {locations.dtype} of shape "
+                f"{tuple(locations.shape)}"
+            )
+        count = locations.cumsum(1, dtype=torch.int32)
+        index = count - 1
+        if assign == "next":
+            none_left = ~locations & (count == count[:, -1:])
+            index = torch.where(locations, index, count).masked_fill(none_left, -1)
+        if attend != "last_group" or locations.shape[1] == 0:
+            return cls.from_media_index(index, "last" if attend == "last_group" else attend)
+
+        before = torch.nn.functional.pad(locations, (1, 0))[:, :-1]
+        starts_run = locations & ~before
+        first = torch.where(starts_run, count - 1, -1).cummax(1).values
+        last = index
+        if assign == "next":
+            after = torch.nn.functional.pad(locations, (0, 1))[:, 1:]
+            beyond = torch.iinfo(torch.int32).max
+            run_ends = torch.where(locations & ~after, count - 1, beyond)
+            following_end = run_ends.flip(1).cummin(1).values.flip(1)
+            first = torch.where(locations, first, index)
+            last = torch.where(locations | (index < 0), index, following_end)
+        return cls(*_empty_as_canonical(first, last))
+
+    @classmethod
+    def from_media_index(cls, index: Tensor, attend: str = "last") -> MediaSpans:
+        """Ranges from each token's media index, integer [B, T] with -1 for "no media".
+
+        ``last_group`` needs the positions of the ``<image>`` tokens and is refused here.
+        """
+        _check_mode("attend", attend, ("last", "previous"))
+        last = index.to(torch.int32)
+        if attend == "last":
+            return cls(*_empty_as_canonical(last, last), single_item=True)
+        return cls(*_empty_as_canonical(torch.zeros_like(last), last))
+
+    @classmethod
+    def everything(cls, batch: int, tokens: int, media: int, device: torch.device) -> MediaSpans:
+        """Every token sees all ``media`` items."""
+        first = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
+        return cls(first, torch.full_like(first, media - 1))
+
+    def newest(self, tokens: int) -> MediaSpans:
+        """The ranges of the last ``tokens`` tokens of each row (a decoding step's own)."""
+        start = self.shape[1] - tokens
+        return MediaSpans(self.first[:, start:], self.last[:, start:], self.single_item)
+
+    def visible(self, media: int) -> Tensor:
+        """bool [B, T, media]: may token t see media slot i?"""
+        slots = torch.arange(media, dtype=torch.int32, device=self.first.device)
+        return (slots >= self.first[..., None]) & (slots <= self.last[..., None])
+
+
+def _empty_as_canonical(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """Give every empty range the one form 0..-1, so that equal ranges have equal bits."""
+    empty = (first > last) | (last < 0)
+    return first.masked_fill(empty, 0), last.masked_fill(empty, -1)
+
+
+def _check_mode(what: str, mode: str, known: tuple[str, ...]) -> None:
+    if mode not in known:
+        raise ValueError(f"unknown {what} mode {mode!r}; known: {', '.join(known)}")

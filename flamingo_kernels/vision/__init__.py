@@ -1,0 +1,46 @@
+"""Vision encoders: images -> features."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from flamingo_kernels.vision.config import (
+    NFNET_VARIANTS,
+    HuggingFaceVisionConfig,
+    NFNetConfig,
+    NFNetVariant,
+    VisionConfig,
+)
+from flamingo_kernels.vision.huggingface import HuggingFaceVisionEncoder
+from flamingo_kernels.vision.nfnet import NFNet
+from flamingo_kernels.vision.protocol import VisionEncoder
+
+__all__ = [
+    "NFNET_VARIANTS",
+    "HuggingFaceVisionConfig",
+    "HuggingFaceVisionEncoder",
+    "NFNet",
+    "NFNetConfig",
+    "NFNetVariant",
+    "VisionConfig",
+    "VisionEncoder",
+    "build_vision_encoder",
+]
+
+_BUILDERS = {"nfnet": NFNet, "huggingface": HuggingFaceVisionEncoder.from_config}
+
+
+def build_vision_encoder(config: VisionConfig) -> nn.Module:
+    """The encoder that `config` describes, with fresh weights; a `VisionEncoder`.
+
+    Raises
+    ------
+    ValueError
+        If `config.kind` is unknown.
+    ImportError
+        If the kind needs a package that is not installed.
+    """
+    kind = getattr(config, "kind", None)
+    if kind not in _BUILDERS:
+        raise ValueError(f"unknown vision kind {kind!r}; known: {', '.join(_BUILDERS)}")
+    return _BUILDERS[kind](config)

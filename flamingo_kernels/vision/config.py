@@ -1,0 +1,169 @@
+"""Configurations of the vision encoders; plain values, so that they serialise as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+# 1 / std(activation(z)) for z ~ N(0, 1), as the released NFNet weights were trained with.
+ACTIVATION_GAINS = {
+    "gelu": 1.7015043497085571,
+    "relu": 1.7139588594436646,
+    "silu": 1.7881293296813965,
+}
+
+
+class NFNetVariant(NamedTuple):
+    """What tells one NFNet-F apart from another (Brock et al. 2021, table 1).
+
+    Attributes
+    ----------
+    depths : blocks in each stage.
+    train_size, test_size : pixels on a side of the images it was trained and evaluated on.
+    widths : channels of each stage.
+    """
+
+    depths: tuple[int, ...]
+    train_size: int
+    test_size: int
+    widths: tuple[int, ...] = (256, 512, 1536, 1536)
+
+
+NFNET_VARIANTS = {
+    "F0": NFNetVariant((1, 2, 6, 3), 192, 256),
+    "F1": NFNetVariant((2, 4, 12, 6), 224, 320),
+    "F2": NFNetVariant((3, 6, 18, 9), 256, 352),
+    "F3": NFNetVariant((4, 8, 24, 12), 320, 416),
+    "F4": NFNetVariant((5, 10, 30, 15), 384, 512),
+    "F5": NFNetVariant((6, 12, 36, 18), 416, 544),
+    "F6": NFNetVariant((7, 14, 42, 21), 448, 576),
+}
+
+
+def _require_positive(**values: float) -> None:
+    for name, value in values.items():
+        if value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class NFNetConfig:
+    """A normaliser-free ResNet (Brock et al. 2021); the defaults are those of the F family.
+
+    Attributes
+    ----------
+    image_size : pixels on a side of the images the encoder is meant for; any size is computed.
+    widths, depths : channels and blocks of each stage, one to four stages.
+    stem_width : output channels of the four-convolution stem, a multiple of 8.
+    group_width : channels of a group in the 3x3 convolutions.
+    bottleneck_ratio : inner channels of a block over its width.
+    se_ratio : squeeze-excite channels over the width.
+    alpha : scale of each residual branch.
+    feature_multiplier : output channels over the last width.
+    stochastic_depth : drop rate of the last block, in [0, 1); earlier ones grow linearly up to it.
+    activation : "gelu", "relu" or "silu".
+    """
+
+    kind: str = field(default="nfnet", init=False)
+    image_size: int
+    widths: tuple[int, ...]
+    depths: tuple[int, ...]
+    stem_width: int = 128
+    group_width: int = 128
+    bottleneck_ratio: float = 0.5
+    se_ratio: float = 0.5
+    alpha: float = 0.2
+    feature_multiplier: float = 2.0
+    stochastic_depth: float = 0.0
+    activation: str = "gelu"
+
+    def __post_init__(self) -> None:
+        # JSON has no tuples: a list read back must give an equal config.
+        object.__setattr__(self, "widths", tuple(self.widths))
+        object.__setattr__(self, "depths", tuple(self.depths))
+        if not 1 <= len(self.widths) == len(self.depths) <= 4:
+            raise ValueError(
+                "widths and depths must both name one to four stages, "
+                f"got widths={self.widths} and depths={self.depths}"
+            )
+        for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
+            _require_positive(**{f"widths[{stage}]": width, f"depths[{stage}]": depth})
+        _require_positive(
+            image_size=self.image_size,
+            stem_width=self.stem_width,
+            group_width=self.group_width,
+            bottleneck_ratio=self.bottleneck_ratio,
+            se_ratio=self.se_ratio,
+            alpha=self.alpha,
+            feature_multiplier=self.feature_multiplier,
+        )
+        if self.stem_width % 8:
+            raise ValueError(f"stem_width must be a multiple of 8, got {self.stem_width}")
+        for width in self.widths:
+            inner = int(width * self.bottleneck_ratio)
+            if inner == 0 or inner % self.group_width:
+                raise ValueError(
+                    f"width {width} * bottleneck_ratio {self.bottleneck_ratio} = {inner} inner "
+                    f"channels must be a positive multiple of group_width {self.group_width}"
+                )
+        if not 0.0 <= self.stochastic_depth < 1.0:
+            raise ValueError(f"stochastic_depth must be in [0, 1), got {self.stochastic_depth}")
+        if self.activation not in ACTIVATION_GAINS:
+            raise ValueError(
+                f"unknown activation {self.activation!r}; known: {', '.join(ACTIVATION_GAINS)}"
+            )
+
+    @property
+    def output_dim(self) -> int:
+        """Channels of the features."""
+        return int(self.widths[-1] * self.feature_multiplier)
+
+    @classmethod
+    def from_variant(cls, variant: str, **changes: Any) -> NFNetConfig:
+        """The configuration of NFNet-F0 to F6, at its training resolution unless `changes` say.
+
+        Parameters
+        ----------
+        variant : "F0" to "F6".
+        changes : attributes to replace, such as ``image_size=320``.
+
+        Raises
+        ------
+        ValueError
+            If the variant is unknown.
+        """
+        if variant not in NFNET_VARIANTS:
+            raise ValueError(
+                f"unknown NFNet variant {variant!r}; known: {', '.join(NFNET_VARIANTS)}"
+            )
+        row = NFNET_VARIANTS[variant]
+        values = {"image_size": row.train_size, "widths": row.widths, "depths": row.depths}
+        return cls(**{**values, **changes})
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFaceVisionConfig:
+    """A vision model that transformers builds from its `model_type` and options.
+
+    Attributes
+    ----------
+    model_type : transformers' name of the architecture, such as "clip_vision_model".
+    options : arguments of its configuration class.
+    image_size, output_dim : what the built model must have; known here without building it.
+    drop_class_token : leave out the first token of the output (CLIP's class token).
+    """
+
+    kind: str = field(default="huggingface", init=False)
+    model_type: str
+    options: dict[str, Any] = field(default_factory=dict)
+    image_size: int
+    output_dim: int
+    drop_class_token: bool
+
+    def __post_init__(self) -> None:
+        if not self.model_type:
+            raise ValueError(f"model_type must name an architecture, got {self.model_type!r}")
+        _require_positive(image_size=self.image_size, output_dim=self.output_dim)
+
+
+VisionConfig = NFNetConfig | HuggingFaceVisionConfig

@@ -1,0 +1,111 @@
+"""Hugging Face vision models, and any module with their kind of output, as vision encoders."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from flamingo_kernels.vision.config import HuggingFaceVisionConfig
+from flamingo_kernels.vision.protocol import Channels, check_images
+
+# Normalisation constants by model type; they live in transformers' processors, not in its models.
+_NORMALISATION: dict[str, tuple[Channels, Channels]] = {
+    "clip_vision_model": (
+        (0.48145466, 0.4578275, 0.40821073),
+        (0.26862954, 0.26130258, 0.27577711),
+    ),
+    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
+
+
+class HuggingFaceVisionEncoder(nn.Module):
+    """Wraps a module that turns images into [N, S, D] tokens.
+
+    The module may return the tensor itself or an object with `last_hidden_state`, as transformers'
+    vision models do. For CLIP that is the last layer's output without the post-LayerNorm, which
+    transformers applies to the pooled token only; with the class token dropped these are the patch
+    tokens OpenFlamingo reads.
+
+    Parameters
+    ----------
+    module : the vision model; it becomes the submodule `module`.
+    drop_class_token : leave out the first token.
+    output_dim, image_size : where `module.config` does not tell (`hidden_size`, `image_size`).
+
+    Raises
+    ------
+    ValueError
+        If a size is neither given nor in `module.config`; from `forward`, if the images are not
+        [N, 3, H, W] or the output is not [N, S, output_dim].
+    TypeError
+        From `forward`, if images are not floating or the module returns something else.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        drop_class_token: bool,
+        output_dim: int | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.module = module
+        self.drop_class_token = drop_class_token
+        config = getattr(module, "config", None)
+        self.output_dim = _given_or_from_config("output_dim", output_dim, config, "hidden_size")
+        self.image_size = _given_or_from_config("image_size", image_size, config, "image_size")
+        model_type = getattr(config, "model_type", None)
+        self.image_mean, self.image_std = _NORMALISATION.get(model_type, (None, None))
+
+    @classmethod
+    def from_config(cls, config: HuggingFaceVisionConfig) -> HuggingFaceVisionEncoder:
+        """Build the model that `config` describes, with random weights (or on the meta device).
+
+        Raises
+        ------
+        ImportError
+            If transformers is not installed.
+        ValueError
+            If the model's sizes are not the ones `config` declares.
+        """
+        try:
+            from transformers import AutoConfig, AutoModel
+        except ImportError as error:
+            raise ImportError(
+                f"building a {config.model_type!r} vision encoder needs transformers: "
+                'pip install "flamingo_kernels[hf]"'
+            ) from error
+        options = AutoConfig.for_model(config.model_type, **config.options)
+        encoder = cls(AutoModel.from_config(options), config.drop_class_token)
+        for name in ("output_dim", "image_size"):
+            declared, built = getattr(config, name), getattr(encoder, name)
+            if declared != built:
+                raise ValueError(
+                    f"config declares {name}={declared}, but {config.model_type!r} with its "
+                    f"options has {built}"
+                )
+        return encoder
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_images(images)
+        output = self.module(images)
+        features = getattr(output, "last_hidden_state", output)
+        if not isinstance(features, Tensor):
+            raise TypeError(
+                f"{type(self.module).__name__} must return a tensor or an object with a tensor "
+                f"`last_hidden_state`, got {type(output).__name__}"
+            )
+        if features.ndim != 3 or features.shape[2] != self.output_dim:
+            raise ValueError(
+                f"{type(self.module).__name__} must return [N, S, {self.output_dim}], "
+                f"got shape {tuple(features.shape)}"
+            )
+        return features[:, 1:] if self.drop_class_token else features
+
+
+def _given_or_from_config(name: str, given: int | None, config: Any, attribute: str) -> int:
+    value = given if given is not None else getattr(config, attribute, None)
+    if value is None:
+        raise ValueError(f"{name} must be given: the module has no config.{attribute}")
+    return value

@@ -1,0 +1,372 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import sys
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+from flamingo_kernels.language import (
+    HuggingFaceCache,
+    HuggingFaceLanguageConfig,
+    HuggingFaceLanguageModel,
+    LanguageModel,
+    LanguageModelCache,
+    build_language_model,
+)
+from tests.budgets import assert_close_to_reference
+
+transformers = pytest.importorskip("transformers")
+
+DIM, DEPTH, VOCAB = 32, 3, 97
+HEADED = {"num_hidden_layers": DEPTH, "num_attention_heads": 4}
+OPTIONS = {
+    "llama": {"hidden_size": DIM, "intermediate_size": 48, "num_key_value_heads": 2, **HEADED},
+    "gpt_neox": {"hidden_size": DIM, "intermediate_size": 48, **HEADED},
+    "mpt": {"d_model": DIM, "n_layers": DEPTH, "n_heads": 4, "max_seq_len": 64},
+    "gpt2": {"n_embd": DIM, "n_layer": DEPTH, "n_head": 4, "n_positions": 64},
+    "opt": {
+        "hidden_size": DIM,
+        "word_embed_proj_dim": DIM,
+        "ffn_dim": 48,
+        "max_position_embeddings": 64,
+        **HEADED,
+    },
+}
+MODEL_TYPES = list(OPTIONS)
+
+
+def config(model_type: str = "llama", **changes) -> HuggingFaceLanguageConfig:
+    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    values = {
+        "model_type": model_type,
+        "options": {"vocab_size": VOCAB, **special, **OPTIONS[model_type]},
+        "dim": DIM,
+        "depth": DEPTH,
+        "vocab_size": VOCAB,
+    }
+    return HuggingFaceLanguageConfig(**{**values, **changes})
+
+
+def build(model_type: str = "llama") -> HuggingFaceLanguageModel:
+    """In fp32: transformers' MPT takes its softmax there of fp64's minimum, -inf, in fp64."""
+    torch.manual_seed(0)
+    wrapped = build_language_model(config(model_type)).eval()
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            # At transformers' initialisation attention hardly shows in the logits.
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    return wrapped
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    # Id 1 is OPT's padding index, whose embedding is zero.
+    return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def _no_graph():
+    with torch.no_grad():
+        yield
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_meta(model_type):
+    with torch.device("meta"):
+        wrapped = build_language_model(config(model_type))
+    assert {p.device.type for p in wrapped.parameters()} == {"meta"}
+    assert isinstance(wrapped, LanguageModel)
+    assert (wrapped.dim, wrapped.num_blocks, wrapped.vocab_size) == (DIM, DEPTH, VOCAB)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_hooks_that_do_nothing_change_no_bit(model_type):
+    wrapped = build(model_type)
+    ids = tokens(2, 6)
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
+    seen = []
+
+    def identity(i, hidden):
+        seen.append((i, tuple(hidden.shape)))
+        return hidden
+
+    for attention_mask in (None, mask):
+        plain = wrapped(ids, attention_mask).logits
+        assert torch.equal(plain, wrapped(ids, attention_mask, before_block=identity).logits)
+        added = wrapped(ids, attention_mask, before_block=lambda i, x: x + 0.0).logits
+        assert torch.equal(plain, added)
+    assert seen == [(i, (2, 6, DIM)) for i in range(DEPTH)] * 2
+    assert torch.equal(wrapped(ids).logits, wrapped.unwrap()(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_before_block_takes_part(model_type):
+    wrapped = build(model_type)
+    ids = tokens(1, 4)
+    noise = torch.randn(1, 4, DIM)
+    plain = wrapped(ids).logits
+    for block in range(DEPTH):
+        changed = wrapped(ids, before_block=lambda i, x, b=block: x + noise * (i == b)).logits
+        assert not torch.equal(changed, plain)
+    assert torch.equal(wrapped(ids).logits, plain)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_left_padded_row_equals_the_row_alone(model_type):
+    wrapped = build(model_type)
+    rows = [tokens(7), tokens(3, seed=1)]
+    ids = torch.stack([rows[0], torch.cat((tokens(4, seed=2), rows[1]))])
+    mask = torch.tensor([[1] * 7, [0] * 4 + [1] * 3])
+    logits = wrapped(ids, attention_mask=mask).logits
+    assert logits.isfinite().all()
+    for i, row in enumerate(rows):
+        alone = wrapped(row[None]).logits[0]
+        assert_close_to_reference(logits[i, 7 - len(row) :], alone, torch.float32, f"row {i}")
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_chunks_with_a_cache_equal_one_shot(model_type, padded):
+    wrapped = build(model_type)
+    ids = tokens(2, 9)
+    mask = torch.tensor([[0] * 4 + [1] * 5, [1] * 9]) if padded else None
+    scale = torch.linspace(0.5, 1.5, DIM)
+
+    def before_block(i, hidden):
+        return hidden * scale + i
+
+    expected = wrapped(ids, mask, before_block=before_block).logits
+    cache, chunks = None, []
+    for start, end in ((0, 5), (5, 7), (7, 8), (8, 9)):
+        output = wrapped(
+            ids[:, start:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            cache=cache,
+            before_block=before_block,
+            use_cache=True,
+        )
+        cache = output.cache
+        chunks.append(output.logits)
+    assert isinstance(cache, HuggingFaceCache)
+    assert isinstance(cache, LanguageModelCache)
+    assert cache.length == 9
+    real = slice(None) if mask is None else mask.bool()
+    assert_close_to_reference(torch.cat(chunks, 1)[real], expected[real], torch.float32, "logits")
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_index_select_forks_the_cache(model_type):
+    wrapped = build(model_type)
+    ids, rows = tokens(3, 5), torch.tensor([2, 0, 0, 1])
+    cache = wrapped(ids, use_cache=True).cache
+    fork = cache.index_select(rows)
+    for held, prefix in ((fork, ids[rows]), (cache, ids)):
+        new = tokens(len(prefix), 2, seed=len(prefix))
+        logits = wrapped(new, cache=held).logits
+        expected = wrapped(torch.cat((prefix, new), 1)).logits[:, -2:]
+        assert_close_to_reference(logits, expected, torch.float32, "logits")
+        assert held.length == 7
+
+
+def test_state_is_that_of_the_model():
+    wrapped = build()
+    assert set(wrapped.state_dict()) == {f"model.{name}" for name in wrapped.model.state_dict()}
+    assert wrapped.blocks is wrapped.model.model.layers
+
+
+def test_gradients_flow_through_frozen_blocks():
+    wrapped = build().requires_grad_(False)
+    with torch.enable_grad():
+        delta = torch.zeros(1, 4, DIM, requires_grad=True)
+        wrapped(tokens(1, 4), before_block=lambda i, x: x + delta).logits.square().sum().backward()
+    assert delta.grad.abs().max() > 0
+
+
+def test_unwrap_removes_every_hook():
+    wrapped = build()
+    model = wrapped.unwrap()
+    assert all(not block._forward_pre_hooks for block in model.model.layers)
+    with pytest.raises(RuntimeError, match="this model was unwrapped"):
+        wrapped(tokens(1, 3), before_block=lambda i, x: x)
+    assert wrapped(tokens(1, 3)).logits.isfinite().all()
+
+
+def test_the_model_called_by_itself_is_not_touched():
+    wrapped = build()
+    ids = tokens(1, 4)
+    plain = wrapped.model(input_ids=ids).logits
+
+    def fail(i, hidden):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        wrapped(ids, before_block=fail)
+    assert torch.equal(wrapped.model(input_ids=ids).logits, plain)
+
+
+def test_a_model_inside_another_call_is_not_touched():
+    outer, inner = build(), build("gpt2")
+    ids = tokens(1, 4)
+    plain = inner.model(input_ids=ids).logits
+    results = []
+
+    def before_block(i, hidden):
+        results.append(inner.model(input_ids=ids).logits)
+        results.append(inner(ids, before_block=lambda i, x: x).logits)
+        return hidden
+
+    outer(ids, before_block=before_block)
+    assert len(results) == 2 * DEPTH
+    assert all(torch.equal(logits, plain) for logits in results)
+
+
+def test_threads_do_not_see_each_other():
+    wrapped = build()
+    ids = tokens(1, 4)
+    shifts = [0.0, 1.0, 2.0, 3.0]
+    expected = [wrapped(ids, before_block=lambda i, x, s=s: x + s).logits for s in shifts]
+    barrier = threading.Barrier(len(shifts), timeout=30)
+    results: dict[int, torch.Tensor] = {}
+
+    def work(k: int) -> None:
+        def before_block(i, hidden):
+            barrier.wait()
+            return hidden + shifts[k]
+
+        with torch.no_grad():
+            results[k] = wrapped(ids, before_block=before_block).logits
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(shifts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(torch.equal(results[k], expected[k]) for k in range(len(shifts)))
+
+
+def test_a_copy_carries_its_own_hooks():
+    wrapped = build()
+    twin = copy.deepcopy(wrapped)
+    ids = tokens(1, 4)
+    expected = wrapped(ids, before_block=lambda i, x: x + 1).logits
+    wrapped.unwrap()
+    assert torch.equal(twin(ids, before_block=lambda i, x: x + 1).logits, expected)
+    assert all(not block._forward_pre_hooks for block in twin.unwrap().model.layers)
+
+
+class FakeConfig:
+    num_hidden_layers = 2
+    hidden_size = 4
+    vocab_size = 5
+
+
+class FakeBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([nn.Identity(), nn.Identity()])
+
+    def forward(self, *args, **kwargs):
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+class FakeModel(nn.Module):
+    """Calls its blocks in `order`, handing their input over as `keyword` or by position."""
+
+    def __init__(self, order=(0, 1), keyword=None, lists=("layers",), count=2) -> None:
+        super().__init__()
+        self.config = FakeConfig()
+        self.order, self.keyword = order, keyword
+        for name in lists:
+            self.add_module(name, nn.ModuleList(FakeBlock() for _ in range(count)))
+
+    def forward(self, input_ids, use_cache):
+        hidden = torch.zeros(*input_ids.shape, 4)
+        for i in self.order:
+            block = self.layers[i]
+            hidden = block(hidden) if self.keyword is None else block(**{self.keyword: hidden})
+        return type("Output", (), {"logits": hidden})()
+
+
+@pytest.mark.parametrize("keyword", [None, "hidden_states"])
+def test_hidden_states_by_position_or_keyword(keyword):
+    wrapped = HuggingFaceLanguageModel(FakeModel(keyword=keyword))
+    assert wrapped._blocks_name == "layers"  # and not the experts of a block
+    logits = wrapped(tokens(1, 2), before_block=lambda i, x: x + 10**i).logits
+    assert torch.equal(logits, torch.full((1, 2, 4), 11.0))
+
+
+def test_blocks_that_cannot_be_hooked():
+    ids = tokens(1, 2)
+    wrapped = HuggingFaceLanguageModel(FakeModel(keyword="x"))
+    with pytest.raises(RuntimeError, match=r"FakeBlock takes its input neither .* but as \['x'\]"):
+        wrapped(ids, before_block=lambda i, x: x)
+    wrapped = HuggingFaceLanguageModel(FakeModel(order=(1, 0)))
+    with pytest.raises(RuntimeError, match="block 1 ran where block 0 was due"):
+        wrapped(ids, before_block=lambda i, x: x)
+    wrapped = HuggingFaceLanguageModel(FakeModel(order=(0,)))
+    with pytest.raises(RuntimeError, match="FakeModel ran 1 of its 2 blocks"):
+        wrapped(ids, before_block=lambda i, x: x)
+
+
+def test_blocks_that_cannot_be_found():
+    with pytest.raises(ValueError, match=r"several module lists .*=2 .* ambiguous: layers, other"):
+        HuggingFaceLanguageModel(FakeModel(lists=("layers", "other")))
+    without = FakeModel(count=3)
+    for block in without.layers:
+        del block.experts
+    with pytest.raises(ValueError, match=r"no module list has num_hidden_layers=2 .*layers \(3\)"):
+        HuggingFaceLanguageModel(without)
+    model = FakeModel()
+    model.config = object()
+    with pytest.raises(ValueError, match="cannot wrap FakeModel: its config has no num_hidden"):
+        HuggingFaceLanguageModel(model)
+    with pytest.raises(ValueError, match="cannot wrap Linear: it has no config"):
+        HuggingFaceLanguageModel(nn.Linear(1, 1))
+
+
+def test_activation_checkpointing_is_refused():
+    wrapped = build().train()
+    wrapped.model.model.layers[1].gradient_checkpointing = True
+    with torch.enable_grad():
+        with pytest.raises(RuntimeError, match="activation checkpointing inside LlamaForCausalLM"):
+            wrapped(tokens(1, 3), before_block=lambda i, x: x)
+    wrapped.eval()
+    assert wrapped(tokens(1, 3), before_block=lambda i, x: x).logits.isfinite().all()
+
+
+def test_argument_errors():
+    wrapped = build()
+    with pytest.raises(ValueError, match=r"= \(2, 3\), got shape \(2, 2\)"):
+        wrapped(tokens(2, 3), attention_mask=torch.ones(2, 2))
+    cache = wrapped(tokens(2, 3), torch.ones(2, 3, dtype=torch.int64), use_cache=True).cache
+    with pytest.raises(ValueError, match="3 tokens read under an attention_mask"):
+        wrapped(tokens(2, 1), cache=cache)
+
+
+@pytest.mark.parametrize("name", ["dim", "depth", "vocab_size"])
+def test_declared_sizes_must_be_the_models(name):
+    with pytest.raises(ValueError, match=f"config declares {name}=7, but 'llama' with .* has"):
+        build_language_model(config(**{name: 7}))
+
+
+def test_without_transformers_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'pip install "flamingo_kernels\[hf\]"'):
+        build_language_model(config())
+
+
+def test_config_round_trips_through_json():
+    values = json.loads(json.dumps(dataclasses.asdict(config())))
+    assert values.pop("kind") == "huggingface"
+    assert HuggingFaceLanguageConfig(**values) == config()
+
+
+def test_config_errors():
+    with pytest.raises(ValueError, match="model_type must name an architecture, got ''"):
+        HuggingFaceLanguageConfig(model_type="", dim=1, depth=1, vocab_size=1)
+    with pytest.raises(ValueError, match="depth must be positive, got 0"):
+        config(depth=0)

@@ -1,0 +1,155 @@
+"""SEMANTICS point 15: cached decoding equals recomputation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flamingo_kernels.ops.spans import ATTEND_MODES
+from tests.budgets import assert_close_to_reference
+from tests.model.conftest import TINY, make_model, ragged_batch
+
+IMAGE = TINY.image_token_id
+NO_STOP = {"stop_token_ids": []}
+
+
+@pytest.mark.parametrize("attend", ATTEND_MODES)
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "temperature": 0.8, "top_k": 50}])
+def test_cached_equals_uncached_on_a_ragged_batch(attend: str, options: dict) -> None:
+    model = make_model(attend=attend)
+    batch = ragged_batch("left")
+    results = [
+        model.generate(
+            **batch.arguments(),
+            **options,
+            **NO_STOP,
+            max_new_tokens=12,
+            generator=torch.Generator().manual_seed(7),
+            use_cache=use_cache,
+        )
+        for use_cache in (True, False)
+    ]
+    assert torch.equal(*results)
+    assert results[0].shape == (3, batch.input_ids.shape[1] + 12)
+    assert not (results[0][:, batch.input_ids.shape[1] :] == IMAGE).any()
+
+
+def test_a_row_generates_what_it_generates_alone() -> None:
+    model = make_model()
+    batch = ragged_batch("left")
+    together = model.generate(**batch.arguments(), **NO_STOP, max_new_tokens=8)
+    for row in range(3):
+        arguments = batch.alone(row)
+        alone = model.generate(**arguments, **NO_STOP, max_new_tokens=8)
+        assert torch.equal(together[row, -8:], alone[0, -8:])
+
+
+@pytest.mark.parametrize("attend", ATTEND_MODES)
+@pytest.mark.parametrize("cuts", [[5], [1, 2, 3], [4, 9, 15], list(range(1, 23))])
+def test_chunked_prefill(attend: str, cuts: list[int]) -> None:
+    """Any split of a prompt, images arriving with their tokens, gives the logits of one pass."""
+    model = make_model(attend=attend)
+    batch = ragged_batch(counts=(0, 1, 5))
+    arguments = batch.alone(2)
+    ids, pixels = arguments["input_ids"], arguments["pixel_values"]
+    whole = model(ids, pixels).logits
+    cache, used, pieces = None, 0, []
+    for chunk in ids.tensor_split(cuts, dim=1):
+        images = int((chunk == IMAGE).sum())
+        out = model(chunk, pixels[:, used : used + images], cache=cache, use_cache=True)
+        used, cache = used + images, out.cache
+        pieces.append(out.logits)
+    assert_close_to_reference(torch.cat(pieces, 1), whole, torch.float32)
+
+
+def test_images_appended_in_a_later_turn_of_a_ragged_batch() -> None:
+    """Each row keeps its own media index; rows add 2, 0 and 1 images to 1, 2 and 0 earlier ones."""
+    model = make_model()
+    ids = torch.randint(0, 256, (3, 16))
+    ids[0, [1, 9, 12]] = IMAGE
+    ids[1, [2, 4]] = IMAGE
+    ids[2, [10]] = IMAGE
+    images = [3, 2, 1]
+    pixels = torch.full((3, 3, 1, 3, 32, 32), float("nan"))
+    for row, count in enumerate(images):
+        pixels[row, :count] = torch.randn(count, 1, 3, 32, 32)
+    whole = model(ids, pixels, num_images=torch.tensor(images)).logits
+
+    early = torch.tensor([1, 2, 0])
+    late = torch.tensor(images) - early
+    new = torch.full_like(pixels, float("nan"))
+    for row in range(3):
+        new[row, : late[row]] = pixels[row, early[row] : images[row]]
+    first = model(ids[:, :8], pixels[:, :2], num_images=early, use_cache=True)
+    second = model(ids[:, 8:], new, num_images=late, cache=first.cache, use_cache=True)
+    assert_close_to_reference(torch.cat((first.logits, second.logits), 1), whole, torch.float32)
+    assert second.cache.num_images.tolist() == images
+
+
+def test_select_rows_repeats_and_reorders() -> None:
+    model = make_model()
+    batch = ragged_batch("left")
+    out = model(**batch.arguments(), use_cache=True)
+    rows = torch.tensor([2, 0, 2])
+    picked = out.cache.select_rows(rows)
+    tokens = torch.tensor([[3], [4], [5]])
+    plain = model(tokens[[1, 0, 0]], cache=out.cache, use_cache=True).logits
+    selected = model(tokens, cache=picked, use_cache=True).logits
+    assert_close_to_reference(selected[1], plain[0], torch.float32)
+    assert_close_to_reference(selected[0], plain[2], torch.float32)
+
+
+def test_stops_and_pads() -> None:
+    model = make_model()
+    batch = ragged_batch("left")
+    free = model.generate(**batch.arguments(), **NO_STOP, max_new_tokens=6)
+    stop = int(free[0, -6])
+    stopped = model.generate(**batch.arguments(), stop_token_ids=[stop], max_new_tokens=6)
+    new = stopped[0, batch.input_ids.shape[1] :]
+    assert new[0] == stop and (new[1:] == TINY.pad_token_id).all()
+    others = [row for row in (1, 2) if stop not in free[row, -6:].tolist()]
+    for row in others:
+        assert torch.equal(stopped[row], free[row])
+
+
+def test_media_is_encoded_once() -> None:
+    model = make_model()
+    calls = []
+    model.vision_encoder.register_forward_hook(lambda *_: calls.append("vision"))
+    model.perceiver.register_forward_hook(lambda *_: calls.append("resampler"))
+    for layer in model.gated_cross_attn_layers:
+        layer.attn.to_kv.register_forward_hook(lambda m, i, o: calls.append(tuple(i[0].shape)))
+    batch = ragged_batch("left", counts=(2, 2))
+    model.generate(**batch.arguments(), **NO_STOP, max_new_tokens=5)
+    assert calls.count("vision") == calls.count("resampler") == 1
+    assert [c for c in calls if c not in ("vision", "resampler")][2:] == [(2, 0, 16, 64)] * 8
+
+
+def test_top_p_of_nearly_nothing_is_greedy() -> None:
+    model = make_model()
+    batch = ragged_batch("left")
+    greedy = model.generate(**batch.arguments(), **NO_STOP, max_new_tokens=5)
+    nucleus = model.generate(
+        **batch.arguments(), **NO_STOP, max_new_tokens=5, do_sample=True, top_p=1e-6
+    )
+    assert torch.equal(greedy, nucleus)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_options_out_of_range(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_model().generate(torch.tensor([[1, 2]]), **options)
+
+
+def test_right_padding_is_refused() -> None:
+    batch = ragged_batch("right")
+    with pytest.raises(ValueError, match="row 0 ends in padding; pad prompts on the left"):
+        make_model().generate(**batch.arguments())

@@ -1,0 +1,202 @@
+"""media_cross_attention: every kernel against the fp64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+
+from flamingo_kernels.ops import MediaSpans, media_cross_attention
+from reference.attention import media_cross_attention as oracle
+from tests.budgets import assert_within_budget, attention_terms
+from tests.cases import MediaCase, kernels_for, media_case, media_shapes
+
+OP = "media_cross_attention"
+NAMES = ("dq", "dk", "dv", "dgate")
+FORWARD = kernels_for(OP)
+TRAINING = kernels_for(OP, needs_grad=True)
+
+
+def run(case: MediaCase, kernel: str) -> torch.Tensor:
+    return media_cross_attention(case.q, case.k, case.v, case.spans, case.gate, kernel=kernel)
+
+
+def plain_pytorch(case: MediaCase) -> torch.Tensor:
+    """The textbook formula in the dtype of the case, on finite inputs."""
+    repeats = case.q.shape[2] // case.k.shape[3]
+    k, v = (t.nan_to_num().flatten(1, 2).repeat_interleave(repeats, 2) for t in (case.k, case.v))
+    visible = case.spans.visible(case.k.shape[1]).repeat_interleave(case.k.shape[2], -1)[:, None]
+    scores = torch.einsum("bthd,bkhd->bhtk", case.q, k) * case.q.shape[-1] ** -0.5
+    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num()
+    out = torch.einsum("bhtk,bkhd->bthd", weights, v)
+    return out if case.gate is None else out * torch.tanh(case.gate)
+
+
+def exact(case: MediaCase) -> torch.Tensor:
+    gate = None if case.gate is None else case.gate[0]
+    return oracle(case.q, case.k, case.v, case.spans.first, case.spans.last, gate)
+
+
+def gradients(out: torch.Tensor, case: MediaCase, seed: torch.Tensor) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(out, case.tensors(), seed.to(out.dtype)))
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_forward_within_budget(kernel: str, dtype: torch.dtype) -> None:
+    """SEMANTICS 3, 5 and 17: values, exact zeros, NaN slots never read."""
+
+    @given(media_shapes)
+    def check(shape: dict) -> None:
+        case = media_case(dtype, **shape)
+        out = run(case, kernel)
+        assert out.dtype == dtype
+        empty = case.spans.first > case.spans.last
+        assert torch.equal(out[empty], torch.zeros_like(out[empty]))
+        terms = attention_terms(case.q, case.k, case.v, case.q.shape[-1] ** -0.5)
+        assert_within_budget(
+            out, plain_pytorch(case), exact(case.to(torch.float64)), dtype, terms=terms["out"]
+        )
+
+    check()
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), TRAINING)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_gradients_within_budget(kernel: str, dtype: torch.dtype) -> None:
+    """SEMANTICS 3, 5 and 17 for dq, dk, dv and dgate."""
+
+    @given(media_shapes)
+    def check(shape: dict) -> None:
+        case = media_case(dtype, **shape).require_grad()
+        seed = torch.randn(case.q.shape)
+        ours = gradients(run(case, kernel), case, seed)
+        plain_case = case.to(dtype).require_grad()
+        plain = gradients(plain_pytorch(plain_case), plain_case, seed)
+        exact_case = case.to(torch.float64).require_grad()
+        true = gradients(exact(exact_case), exact_case, seed)
+        terms = attention_terms(case.q, case.k, case.v, case.q.shape[-1] ** -0.5, seed)
+        for name, *triple in zip(NAMES, ours, plain, true, strict=False):
+            assert_within_budget(*triple, dtype, gradient=True, terms=terms[name], what=name)
+        empty = case.spans.first > case.spans.last
+        assert not ours[0][empty].any()
+        unseen = ~case.spans.visible(case.k.shape[1]).any(1)
+        assert not ours[1][unseen].any() and not ours[2][unseen].any()
+
+    check()
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
+def test_strides(kernel: str, dtype: torch.dtype) -> None:
+    """Views of one projection, transposed heads and rows of a wider buffer give the same bits."""
+    case = media_case(dtype, heads=4, kv_heads=4, head_dim=8)
+    fused = torch.stack((case.k, case.v), 3)  # [B, I, R, 2, H, D]
+    wide = torch.full((*case.q.shape[:3], 16), float("nan"), dtype=dtype)
+    wide[..., 4:12] = case.q
+    strided = MediaCase(
+        wide[..., 4:12], fused[:, :, :, 0], fused[:, :, :, 1], case.spans, case.gate
+    )
+    assert not strided.k.is_contiguous() and not strided.q.is_contiguous()
+    assert torch.equal(run(strided, kernel), run(case, kernel))
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
+def test_row_bits_do_not_depend_on_the_batch(kernel: str, dtype: torch.dtype) -> None:
+    """SEMANTICS 18, for the compiled kernels; stock SDPA promises no such thing."""
+    if kernel == "torch":
+        pytest.skip("SDPA may choose another algorithm for another batch size")
+    case = media_case(dtype, batch=3)
+    whole = run(case, kernel)
+    assert torch.equal(whole, run(case, kernel))
+    for row in range(3):
+        pick = slice(row, row + 1)
+        spans = MediaSpans(case.spans.first[pick], case.spans.last[pick])
+        alone = MediaCase(case.q[pick], case.k[pick], case.v[pick], spans, case.gate)
+        assert torch.equal(run(alone, kernel)[0], whole[row])
+
+
+@pytest.mark.parametrize("attend", ["last", "last_group", "previous"])
+@pytest.mark.parametrize("kernel", [k for k, dtype in TRAINING if dtype == torch.float64])
+def test_gradcheck(kernel: str, attend: str) -> None:
+    case = media_case(attend=attend, tokens=5, media=3, latents=2, head_dim=3, nan=False)
+    case.require_grad()
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, gate: media_cross_attention(q, k, v, case.spans, gate, kernel=kernel),
+        case.tensors(),
+    )
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
+@pytest.mark.parametrize("shape", [{"tokens": 0}, {"batch": 0}, {"media": 0}])
+def test_sizes_of_zero(kernel: str, dtype: torch.dtype, shape: dict) -> None:
+    case = media_case(dtype, **shape)
+    out = run(case, kernel)
+    assert out.shape == case.q.shape
+    assert not out.any()
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
+def test_ranges_are_clipped_to_the_slots(kernel: str, dtype: torch.dtype) -> None:
+    case = media_case(dtype, media=2, nan=False)
+    first = torch.tensor([[-3, 1, 2, 0]], dtype=torch.int32).expand(2, -1)
+    last = torch.tensor([[0, 7, 5, -1]], dtype=torch.int32).expand(2, -1)
+    clipped = MediaSpans(
+        torch.tensor([[0, 1, 0, 0]], dtype=torch.int32).expand(2, -1),
+        torch.tensor([[0, 1, -1, -1]], dtype=torch.int32).expand(2, -1),
+    )
+    case.q = case.q[:, :4]
+    case.spans = MediaSpans(first, last)
+    outside = run(case, kernel)
+    case.spans = clipped
+    assert torch.equal(outside, run(case, kernel))
+
+
+@pytest.mark.parametrize("kernel", sorted({k for k, _ in FORWARD} - {"torch"}))
+def test_opcheck(kernel: str) -> None:
+    case = media_case(torch.float32)
+    op = torch.ops.flamingo_kernels.media_attention_forward
+    arguments = (case.q, case.k, case.v, case.spans.first, case.spans.last, case.gate, 0.3, kernel)
+    torch.library.opcheck(op.default, arguments)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", sorted({k for k, _ in FORWARD}))
+def test_compile_fullgraph(kernel: str) -> None:
+    case = media_case(torch.float32, nan=False)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ids: torch.Tensor):
+        return media_cross_attention(q, k, v, MediaSpans.from_tokens(ids, 9), kernel=kernel)
+
+    ids = torch.randint(7, 10, case.q.shape[:2])
+    eager = media_cross_attention(
+        case.q, case.k, case.v, MediaSpans.from_tokens(ids, 9), kernel=kernel
+    )
+    assert torch.equal(compiled(case.q, case.k, case.v, ids), eager)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda c: {"q": c.q[0]}, ValueError, r"q must be \[B, T, H, D\], got shape \(11, 4, 8\)"),
+        (lambda c: {"k": c.k[:, :, 0]}, ValueError, r"k must be \[B, I, R, Hkv, D\]"),
+        (lambda c: {"q": c.q.long()}, TypeError, "q must be floating point, got torch.int64"),
+        (lambda c: {"k": c.k.float()}, TypeError, "one dtype, got torch.float64, torch.float32"),
+        (lambda c: {"k": c.k.to("meta")}, ValueError, "one device, got cpu, meta"),
+        (lambda c: {"q": c.q[:, :, :3]}, ValueError, "H=3, Hkv=2"),
+        (lambda c: {"k": c.k[..., :4]}, ValueError, r"k has shape \(2, 3, 5, 2, 4\), expected"),
+        (lambda c: {"v": c.v[:, :2]}, ValueError, r"v has shape \(2, 2, 5, 2, 8\), expected"),
+        (lambda c: {"q": c.q[:, :7]}, ValueError, r"spans has shape \(2, 11\), expected \(2, 7\)"),
+        (lambda c: {"spans": c.spans.first}, TypeError, "spans must be MediaSpans, got Tensor"),
+        (lambda c: {"gate": torch.zeros(3)}, ValueError, r"gate must have 1 element"),
+        (lambda c: {"gate": torch.zeros(1).long()}, TypeError, "gate must be floating point"),
+        (lambda c: {"k": c.k[:, :, :0], "v": c.v[:, :, :0]}, ValueError, "latents R must be at"),
+        (lambda c: {"kernel": "cuda"}, ValueError, "unknown kernel 'cuda'; known: auto, triton"),
+        (lambda c: {"q": None}, TypeError, "q must be a tensor .*, got NoneType"),
+    ],
+)
+def test_bad_arguments(change, error: type[Exception], message: str) -> None:
+    case = media_case()
+    arguments = {"q": case.q, "k": case.k, "v": case.v, "spans": case.spans, **change(case)}
+    with pytest.raises(error, match=message):
+        media_cross_attention(**arguments)

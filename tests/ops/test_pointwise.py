@@ -1,0 +1,109 @@
+"""Pointwise ops: every kernel against the fp64 reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flamingo_kernels.ops import gated_activation, gated_residual, layer_norm
+from flamingo_kernels.ops.pointwise import ACTIVATIONS
+from reference import pointwise as oracle
+from tests.budgets import assert_within_budget
+from tests.cases import kernels_for
+
+SHAPES = [(3, 5, 8), (2, 65), (1, 1, 1), (4, 300)]
+
+
+def plain_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weight + bias
+
+
+def compare(ours, plain, exact, inputs: list[Tensor], dtype: torch.dtype) -> None:
+    """Value and all gradients of one function in three ways."""
+    inputs = [t.to(dtype) for t in inputs]
+    seed = torch.randn(inputs[0].shape)
+    results = []
+    for function, precision in ((ours, dtype), (plain, dtype), (exact, torch.float64)):
+        leaves = [t.detach().to(precision).requires_grad_() for t in inputs]
+        out = function(*leaves)
+        results.append((out, *torch.autograd.grad(out, leaves, seed.to(out.dtype))))
+    # Parameter gradients sum over all rows, with cancellation.
+    terms = float(seed.norm())
+    for place, triple in enumerate(zip(*results, strict=True)):
+        assert_within_budget(
+            *triple, dtype, gradient=place > 0, terms=terms, what=f"result {place}"
+        )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize(("kernel", "dtype"), kernels_for("gated_residual", needs_grad=True))
+def test_gated_residual(kernel: str, dtype: torch.dtype, shape: tuple, vector: bool) -> None:
+    gate = torch.randn(shape[-1] if vector else 1)
+    compare(
+        lambda x, y, g: gated_residual(x, y, g, kernel=kernel),
+        lambda x, y, g: x + torch.tanh(g) * y,
+        oracle.gated_residual,
+        [torch.randn(shape), torch.randn(shape), gate],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("kernel", "dtype"), kernels_for("gated_activation", needs_grad=True))
+def test_gated_activation(kernel: str, dtype: torch.dtype, shape: tuple, activation: str) -> None:
+    plain = {
+        "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / 2**0.5)),
+        "squared_relu": lambda x: x.clamp(min=0) ** 2,
+        "relu": lambda x: x.clamp(min=0),
+    }[activation]
+    compare(
+        lambda x, g: gated_activation(x, g, activation, kernel=kernel),
+        lambda x, g: torch.tanh(g) * plain(x),
+        lambda x, g: oracle.gated_activation(x, g, activation),
+        [torch.randn(shape), torch.randn(1)],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES[:2] + SHAPES[3:])
+@pytest.mark.parametrize(("kernel", "dtype"), kernels_for("layer_norm", needs_grad=True))
+def test_layer_norm(kernel: str, dtype: torch.dtype, shape: tuple) -> None:
+    compare(
+        lambda x, w, b: layer_norm(x, w, b, kernel=kernel),
+        plain_layer_norm,
+        oracle.layer_norm,
+        [torch.randn(shape) + 1, torch.randn(shape[-1]), torch.randn(shape[-1])],
+        dtype,
+    )
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_zero_gate_changes_no_bit(vector: bool) -> None:
+    """SEMANTICS 8."""
+    x, y = torch.randn(2, 4, 8)
+    assert torch.equal(gated_residual(x, y, torch.zeros(8 if vector else 1)), x)
+    assert not gated_activation(x, torch.zeros(1)).any()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda x: gated_residual(x, x[:1], torch.zeros(1)),
+            ValueError,
+            r"differ in shape: \(2, 8\), \(1, 8\)",
+        ),
+        (lambda x: gated_residual(x, x, torch.zeros(3)), ValueError, "1 or 8 element"),
+        (lambda x: gated_activation(x, activation="tanh"), ValueError, "unknown activation 'tanh'"),
+        (lambda x: gated_activation(x.long()), TypeError, "floating point, got torch.int64"),
+        (lambda x: layer_norm(x, torch.ones(3), None), ValueError, r"weight has shape \(3,\)"),
+        (lambda x: layer_norm(x.sum(), None, None), ValueError, "at least one dimension"),
+    ],
+)
+def test_bad_arguments(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call(torch.randn(2, 8))
