@@ -92,10 +92,10 @@ def assert_within_budget(
 
     ``exact`` is the fp64 reference on the same (already rounded) inputs, ``plain`` is stock PyTorch
     in ``dtype``. One unit is the rounding of the largest value to ``dtype``, and of the largest of
-    the ``terms`` summed on the way, to the dtype of accumulation (SEMANTICS.md point 17:
-    at least fp32). A single value, as a gate's gradient, is one draw of the rounding error, so that
-    plain PyTorch's may be zero by luck: its terms are rounded to ``dtype``. In fp64 the reference is
-    no more exact than the rest, and rounding alone counts.
+    the ``terms`` summed on the way to the dtype of accumulation (SEMANTICS.md point 17: at least
+    fp32). A single value, as a gate's gradient, is one draw of the rounding error, so that plain
+    PyTorch's may be zero by luck: its terms are rounded to ``dtype``. In fp64 the reference is no
+    more exact than the rest, and rounding alone counts.
     """
     factor = GRADIENT_FACTOR if gradient else FORWARD_FACTOR
     error = _error(actual, exact, what)
