@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from flamingo_kernels import __version__, _cpp
+from flamingo_kernels import __version__
+from flamingo_kernels._cpp import library
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
 from flamingo_kernels.ops import dispatch
 
@@ -49,21 +50,23 @@ def kernel_lines() -> Iterator[str]:
     python = platform.python_version()
     yield f"flamingo_kernels {__version__}, Python {python}, torch {torch.__version__}"
     yield f"device {device_type}, {torch.get_num_threads()} CPU threads"
-    missing = _cpp.unavailable_reason()
+    missing = library.unavailable_reason()
     if missing:
         yield f"native library: {missing}"
     else:
         yield (
-            f"native library {_cpp.version()}: runs {_cpp.selected_instruction_set()}, "
-            f"built for {', '.join(_cpp.usable_instruction_sets())}, "
-            f"processor has {', '.join(_cpp.instruction_sets())}"
+            f"native library {library.version()}: runs {library.selected_instruction_set()}, "
+            f"built for {', '.join(library.usable_instruction_sets())}, "
+            f"processor has {', '.join(library.instruction_sets())}"
         )
     yield ""
     yield f"{'op':<24}{'kernel':<9}available for fp32 on {device_type}"
     for op in dispatch.OPS:
         for kernel in dispatch.KERNELS:
             inference, training = (
-                dispatch.unsupported_reasons(op, kernel, device_type, torch.float32, needs_grad)
+                dispatch.unsupported_reasons(
+                    op, kernel, dispatch.Call(device_type, torch.float32, needs_grad)
+                )
                 for needs_grad in (False, True)
             )
             if inference:

@@ -21,7 +21,7 @@ def kernels_for(op: str, needs_grad: bool = False) -> list[tuple[str, torch.dtyp
         (kernel, dtype)
         for kernel in dispatch.KERNELS
         for dtype in FLOATS
-        if not dispatch.unsupported_reasons(op, kernel, "cpu", dtype, needs_grad)
+        if not dispatch.unsupported_reasons(op, kernel, dispatch.Call("cpu", dtype, needs_grad))
     ]
 
 

@@ -24,8 +24,8 @@ uint32_t detect() {
     uint32_t sets = FLAMINGO_PORTABLE;
     uint32_t eax = 0, ebx = 0, ecx = 0, edx = 0;
 
-    constexpr uint32_t fma = bit(12), osxsave = bit(27), avx = bit(28);
-    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has_all(ecx, fma | osxsave | avx)) {
+    constexpr uint32_t fma = bit(12), osxsave = bit(27), avx = bit(28), f16c = bit(29);
+    if (!__get_cpuid(1, &eax, &ebx, &ecx, &edx) || !has_all(ecx, fma | osxsave | avx | f16c)) {
         return sets;
     }
     constexpr uint32_t ymm_state = bit(1) | bit(2);
@@ -54,7 +54,7 @@ uint32_t detect() {
     return sets;
 }
 
-constexpr uint32_t compiled = FLAMINGO_PORTABLE | FLAMINGO_AVX2;
+constexpr uint32_t compiled = FLAMINGO_PORTABLE | FLAMINGO_AVX2 | FLAMINGO_AVX512;
 
 #else
 

@@ -5,13 +5,30 @@
 #pragma once
 
 #include "flamingo_cpu.h"
+#include "plan.h"
 
+// Each returns false if it is out of memory.
 #define FLAMINGO_DECLARE_KERNELS(isa)                                                              \
     namespace flamingo::isa {                                                                      \
-    void media_attention_forward(const flamingo_media_attention_forward_params &params);           \
+    bool media_attention_forward(const flamingo_media_attention_params &p, const MediaPlan &plan); \
+    bool media_attention_backward(const flamingo_media_attention_params &p, const MediaPlan &plan); \
+    bool latent_attention_forward(const flamingo_latent_attention_params &p);                      \
+    bool latent_attention_backward(const flamingo_latent_attention_params &p);                     \
+    double multiply_add_rate(const flamingo_execution &execution, double seconds);                 \
     }
 
 FLAMINGO_DECLARE_KERNELS(portable)
 #if defined(FLAMINGO_X86_64)
 FLAMINGO_DECLARE_KERNELS(avx2)
+FLAMINGO_DECLARE_KERNELS(avx512)
+#endif
+
+// Calls kernel(arguments...) of the instruction set asked for.
+#if defined(FLAMINGO_X86_64)
+#define FLAMINGO_RUN_KERNEL(set, kernel, ...)                                                      \
+    ((set) >= FLAMINGO_AVX512 ? flamingo::avx512::kernel(__VA_ARGS__)                              \
+     : (set) == FLAMINGO_AVX2 ? flamingo::avx2::kernel(__VA_ARGS__)                                \
+                              : flamingo::portable::kernel(__VA_ARGS__))
+#else
+#define FLAMINGO_RUN_KERNEL(set, kernel, ...) flamingo::portable::kernel(__VA_ARGS__)
 #endif

@@ -17,11 +17,13 @@ const char *flamingo_status_message(int32_t status) {
     case FLAMINGO_HEADS_NOT_DIVISIBLE:
         return "the number of query heads is not a multiple of the number of key/value heads";
     case FLAMINGO_UNKNOWN_DTYPE:
-        return "the dtype is neither float32 nor float64";
+        return "the dtype is none of float32, float64, bfloat16 and float16";
     case FLAMINGO_NO_THREADS:
         return "the number of threads is below 1";
     case FLAMINGO_INSTRUCTION_SET_UNUSABLE:
         return "the instruction set was not compiled in or this processor lacks it";
+    case FLAMINGO_OUT_OF_MEMORY:
+        return "out of memory for the kernel's scratch space";
     default:
         return "unknown status";
     }

@@ -1,9 +1,10 @@
-/* C interface of the flamingo_kernels CPU library.
+/* C interface of the flamingo_kernels CPU library: the library itself and the attention kernels.
  *
  * No torch, no C++ in the interface: raw pointers, sizes and strides, so one build serves every torch
- * and Python version. Shape letters: B rows, T text tokens, I media slots, R latents per media item,
- * H query heads, Hkv key/value heads, D head dim. Strides count elements, not bytes; the last
- * dimension of every floating-point tensor has stride 1. Functions are thread-safe and throw nothing.
+ * and Python version. Functions are thread-safe and throw nothing.
+ *
+ * Shape letters: B rows, T text tokens, I media slots, R latents per media item, H query heads, Hkv
+ * key/value heads, D head dim; N media items, L latents, M features.
  */
 #ifndef FLAMINGO_CPU_H
 #define FLAMINGO_CPU_H
@@ -16,8 +17,8 @@
 #define FLAMINGO_API
 #endif
 
-/* Raised by one whenever a struct or a signature below changes. */
-#define FLAMINGO_ABI_VERSION 1
+/* Raised by one whenever a struct or a signature of any header changes. */
+#define FLAMINGO_ABI_VERSION 2
 
 #ifdef __cplusplus
 extern "C" {
@@ -30,27 +31,53 @@ typedef enum flamingo_status {
     FLAMINGO_HEADS_NOT_DIVISIBLE = 3,
     FLAMINGO_UNKNOWN_DTYPE = 4,
     FLAMINGO_NO_THREADS = 5,
-    FLAMINGO_INSTRUCTION_SET_UNUSABLE = 6
+    FLAMINGO_INSTRUCTION_SET_UNUSABLE = 6,
+    FLAMINGO_OUT_OF_MEMORY = 7
 } flamingo_status;
 
-typedef enum flamingo_dtype { FLAMINGO_FLOAT32 = 0, FLAMINGO_FLOAT64 = 1 } flamingo_dtype;
+/* Of storage. Sums, softmax and gates are in float32, for float64 in float64. */
+typedef enum flamingo_dtype {
+    FLAMINGO_FLOAT32 = 0,
+    FLAMINGO_FLOAT64 = 1,
+    FLAMINGO_BFLOAT16 = 2,
+    FLAMINGO_FLOAT16 = 3
+} flamingo_dtype;
 
 /* Bits of a mask, slowest first: a higher bit is the better choice where a machine has both. */
 typedef enum flamingo_instruction_set {
     FLAMINGO_PORTABLE = 1 << 0,
-    FLAMINGO_AVX2 = 1 << 1,        /* AVX2 and FMA */
-    FLAMINGO_AVX512 = 1 << 2,      /* AVX-512 F, DQ, BW and VL */
-    FLAMINGO_AVX512_BF16 = 1 << 3  /* FLAMINGO_AVX512 and its bfloat16 dot products */
+    FLAMINGO_AVX2 = 1 << 1,       /* AVX2, FMA and F16C */
+    FLAMINGO_AVX512 = 1 << 2,     /* FLAMINGO_AVX2 and AVX-512 F, DQ, BW and VL */
+    FLAMINGO_AVX512_BF16 = 1 << 3 /* FLAMINGO_AVX512 and its bfloat16 dot products */
 } flamingo_instruction_set;
 
-typedef struct flamingo_media_attention_forward_params {
-    const void *q;        /* [B, T, H, D],   strides q_stride_{b,t,h}, 1 */
-    const void *k;        /* [B, I, R, Hkv, D], strides k_stride_{b,i,r,h}, 1 */
-    const void *v;        /* [B, I, R, Hkv, D], strides v_stride_{b,i,r,h}, 1 */
-    const int32_t *first; /* [B, T], strides first_stride_{b,t}: first media item a token sees */
-    const int32_t *last;  /* [B, T], strides last_stride_{b,t}: last one, inclusive; empty if first > last */
-    const void *gate;     /* [1] of the same dtype, or null for no gate */
-    void *out;            /* [B, T, H, D],   strides out_stride_{b,t,h}, 1; every element is written */
+/* How to run a kernel. */
+typedef struct flamingo_execution {
+    int32_t dtype;           /* flamingo_dtype of every tensor that is not said to have another */
+    int32_t threads;         /* OpenMP threads to use, at least 1; results do not depend on it */
+    int32_t instruction_set; /* one bit of flamingo_usable_instruction_sets() */
+} flamingo_execution;
+
+/* A tensor: its first element, and the distance in elements between neighbours of every dimension
+ * but the last, whose neighbours adjoin. */
+typedef struct flamingo_tensor {
+    void *data;
+    int64_t stride[4];
+} flamingo_tensor;
+
+typedef struct flamingo_media_attention_params {
+    flamingo_tensor q;     /* [B, T, H, D] */
+    flamingo_tensor k;     /* [B, I, R, Hkv, D] */
+    flamingo_tensor v;     /* [B, I, R, Hkv, D] */
+    flamingo_tensor out;   /* [B, T, H, D], written by the forward */
+    flamingo_tensor d_out; /* [B, T, H, D], read by the backward as are all of the following */
+    flamingo_tensor d_q;   /* [B, T, H, D] written */
+    flamingo_tensor d_k;   /* [B, I, R, Hkv, D] written */
+    flamingo_tensor d_v;   /* [B, I, R, Hkv, D] written */
+    const int32_t *first;  /* [B, T] contiguous: first media item a token sees */
+    const int32_t *last;   /* [B, T] contiguous: last one, inclusive; empty if first > last */
+    const void *gate;      /* [1] in the accumulation dtype, or null for no gate */
+    void *d_gate;          /* [1] in the accumulation dtype, written; null without a gate */
 
     int64_t rows;     /* B */
     int64_t tokens;   /* T */
@@ -60,18 +87,36 @@ typedef struct flamingo_media_attention_forward_params {
     int64_t kv_heads; /* Hkv; query head h reads key/value head h / (H / Hkv) */
     int64_t head_dim; /* D */
 
-    int64_t q_stride_b, q_stride_t, q_stride_h;
-    int64_t k_stride_b, k_stride_i, k_stride_r, k_stride_h;
-    int64_t v_stride_b, v_stride_i, v_stride_r, v_stride_h;
-    int64_t first_stride_b, first_stride_t;
-    int64_t last_stride_b, last_stride_t;
-    int64_t out_stride_b, out_stride_t, out_stride_h;
+    double scale; /* multiplies q . k */
+    flamingo_execution execution;
+} flamingo_media_attention_params;
 
-    double scale;            /* multiplies q . k */
-    int32_t dtype;           /* flamingo_dtype of q, k, v, gate and out; also the accumulation type */
-    int32_t threads;         /* OpenMP threads to use, at least 1 */
-    int32_t instruction_set; /* one bit of flamingo_usable_instruction_sets() */
-} flamingo_media_attention_forward_params;
+typedef struct flamingo_latent_attention_params {
+    flamingo_tensor q;         /* [N, L, H, D] */
+    flamingo_tensor k_media;   /* [N, M, H, D] */
+    flamingo_tensor v_media;   /* [N, M, H, D] */
+    flamingo_tensor k_latents; /* [N, L, H, D] */
+    flamingo_tensor v_latents; /* [N, L, H, D] */
+    flamingo_tensor out;       /* [N, L, H, D], written by the forward, read by the backward */
+    flamingo_tensor d_out;     /* [N, L, H, D], read by the backward */
+    flamingo_tensor d_q;       /* [N, L, H, D], written by the backward as are all of the following */
+    flamingo_tensor d_k_media;
+    flamingo_tensor d_v_media;
+    flamingo_tensor d_k_latents;
+    flamingo_tensor d_v_latents;
+    const int64_t *lengths; /* [N] contiguous: valid media keys of each item; null: all M */
+    void *lse; /* [N, H, L] contiguous, accumulation dtype: log of the sum of exp(scores) per query;
+                  written by the forward, read by the backward */
+
+    int64_t items;    /* N */
+    int64_t latents;  /* L */
+    int64_t features; /* M */
+    int64_t heads;    /* H */
+    int64_t head_dim; /* D */
+
+    double scale; /* multiplies q . k */
+    flamingo_execution execution;
+} flamingo_latent_attention_params;
 
 FLAMINGO_API int32_t flamingo_abi_version(void);
 FLAMINGO_API const char *flamingo_version(void);
@@ -87,10 +132,23 @@ FLAMINGO_API const char *flamingo_instruction_set_name(int32_t bit);
 
 /* out = tanh(gate) * softmax(scale * q k^T) v over the R latents of media items first..last of each
  * token, the range clipped to [0, I). An empty range gives exact zeros. Media outside every range is
- * never read. The bits of a row depend on nothing but that row: not on the batch, not on `threads`.
- * Returns a flamingo_status; `out` is untouched unless it is FLAMINGO_OK. */
+ * never read. The bits of a row depend on nothing but that row: not on the batch, not on threads.
+ * Both return a flamingo_status; nothing is written unless it is FLAMINGO_OK. */
+FLAMINGO_API int32_t flamingo_media_attention_forward(const flamingo_media_attention_params *params);
+/* All gradients from the inputs alone: nothing is saved by the forward. d_gate is that of the gate
+ * before its tanh. Deterministic: the order of every sum is fixed by shapes and ranges. */
+FLAMINGO_API int32_t flamingo_media_attention_backward(const flamingo_media_attention_params *params);
+
+/* out = softmax(scale * q [k_media; k_latents]^T) [v_media; v_latents] per item and head. Media keys
+ * from lengths[n] on are never read, and their gradients are zero. Returns a flamingo_status. */
 FLAMINGO_API int32_t
-flamingo_media_attention_forward(const flamingo_media_attention_forward_params *params);
+flamingo_latent_attention_forward(const flamingo_latent_attention_params *params);
+FLAMINGO_API int32_t
+flamingo_latent_attention_backward(const flamingo_latent_attention_params *params);
+
+/* Multiply-adds per second times two that `threads` cores reach on registers alone, over about
+ * `seconds`: the ceiling of the attention kernels in the accumulation dtype of `dtype`. */
+FLAMINGO_API double flamingo_multiply_add_rate(const flamingo_execution *execution, double seconds);
 
 #ifdef __cplusplus
 }

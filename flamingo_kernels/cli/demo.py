@@ -174,14 +174,15 @@ def _kernel_lines(kernel: str, device_type: str) -> Iterator[str]:
     yield f"kernel={kernel!r} on {device_type}, fp32"
     for op in dispatch.OPS:
         chosen = {
-            job: dispatch.choose(op, kernel, device_type, torch.float32, needs_grad)
+            job: dispatch.choose(op, kernel, dispatch.Call(device_type, torch.float32, needs_grad))
             for job, needs_grad in (("training", True), ("inference", False))
         }
         yield f"  {op:<24}" + ", ".join(f"{job}: {name}" for job, name in chosen.items())
         for name in dispatch.KERNELS if kernel == "auto" else ():
             if name == chosen["training"]:
                 break
-            reasons = dispatch.unsupported_reasons(op, name, device_type, torch.float32, True)
+            call = dispatch.Call(device_type, torch.float32, needs_grad=True)
+            reasons = dispatch.unsupported_reasons(op, name, call)
             yield f"    not {name} in training: {'; '.join(reasons)}"
 
 

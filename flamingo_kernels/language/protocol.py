@@ -111,4 +111,4 @@ def check_inputs(
 
 def positions(attention_mask: Tensor, count: int) -> Tensor:
     """Positions [B, count] of the last `count` tokens: the real tokens before each, at least 0."""
-    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)[:, attention_mask.shape[1] - count :]
+    return ((attention_mask != 0).cumsum(1) - 1).clamp(min=0)[:, attention_mask.shape[1] - count :]

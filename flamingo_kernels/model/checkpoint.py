@@ -1,17 +1,16 @@
-"""Checkpoints: a directory with ``config.json`` and ``model.safetensors``; no pickle."""
+"""Checkpoints: one ``model.safetensors`` that holds the config in its header; no pickle."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
-from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flamingo_kernels.model.config import FlamingoConfig
@@ -19,23 +18,30 @@ from flamingo_kernels.model.config import FlamingoConfig
 if TYPE_CHECKING:
     from flamingo_kernels.model.flamingo import FlamingoModel
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+# One file, so that config and weights are replaced in one step.
+CONFIG_KEY = "flamingo_kernels.config"
 
 
 def save(model: FlamingoModel, path: str | PathLike, include_frozen: bool) -> None:
-    """Write ``model``; a crash leaves either the old files or the new ones."""
+    """Write ``model``; a crash leaves either the old file or the new one."""
+    tensors = model.state_dict() if include_frozen else model.trainable_parameters()
+    distinct = {name: tensors[name].detach().contiguous() for name in _owners(tensors)}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_dict())}
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    if include_frozen:
-        tensors = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    else:
-        tensors = {name: p.detach() for name, p in model.trainable_parameters().items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "contents": "all" if include_frozen else "trainable"}
-    text = json.dumps(model.config.to_dict(), indent=2) + "\n"
-    _replace(directory / CONFIG_FILE, lambda file: file.write_text(text, encoding="utf-8"))
-    _replace(directory / WEIGHTS_FILE, lambda file: save_file(tensors, file, metadata))
+    file = directory / WEIGHTS_FILE
+    handle, name = tempfile.mkstemp(dir=directory, prefix=f".{WEIGHTS_FILE}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        save_file(distinct, temporary, metadata)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(
@@ -47,86 +53,79 @@ def load(
     language_model: nn.Module | None,
 ) -> FlamingoModel:
     """Read the checkpoint at ``path``; see ``FlamingoModel.from_pretrained``."""
-    directory = Path(path)
-    config = _read_config(directory / CONFIG_FILE)
-    tensors = _read_tensors(directory / WEIGHTS_FILE)
+    file = Path(path) / WEIGHTS_FILE
+    config, tensors = _read(file)
     given = {"vision_encoder": vision_encoder, "language_model": language_model}
     for part, module in given.items():
         stored = any(name.startswith(f"{part}.") for name in tensors)
         if not stored and module is None:
             raise ValueError(
-                f"{directory / WEIGHTS_FILE} holds no {part}; pass {part}=, the one that the "
-                "checkpoint was trained with"
+                f"{file} holds no {part}; pass {part}=, the one that the checkpoint was trained "
+                "with"
             )
     model = model_class(config, kernel, **given)
     expected = model.state_dict()
-    supplied = {
+    wanted = {
         name
-        for name in expected
-        for part, module in given.items()
-        if module is not None and name.startswith(f"{part}.")
+        for name in _owners(expected)
+        if given.get(name.split(".", 1)[0]) is None or name in tensors
     }
-    missing = sorted(set(expected) - set(tensors) - supplied)
-    foreign = sorted(set(tensors) - set(expected))
-    misshapen = sorted(
-        f"{name} {tuple(tensors[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in set(tensors) & set(expected)
-        if tensors[name].shape != expected[name].shape
-    )
+    faults = {
+        "missing": sorted(wanted - set(tensors)),
+        "unknown": sorted(set(tensors) - set(expected)),
+        "of another shape": sorted(
+            f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ),
+        "of another kind": sorted(
+            f"{name} {tensor.dtype} instead of {expected[name].dtype}"
+            for name, tensor in tensors.items()
+            if name in expected and tensor.is_floating_point() != expected[name].is_floating_point()
+        ),
+    }
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in (
-            ("missing", missing),
-            ("unknown", foreign),
-            ("of another shape", misshapen),
-        )
+        for what, names in faults.items()
         if names
     ]
     if problems:
         raise ValueError(
-            f"{directory / WEIGHTS_FILE} does not fit config {config.name!r}: tensors "
-            + "; ".join(problems)
+            f"{file} does not fit its config {config.name!r}: tensors " + "; ".join(problems)
         )
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
     return model
 
 
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write beside ``file``, flush to disk, then rename over it."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.chmod(0o644)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _owners(tensors: dict[str, Tensor]) -> list[str]:
+    """Names of the tensors without later names of the same memory, as of tied embeddings."""
+    seen: dict[object, str] = {}
+    for name, tensor in tensors.items():
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
+        seen.setdefault(place if not tensor.is_meta else name, name)
+    return list(seen.values())
 
 
-def _read_config(file: Path) -> FlamingoConfig:
+def _read(file: Path) -> tuple[FlamingoConfig, dict[str, Tensor]]:
     if not file.is_file():
         raise FileNotFoundError(
             f"no {file.name} in {file.parent}: not a flamingo_kernels checkpoint"
         )
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} holds a {type(values).__name__}, expected an object")
-    try:
-        return FlamingoConfig.from_dict(values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a flamingo_kernels config: {error}") from error
-
-
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file.name} in {file.parent}")
-    try:
-        return load_file(file)
+        with safe_open(file, "pt") as stored:
+            metadata = stored.metadata() or {}
+            tensors = {name: stored.get_tensor(name) for name in stored.keys()}
     except SafetensorError as error:
         raise ValueError(f"{file} is corrupt or not a safetensors file: {error}") from error
+    if CONFIG_KEY not in metadata:
+        raise ValueError(
+            f"{file} has no {CONFIG_KEY!r} in its header: not written by flamingo_kernels"
+        )
+    try:
+        config = FlamingoConfig.from_dict(json.loads(metadata[CONFIG_KEY]))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the config in {file} is not one of flamingo_kernels: {error}") from error
+    return config, tensors

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
 
@@ -48,7 +49,9 @@ class FlamingoModel(nn.Module):
     Raises
     ------
     ValueError
-        Unknown kernel name.
+        Unknown kernel name, or a frozen part whose sizes are not those of the config.
+    TypeError
+        A frozen part without the attributes that the protocols ask for.
     """
 
     def __init__(
@@ -63,6 +66,17 @@ class FlamingoModel(nn.Module):
         check_kernel_name(kernel)
         self.config = config
         self.kernel = kernel
+        if vision_encoder is not None:
+            _check_part("vision_encoder", vision_encoder, output_dim=config.vision.output_dim)
+        if language_model is not None:
+            language = config.language
+            _check_part(
+                "language_model",
+                language_model,
+                dim=language.dim,
+                num_blocks=language.depth,
+                vocab_size=language.vocab_size,
+            )
         self.vision_encoder = vision_encoder or build_vision_encoder(config.vision)
         self.language_model = language_model or build_language_model(config.language)
         resampler, cross = config.resampler, config.cross_attention
@@ -126,7 +140,7 @@ class FlamingoModel(nn.Module):
         *,
         num_images: Tensor | None = None,
         num_frames: Tensor | None = None,
-        assign: str = "previous",
+        assign: str | Sequence[str] = "previous",
         cache: FlamingoCache | None = None,
         use_cache: bool = False,
     ) -> FlamingoOutput:
@@ -149,13 +163,14 @@ class FlamingoModel(nn.Module):
             read.
         num_frames : Tensor, optional
             Integer [B, I]: how many of the F frames of each clip are real (default: all).
-        assign : {"previous", "next"}
-            Text belongs to the image before or after it (the paper's training augmentation,
-            appendix A.3.2).
+        assign : {"previous", "next"} or one of them per row
+            Text belongs to the image before or after it (the paper's training augmentation, drawn
+            once per document, appendix A.3.2).
         cache : FlamingoCache, optional
-            Of an earlier call; ``input_ids`` and ``pixel_values`` then hold what is new.
+            Of an earlier call; ``input_ids`` and ``pixel_values`` then hold what is new. It is
+            extended in place: use ``cache.select_rows`` for a copy that can be continued twice.
         use_cache : bool
-            Return a cache for the next call.
+            Return a cache for the next call; one that is given is always returned, grown.
 
         Returns
         -------
@@ -166,6 +181,9 @@ class FlamingoModel(nn.Module):
         TypeError, ValueError
             Input that does not fit; the message names the row or the value.
         """
+        if cache is not None:
+            use_cache = True
+            _check_cache(cache)
         cached_tokens = 0 if cache is None else cache.input_ids.shape[1]
         vocab_size = self.config.language.vocab_size
         check_text(input_ids, attention_mask, labels, vocab_size, cached_tokens)
@@ -175,6 +193,8 @@ class FlamingoModel(nn.Module):
             )
         if cache is not None and assign != "previous":
             raise ValueError(f"assign={assign!r} looks ahead and cannot be used with a cache")
+        if attention_mask is not None:
+            attention_mask = (attention_mask != 0).long()
         media_inputs = check_media(
             input_ids, self.config.image_token_id, pixel_values, num_images, num_frames
         )
@@ -194,9 +214,7 @@ class FlamingoModel(nn.Module):
             history = torch.cat((cache.input_ids, input_ids), 1)
             if mask is None and cache.attention_mask is not None:
                 mask = torch.cat((cache.attention_mask, torch.ones_like(input_ids)), 1)
-        spans = MediaSpans.from_tokens(
-            history, self.config.image_token_id, self.config.cross_attention.attend, assign
-        ).newest(input_ids.shape[1])
+        spans = self._spans(history, assign).newest(input_ids.shape[1])
 
         out = self.language_model(
             input_ids,
@@ -214,6 +232,20 @@ class FlamingoModel(nn.Module):
         grown = FlamingoCache(out.cache, tuple(media_kv), counts, history, mask)
         return FlamingoOutput(loss, out.logits, grown)
 
+    def _spans(self, input_ids: Tensor, assign: str | Sequence[str]) -> MediaSpans:
+        config = self.config
+        if isinstance(assign, str):
+            attend = config.cross_attention.attend
+            return MediaSpans.from_tokens(input_ids, config.image_token_id, attend, assign)
+        if len(assign) != len(input_ids):
+            raise ValueError(f"assign names {len(assign)} rows, input_ids has {len(input_ids)}")
+        rows = [self._spans(ids[None], mode) for ids, mode in zip(input_ids, assign, strict=True)]
+        return MediaSpans(
+            torch.cat([spans.first for spans in rows]),
+            torch.cat([spans.last for spans in rows]),
+            all(spans.single_item for spans in rows),
+        )
+
     def _counted_labels(self, labels: Tensor, real: Tensor | None) -> Tensor:
         """Labels with -100 at ``<image>`` and padding, and after padding.
 
@@ -221,7 +253,7 @@ class FlamingoModel(nn.Module):
         predict it.
         """
         ignored = labels == self.config.image_token_id
-        if self.config.pad_token_id != self.config.eos_token_id:
+        if self.config.pad_token_id not in (None, self.config.eos_token_id):
             ignored = ignored | (labels == self.config.pad_token_id)
         if real is not None:
             ignored = ignored | ~real
@@ -281,9 +313,10 @@ class FlamingoModel(nn.Module):
     generate = generation.generate
 
     def save_pretrained(self, path: str | PathLike, include_frozen: bool = False) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into the directory ``path``, atomically.
+        """Write ``model.safetensors``, which holds the config too, into the directory ``path``.
 
-        Only trainable tensors are written unless ``include_frozen``.
+        Only trainable tensors are written unless ``include_frozen``. The file is replaced in one
+        step: a crash leaves the old one.
         """
         checkpoint.save(self, path, include_frozen)
 
@@ -298,7 +331,8 @@ class FlamingoModel(nn.Module):
     ) -> FlamingoModel:
         """Load what :meth:`save_pretrained` wrote.
 
-        A checkpoint of the trainable tensors only needs the frozen parts it was trained with.
+        Tensors keep the dtype they were saved in. A checkpoint of the trainable tensors only needs
+        the frozen parts it was trained with.
 
         Raises
         ------
@@ -308,4 +342,28 @@ class FlamingoModel(nn.Module):
         """
         return checkpoint.load(
             cls, path, kernel, vision_encoder=vision_encoder, language_model=language_model
+        )
+
+
+def _check_part(name: str, module: nn.Module, **expected: int) -> None:
+    for attribute, value in expected.items():
+        if not isinstance(module, nn.Module) or not hasattr(module, attribute):
+            raise TypeError(
+                f"{name} must be a module with the attributes {', '.join(expected)}, got "
+                f"{type(module).__name__}"
+            )
+        if getattr(module, attribute) != value:
+            raise ValueError(
+                f"{name}.{attribute} is {getattr(module, attribute)}, the config says {value}"
+            )
+
+
+def _check_cache(cache: FlamingoCache) -> None:
+    if not isinstance(cache, FlamingoCache):
+        raise TypeError(f"cache must be a FlamingoCache, got {type(cache).__name__}")
+    if cache.language.length != cache.input_ids.shape[1]:
+        raise ValueError(
+            f"the cache was made after {cache.input_ids.shape[1]} tokens, but another call has "
+            f"extended it in place to {cache.language.length}; continue from that call's cache, or "
+            "take copies with cache.select_rows before"
         )

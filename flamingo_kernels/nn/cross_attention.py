@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from flamingo_kernels.nn.layers import FeedForward, LayerNorm
 from flamingo_kernels.ops import MediaSpans, gated_residual, media_cross_attention
+from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.spans import ATTEND_MODES
 
 GATES = ("scalar", "vector")
@@ -109,6 +110,10 @@ class GatedCrossAttentionBlock(nn.Module):
         kernel: str = "auto",
     ) -> None:
         super().__init__()
+        check_kernel_name(kernel)
+        for name, size in (("dim_head", dim_head), ("heads", heads), ("ff_mult", ff_mult)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
         if gate not in GATES:
             raise ValueError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
         self.attend = attend or ("last" if only_attend_immediate_media else "previous")
@@ -174,8 +179,10 @@ class GatedCrossAttentionBlock(nn.Module):
         """
         if (media is None) == (media_kv is None):
             raise ValueError("give exactly one of media and media_kv")
-        if media is not None and media.ndim != 4:
-            raise ValueError(f"media must be [B, I, R, dim_visual], got {tuple(media.shape)}")
+        if media is not None:
+            self._check_media(x, media)
+        if spans is not None and not isinstance(spans, MediaSpans):
+            raise TypeError(f"spans must be MediaSpans, got {type(spans).__name__}")
         if spans is None:
             slots = (media if media is not None else media_kv.key).shape[1]
             spans = self._spans(x, slots, media_locations, use_cached_media)
@@ -193,10 +200,21 @@ class GatedCrossAttentionBlock(nn.Module):
             x = gated_residual(x, attended, self.attn_gate, kernel=self.kernel)
             update = self.ff(x)
         if not self.feed_forward_without_media:
-            update = update.masked_fill((spans.first > spans.last)[..., None], 0)
+            sees_nothing = ~spans.visible(media_kv.key.shape[1]).any(-1)
+            update = update.masked_fill(sees_nothing[..., None], 0)
         if self.scalar_gate:
             return x + update
         return gated_residual(x, update, self.ff_gate, kernel=self.kernel)
+
+    def _check_media(self, x: Tensor, media: Tensor) -> None:
+        width = self.attn.to_kv.in_features
+        if media.ndim != 4 or media.shape[0] != x.shape[0] or media.shape[-1] != width:
+            raise ValueError(
+                f"media must be [B, I, R, dim_visual] = [{x.shape[0]}, I, R, {width}], got "
+                f"{tuple(media.shape)}"
+            )
+        if media.device != x.device:
+            raise ValueError(f"media is on {media.device}, x on {x.device}")
 
     def _spans(
         self, x: Tensor, slots: int, media_locations: Tensor | None, use_cached_media: bool
@@ -205,6 +223,10 @@ class GatedCrossAttentionBlock(nn.Module):
         if media_locations is None:
             return MediaSpans.everything(x.shape[0], tokens, slots, x.device)
         spans = MediaSpans.from_media_locations(media_locations, self.attend)
+        if media_locations.shape[0] != x.shape[0] or (use_cached_media and spans.shape[1] == 0):
+            raise ValueError(
+                f"media_locations has shape {tuple(media_locations.shape)}, x has {x.shape[0]} rows"
+            )
         if use_cached_media:
             last = spans.newest(1)
             return MediaSpans(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
-from flamingo_kernels import _cpp
+from flamingo_kernels._cpp import library
 
 # In order of preference for kernel="auto".
 KERNELS = ("triton", "cpp", "torch")
@@ -29,53 +30,75 @@ def _always() -> str | None:
     return None
 
 
+class Call(NamedTuple):
+    """What the choice of a kernel depends on."""
+
+    device_type: str
+    dtype: torch.dtype
+    needs_grad: bool = False
+    head_dim: int | None = None
+    unit_stride: bool = True  # of the last dimension of every tensor
+
+
 @dataclass(frozen=True)
 class Capability:
     """What one kernel can do for one op."""
 
     device_types: frozenset[str] | None = None  # None: any
     dtypes: frozenset[torch.dtype] | None = None  # None: any floating dtype
+    head_dims: range | None = None  # None: any
+    any_stride: bool = True
     backward: bool = True
     unavailable: Callable[[], str | None] = _always  # reason the kernel cannot run here at all
 
-    def reasons(self, device_type: str, dtype: torch.dtype, needs_grad: bool) -> list[str]:
+    def reasons(self, call: Call) -> list[str]:
+        """Why the kernel cannot run ``call``; empty if it can."""
         reasons = []
         missing = self.unavailable()
         if missing:
             reasons.append(missing)
-        if self.device_types is not None and device_type not in self.device_types:
-            reasons.append(f"runs on {_names(self.device_types)}, the tensors are on {device_type}")
-        if self.dtypes is not None and dtype not in self.dtypes:
-            reasons.append(f"supports {_names(self.dtypes)}, the tensors are {dtype}")
-        if needs_grad and not self.backward:
+        if self.device_types is not None and call.device_type not in self.device_types:
+            reasons.append(
+                f"runs on {_names(self.device_types)}, the tensors are on {call.device_type}"
+            )
+        if self.dtypes is not None and call.dtype not in self.dtypes:
+            reasons.append(f"supports {_names(self.dtypes)}, the tensors are {call.dtype}")
+        if self.head_dims is not None and call.head_dim not in (None, *self.head_dims):
+            reasons.append(
+                f"supports head dims {self.head_dims.start} to {self.head_dims.stop - 1}, "
+                f"the tensors have {call.head_dim}"
+            )
+        if not (self.any_stride or call.unit_stride):
+            reasons.append("needs a stride of 1 in the last dimension of every tensor")
+        if call.needs_grad and not self.backward:
             reasons.append("has no backward and a gradient is needed")
         return reasons
 
 
 _CPU = frozenset({"cpu"})
+_FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+_CPP = Capability(
+    device_types=_CPU,
+    dtypes=_FLOATS,
+    any_stride=False,
+    unavailable=library.unavailable_reason,
+)
 
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     **{(op, "torch"): Capability() for op in OPS},
-    ("media_cross_attention", "cpp"): Capability(
-        device_types=_CPU,
-        dtypes=frozenset({torch.float32, torch.float64}),
-        backward=False,
-        unavailable=_cpp.unavailable_reason,
-    ),
+    **{(op, "cpp"): _CPP for op in ("media_cross_attention", "latent_attention")},
 }
 
 
-def unsupported_reasons(
-    op: str, kernel: str, device_type: str, dtype: torch.dtype, needs_grad: bool = False
-) -> list[str]:
-    """Why ``kernel`` cannot run ``op`` for such tensors; an empty list means that it can."""
+def unsupported_reasons(op: str, kernel: str, call: Call) -> list[str]:
+    """Why ``kernel`` cannot run ``op`` for such a call; an empty list means that it can."""
     capability = CAPABILITIES.get((op, kernel))
     if capability is None:
         return [f"flamingo_kernels has no {kernel} implementation of {op}"]
-    return capability.reasons(device_type, dtype, needs_grad)
+    return capability.reasons(call)
 
 
-def choose(op: str, kernel: str, device_type: str, dtype: torch.dtype, needs_grad: bool) -> str:
+def choose(op: str, kernel: str, call: Call) -> str:
     """The kernel that runs ``op``: the one asked for, or the best available for ``"auto"``.
 
     Raises
@@ -85,19 +108,21 @@ def choose(op: str, kernel: str, device_type: str, dtype: torch.dtype, needs_gra
     KernelUnavailableError
         The kernel asked for cannot run the call. There is no silent fallback.
     """
-    return _choose(op, kernel, device_type, dtype, needs_grad)
+    return _cached_choice(op, kernel, *call)
+
+
+def _cached_choice(op: str, kernel: str, *call: object) -> str:
+    return _choose(op, kernel, Call(*call))
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo.
-choose._dynamo_marked_constant = True
+_cached_choice._dynamo_marked_constant = True
 
 
 @cache
-def _choose(op: str, kernel: str, device_type: str, dtype: torch.dtype, needs_grad: bool) -> str:
+def _choose(op: str, kernel: str, call: Call) -> str:
     check_kernel_name(kernel)
-    reasons = {
-        name: unsupported_reasons(op, name, device_type, dtype, needs_grad) for name in KERNELS
-    }
+    reasons = {name: unsupported_reasons(op, name, call) for name in KERNELS}
     able = [name for name in KERNELS if not reasons[name]]
     candidates = KERNELS if kernel == "auto" else (kernel,)
     for name in candidates:
@@ -116,11 +141,21 @@ def check_kernel_name(kernel: str) -> None:
         raise ValueError(f"unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
 
 
-def choose_for(op: str, kernel: str, *tensors: torch.Tensor | None) -> str:
+def choose_for(
+    op: str, kernel: str, *tensors: torch.Tensor | None, head_dim: int | None = None
+) -> str:
     """:func:`choose` for these tensors; the first one names device and dtype."""
-    present = [tensor for tensor in tensors if tensor is not None]
-    needs_grad = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in present)
-    return choose(op, kernel, present[0].device.type, present[0].dtype, needs_grad)
+    first = tensors[0]
+    grad_enabled = torch.is_grad_enabled()
+    needs_grad = False
+    unit_stride = True
+    for tensor in tensors:
+        if tensor is not None:
+            needs_grad |= grad_enabled and tensor.requires_grad
+            unit_stride &= tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    return _cached_choice(
+        op, kernel, first.device.type, first.dtype, needs_grad, head_dim, unit_stride
+    )
 
 
 def _names(values: frozenset) -> str:

@@ -1,4 +1,4 @@
-"""The native library: loading, what it says of itself, and its media attention.
+"""The native library: loading, what it says of itself, and strided media attention.
 
 Shape letters: B rows, T text tokens, I media slots, R latents, H query heads, Hkv key/value heads,
 D head dim.
@@ -15,17 +15,17 @@ import pytest
 import torch
 
 import flamingo_kernels
-from flamingo_kernels import _cpp
+from flamingo_kernels._cpp import attention, library
 from tests.budgets import assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
 PROBE = """
 import torch
-from flamingo_kernels import _cpp
-print(_cpp.unavailable_reason() or _cpp.selected_instruction_set())
+from flamingo_kernels._cpp import library
+print(library.unavailable_reason() or library.selected_instruction_set())
 try:
-    _cpp.load()
+    library.load()
     print("loaded")
 except RuntimeError as error:
     print(type(error).__name__, error)
@@ -48,15 +48,15 @@ def probe(**environment: str) -> list[str]:
 
 
 def test_version_is_the_packages() -> None:
-    assert _cpp.version() == flamingo_kernels.__version__
-    assert _cpp.unavailable_reason() is None
-    assert _cpp.load() is _cpp.load()
+    assert library.version() == flamingo_kernels.__version__
+    assert library.unavailable_reason() is None
+    assert library.load() is library.load()
 
 
 def test_build_flags_name_the_compiled_instruction_sets() -> None:
-    compiled = _cpp.build_flags().partition("[")[2].rstrip("]").split()
+    compiled = library.build_flags().partition("[")[2].rstrip("]").split()
     assert compiled[0] == "portable"
-    assert set(_cpp.usable_instruction_sets()) == set(compiled) & set(_cpp.instruction_sets())
+    assert set(library.usable_instruction_sets()) == set(compiled) & set(library.instruction_sets())
 
 
 @pytest.mark.skipif(
@@ -67,7 +67,7 @@ def test_instruction_sets_are_the_kernels_flags() -> None:
     flags = set(next((line for line in lines if line.startswith("flags")), "").split())
     needs = {
         "portable": set(),
-        "avx2": {"avx2", "fma"},
+        "avx2": {"avx2", "fma", "f16c"},
         "avx512": {"avx2", "fma", "avx512f", "avx512dq", "avx512bw", "avx512vl"},
         "avx512_bf16": {
             "avx2",
@@ -79,7 +79,7 @@ def test_instruction_sets_are_the_kernels_flags() -> None:
             "avx512_bf16",
         },
     }
-    assert _cpp.instruction_sets() == tuple(n for n, needed in needs.items() if needed <= flags)
+    assert library.instruction_sets() == tuple(n for n, needed in needs.items() if needed <= flags)
 
 
 def test_missing_library_is_a_reason_not_an_import_error(tmp_path: Path) -> None:
@@ -99,29 +99,34 @@ def test_foreign_file_is_a_reason(tmp_path: Path) -> None:
 
 
 def test_another_abi_version_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_cpp, "ABI_VERSION", 999)
-    with pytest.raises(_cpp.NativeLibraryError, match=r"has ABI version 1, this package needs 999"):
-        _cpp._load(_cpp._INSTALLED_LIBRARY)
+    monkeypatch.setattr(library, "ABI_VERSION", 999)
+    with pytest.raises(
+        library.NativeLibraryError, match=r"has ABI version \d+, this package needs 999"
+    ):
+        library._load(library._INSTALLED_LIBRARY)
 
 
 def test_environment_selects_the_instruction_set() -> None:
-    for name in _cpp.usable_instruction_sets():
+    for name in library.usable_instruction_sets():
         assert probe(FLAMINGO_CPU_ISA=name) == [name, "loaded"]
 
 
 def test_unknown_instruction_set_is_a_reason() -> None:
     reason, _ = probe(FLAMINGO_CPU_ISA="sse9")
-    usable = ", ".join(_cpp.usable_instruction_sets())
+    usable = ", ".join(library.usable_instruction_sets())
     assert reason == f"FLAMINGO_CPU_ISA='sse9' is no instruction set; usable here: {usable}"
 
 
 def test_the_best_usable_instruction_set_is_the_default() -> None:
-    assert probe() == [_cpp.usable_instruction_sets()[-1], "loaded"]
+    assert probe() == [library.usable_instruction_sets()[-1], "loaded"]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads Linux's process maps")
 def test_one_openmp_runtime_is_torchs() -> None:
-    script = "from flamingo_kernels import _cpp; _cpp.load(); print(open('/proc/self/maps').read())"
+    script = (
+        "from flamingo_kernels._cpp import library; library.load();"
+        "print(open('/proc/self/maps').read())"
+    )
     maps = subprocess.run(
         [sys.executable, "-c", script],
         cwd=ROOT,
@@ -183,7 +188,7 @@ def test_media_attention_of_strided_tensors(ranges: str, dtype: torch.dtype, gat
     k, v = strided((2, 4, 65, 2, 24), dtype), strided((2, 4, 65, 2, 24), dtype)
     first, last = (x.int().t().contiguous().t() for x in RANGES[ranges])
     gate = torch.tensor([0.7], dtype=dtype) if gated else None
-    actual = _cpp.media_attention_forward(q, k, v, first, last, gate, 0.3)
+    actual = attention.media_attention_forward(q, k, v, first, last, gate, 0.3)
     expected = expected_attention(q, k, v, first, last, gate, 0.3)
     assert_close_to_reference(actual, expected, dtype, "out")
     sees_nothing = (first.clamp(min=0) > last).nonzero()
@@ -199,7 +204,7 @@ def test_threads_change_no_bit() -> None:
         outs = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            outs.append(_cpp.media_attention_forward(q, k, v, last, last, None, 0.25))
+            outs.append(attention.media_attention_forward(q, k, v, last, last, None, 0.25))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(outs[0], outs[1])
@@ -210,4 +215,4 @@ def test_a_rejected_call_says_why() -> None:
     q, kv = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 4, 2, 8)
     item = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"query heads is not a multiple .* \(status 3\)"):
-        _cpp.media_attention_forward(q, kv, kv, item, item, None, 1.0)
+        attention.media_attention_forward(q, kv, kv, item, item, None, 1.0)

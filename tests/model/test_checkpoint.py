@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from flamingo_kernels import FlamingoModel
+from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.model import checkpoint
-from tests.model.conftest import make_model, ragged_batch
+from tests.model.conftest import TINY, make_model, ragged_batch
 
 
 def test_round_trip_of_everything(tmp_path: Path) -> None:
@@ -45,14 +47,43 @@ def test_round_trip_of_the_trainable_tensors(tmp_path: Path) -> None:
         assert torch.equal(parameter, model.trainable_parameters()[name])
 
 
-def test_bf16_tensors_stay_bf16(tmp_path: Path) -> None:
-    make_model().bfloat16().save_pretrained(tmp_path)
-    assert {t.dtype for t in load_file(tmp_path / "model.safetensors").values()} == {torch.bfloat16}
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["mpt", "gpt_neox"])
+def test_round_trip_of_hugging_face_parts(tmp_path: Path, model_type: str, tied: bool) -> None:
+    sizes = {
+        "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 2, "max_seq_len": 64},
+        "gpt_neox": {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 64,
+        },
+    }[model_type]
+    language = HuggingFaceLanguageConfig(
+        model_type=model_type,
+        options={**sizes, "vocab_size": 264, "tie_word_embeddings": tied},
+        dim=32,
+        depth=2,
+        vocab_size=264,
+    )
+    model = FlamingoModel(replace(TINY, language=language)).eval()
+    model.save_pretrained(tmp_path, include_frozen=True)
+    loaded = FlamingoModel.from_pretrained(tmp_path).eval()
+    ids, pixels = torch.tensor([[TINY.image_token_id, 5, 6]]), torch.randn(1, 1, 1, 3, 32, 32)
+    assert torch.equal(loaded(ids, pixels).logits, model(ids, pixels).logits)
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
-    model = make_model()
-    model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_tensors_keep_their_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = make_model().to(dtype)
+    model.save_pretrained(tmp_path, include_frozen=True)
+    loaded = FlamingoModel.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -> None:
+    make_model().save_pretrained(tmp_path, include_frozen=True)
     before = (tmp_path / "model.safetensors").read_bytes()
 
     def fail(tensors: dict, file: Path, metadata: dict) -> None:
@@ -61,9 +92,10 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None
 
     monkeypatch.setattr(checkpoint, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        model.save_pretrained(tmp_path)
+        make_model(attend="previous").save_pretrained(tmp_path, include_frozen=True)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
     assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    assert FlamingoModel.from_pretrained(tmp_path).config == TINY
 
 
 @pytest.fixture
@@ -80,12 +112,25 @@ def test_truncated_file(saved: Path, kept: int) -> None:
         FlamingoModel.from_pretrained(saved)
 
 
-def test_foreign_and_missing_tensors(saved: Path) -> None:
-    file = saved / "model.safetensors"
+def rewrite(folder: Path, change, config: object = None) -> None:
+    """Change the tensors of a checkpoint, and its config text where one is given."""
+    file = folder / "model.safetensors"
+    with safe_open(file, "pt") as stored:
+        metadata = stored.metadata()
     tensors = load_file(file)
-    tensors["head.weight"] = tensors.pop("perceiver.latents")
-    tensors["gated_cross_attn_layers.0.attn_gate"] = torch.zeros(2)
-    save_file(tensors, file)
+    change(tensors)
+    if config is not None:
+        metadata[checkpoint.CONFIG_KEY] = config
+    save_file(tensors, file, metadata)
+
+
+def test_foreign_and_missing_tensors(saved: Path) -> None:
+    def change(tensors: dict) -> None:
+        tensors["head.weight"] = tensors.pop("perceiver.latents")
+        tensors["gated_cross_attn_layers.0.attn_gate"] = torch.zeros(2)
+        tensors["gated_cross_attn_layers.1.attn_gate"] = torch.zeros(1).long()
+
+    rewrite(saved, change)
     with pytest.raises(ValueError) as caught:
         FlamingoModel.from_pretrained(saved)
     message = str(caught.value)
@@ -94,6 +139,7 @@ def test_foreign_and_missing_tensors(saved: Path) -> None:
     assert (
         "1 of another shape (gated_cross_attn_layers.0.attn_gate (2,) instead of (1,))" in message
     )
+    assert "1 of another kind (gated_cross_attn_layers.1.attn_gate torch.int64" in message
 
 
 def test_a_pickle_is_refused(saved: Path) -> None:
@@ -102,28 +148,51 @@ def test_a_pickle_is_refused(saved: Path) -> None:
         FlamingoModel.from_pretrained(saved)
 
 
+def test_another_projects_safetensors_are_refused(saved: Path) -> None:
+    save_file({"a": torch.zeros(1)}, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="not written by flamingo_kernels"):
+        FlamingoModel.from_pretrained(saved)
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "config",
     [
-        ("{", "is not valid JSON"),
-        ("[]", "holds a list, expected an object"),
-        (json.dumps({"model_type": "llama"}), "is not a flamingo_kernels config: .*no section"),
+        "{",
+        "[]",
+        json.dumps({"model_type": "llama"}),
+        json.dumps({**FlamingoConfig.from_name("tiny").to_dict(), "image_token_id": "x"}),
     ],
 )
-def test_bad_config(saved: Path, text: str, message: str) -> None:
-    (saved / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=message):
+def test_bad_config(saved: Path, config: str) -> None:
+    rewrite(saved, lambda tensors: None, config)
+    with pytest.raises(ValueError, match=r"the config in .* is not one of flamingo_kernels"):
         FlamingoModel.from_pretrained(saved)
 
 
-def test_missing_files(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no config.json in .*nowhere"):
+def test_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no model.safetensors in .*nowhere"):
         FlamingoModel.from_pretrained(tmp_path / "nowhere")
-    (saved / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no model.safetensors"):
-        FlamingoModel.from_pretrained(saved)
 
 
 def test_unknown_kernel(saved: Path) -> None:
     with pytest.raises(ValueError, match="unknown kernel 'cudnn'; known: auto, triton, cpp, torch"):
         FlamingoModel.from_pretrained(saved, kernel="cudnn")
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "message"),
+    [
+        ({"vision_encoder": "clip"}, TypeError, "vision_encoder must be a module .* got str"),
+        ({"language_model": torch.nn.Linear(1, 1)}, TypeError, "attributes dim, num_blocks"),
+    ],
+)
+def test_foreign_parts(part: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FlamingoModel(TINY, **part)
+
+
+def test_parts_of_another_size() -> None:
+    config = replace(TINY, language=replace(TINY.language, depth=1))
+    shallow = FlamingoModel(config).language_model
+    with pytest.raises(ValueError, match=r"language_model.num_blocks is 1, the config says 4"):
+        FlamingoModel(TINY, language_model=shallow)

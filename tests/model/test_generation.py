@@ -86,6 +86,20 @@ def test_images_appended_in_a_later_turn_of_a_ragged_batch() -> None:
     assert second.cache.num_images.tolist() == images
 
 
+def test_a_cache_that_another_call_has_extended_is_refused() -> None:
+    model = make_model()
+    batch = ragged_batch("left")
+    token = torch.tensor([[3], [4], [5]])
+    start = model(**batch.arguments(), use_cache=True).cache
+    copy = start.select_rows(torch.arange(3))
+    first = model(token, cache=start).logits
+    with pytest.raises(ValueError, match=r"made after 23 tokens, .* extended it in place to 24"):
+        model(token, cache=start)
+    assert_close_to_reference(model(token, cache=copy).logits, first, torch.float32)
+    with pytest.raises(TypeError, match="cache must be a FlamingoCache, got dict"):
+        model(token, cache={})
+
+
 def test_select_rows_repeats_and_reorders() -> None:
     model = make_model()
     batch = ragged_batch("left")

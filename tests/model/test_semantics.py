@@ -229,6 +229,37 @@ def test_point_12_clips_of_different_length_equal_the_clip_alone() -> None:
         assert_close_to_reference(padded, model(one, clip[:, :, :count]).logits, torch.float32)
 
 
+def test_point_13_each_document_draws_its_own_assignment() -> None:
+    model = make_model()
+    batch = ragged_batch("left", counts=(2, 2, 2))
+    together = model(**batch.arguments(), assign=["previous", "next", "previous"]).logits
+    for row, assign in enumerate(("previous", "next", "previous")):
+        alone = model(**batch.alone(row), assign=assign).logits[0]
+        assert_close_to_reference(together[row, batch.positions(row)], alone, torch.float32)
+    with pytest.raises(ValueError, match="assign names 2 rows, input_ids has 3"):
+        model(**batch.arguments(), assign=["next", "next"])
+
+
+def test_point_14_padding_is_ignored_whatever_ids_it_holds() -> None:
+    model = make_model()
+    batch = ragged_batch("left")
+    padded = batch.input_ids.masked_fill(batch.attention_mask == 0, 7)
+    losses = [
+        model(**{**batch.arguments(), "input_ids": ids}, labels=ids).loss
+        for ids in (batch.input_ids, padded)
+    ]
+    assert_close_to_reference(losses[1], losses[0], torch.float32)
+
+
+def test_a_mask_means_nonzero() -> None:
+    model = make_model()
+    batch = ragged_batch("left")
+    expected = model(**batch.arguments()).logits
+    for mask in (batch.attention_mask * 2, batch.attention_mask * 0.5, batch.attention_mask > 0):
+        arguments = {**batch.arguments(), "attention_mask": mask}
+        assert torch.equal(model(**arguments).logits, expected)
+
+
 def test_point_14_loss_ignores_images_padding_and_labels_of_minus_100() -> None:
     model = make_model()
     ids = torch.tensor([[5, IMAGE, 6, 7, 8]])
@@ -280,8 +311,9 @@ def test_point_16_the_vision_encoder_builds_no_graph() -> None:
     model = make_model()
     seen = []
     model.vision_encoder.register_forward_hook(lambda m, i, out: seen.append(out.requires_grad))
-    batch = ragged_batch()
-    model(**batch.arguments())
+    arguments = ragged_batch().arguments()
+    arguments["pixel_values"].requires_grad_()
+    model(**arguments)
     assert seen == [False]
 
 

@@ -84,6 +84,17 @@ def test_block_equals_reference(
     assert_gradients_close(gradients, truth, torch.float64)
 
 
+def test_more_markers_than_images_see_nothing() -> None:
+    """SEMANTICS 3 and 9: also without the feed-forward, and as in the reference."""
+    ours, theirs = block_pair(feed_forward_without_media=False)
+    spans = MediaSpans.from_tokens(torch.tensor([[IMAGE, 1, IMAGE, 1]]), IMAGE)
+    x = torch.randn(1, 4, DIM, dtype=torch.float64)
+    media = torch.randn(1, 1, 5, MEDIA_DIM, dtype=torch.float64)
+    out = ours(x, media, spans=spans)
+    assert torch.equal(out[:, 2:], x[:, 2:])
+    assert_close_to_reference(out, theirs(x, media, spans.first, spans.last), torch.float64)
+
+
 @pytest.mark.parametrize("frames", [1, 2, 3, 7])
 @pytest.mark.parametrize("input_dim", [None, 6])
 @pytest.mark.parametrize("final_norm", [False, True])
@@ -149,7 +160,18 @@ def test_media_projected_once_gives_the_same_bits() -> None:
     ("arguments", "message"),
     [
         ({}, "exactly one of media and media_kv"),
-        ({"media": torch.zeros(2, 5, 10)}, r"media must be \[B, I, R, dim_visual\], got \(2, 5"),
+        ({"media": torch.zeros(2, 5, 10)}, r"= \[2, I, R, 10\], got \(2, 5, 10\)"),
+        ({"media": torch.zeros(1, 3, 5, 10)}, r"= \[2, I, R, 10\], got \(1, 3, 5, 10\)"),
+        ({"media": torch.zeros(2, 3, 5, 9)}, r"= \[2, I, R, 10\], got \(2, 3, 5, 9\)"),
+        ({"media": torch.zeros(2, 3, 5, 10, device="meta")}, "media is on meta, x on cpu"),
+        (
+            {
+                "media": torch.zeros(2, 3, 5, 10),
+                "media_locations": torch.zeros(2, 0).bool(),
+                "use_cached_media": True,
+            },
+            r"media_locations has shape \(2, 0\)",
+        ),
         (
             {"media": torch.zeros(2, 3, 5, 10), "media_locations": torch.zeros(2, 7).bool()},
             "media_locations has 7 tokens, x has 6",
@@ -174,6 +196,8 @@ def test_block_errors(arguments: dict, message: str) -> None:
     ("options", "message"),
     [
         ({"gate": "matrix"}, "unknown gate 'matrix'; known: scalar, vector"),
+        ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"kernel": "fast"}, "unknown kernel 'fast'"),
         ({"attend": "all"}, "unknown attend mode 'all'"),
         ({"activation": "tanh"}, "unknown activation 'tanh'"),
     ],

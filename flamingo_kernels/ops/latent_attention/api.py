@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flamingo_kernels.ops import checks, dispatch
-from flamingo_kernels.ops.latent_attention import impl_torch
+from flamingo_kernels.ops.latent_attention import contract, impl_torch
 
 
 def latent_attention(
@@ -52,6 +53,44 @@ def latent_attention(
         The kernel asked for cannot run this call; the message lists the reasons.
     """
     checks.latent_attention(q, k_media, v_media, k_latents, v_latents, lengths)
-    dispatch.choose_for("latent_attention", kernel, q, k_media, v_media, k_latents, v_latents)
+    chosen = dispatch.choose_for(
+        "latent_attention",
+        kernel,
+        q,
+        k_media,
+        v_media,
+        k_latents,
+        v_latents,
+        head_dim=q.shape[-1],
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    return impl_torch.forward(q, k_media, v_media, k_latents, v_latents, lengths, scale)
+    if chosen == "torch":
+        return impl_torch.forward(q, k_media, v_media, k_latents, v_latents, lengths, scale)
+    return _LatentAttention.apply(q, k_media, v_media, k_latents, v_latents, lengths, scale, chosen)
+
+
+class _LatentAttention(torch.autograd.Function):
+    """Saves inputs, output and one number per query; the output is alive anyway in to_out."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k_media: Tensor,
+        v_media: Tensor,
+        k_latents: Tensor,
+        v_latents: Tensor,
+        lengths: Tensor | None,
+        scale: float,
+        kernel: str,
+    ) -> Tensor:
+        inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
+        out, lse = contract.forward(*inputs, scale, kernel)
+        ctx.save_for_backward(*inputs, out, lse)
+        ctx.options = (scale, kernel)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = contract.backward(d_out, *ctx.saved_tensors, *ctx.options)
+        return *gradients, None, None, None

@@ -58,10 +58,42 @@ def media_cross_attention(
         The kernel asked for cannot run this call; the message lists the reasons.
     """
     checks.media_cross_attention(q, k, v, spans, gate)
-    chosen = dispatch.choose_for("media_cross_attention", kernel, q, k, v, gate)
+    chosen = dispatch.choose_for(
+        "media_cross_attention", kernel, q, k, v, gate, head_dim=q.shape[-1]
+    )
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if gate is not None:
         gate = gate.to(torch.promote_types(q.dtype, torch.float32))
     if chosen == "torch":
         return impl_torch.forward(q, k, v, spans, gate, scale)
-    return contract.forward(q, k, v, spans.first, spans.last, gate, scale, chosen)
+    return _MediaCrossAttention.apply(
+        q, k, v, spans.first, spans.last, gate, scale, spans.single_item, chosen
+    )
+
+
+class _MediaCrossAttention(torch.autograd.Function):
+    """Saves its inputs only: the backward recomputes the softmax."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor,
+        last: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        single_item: bool,
+        kernel: str,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, first, last, gate)
+        ctx.options = (scale, single_item, kernel)
+        return contract.forward(q, k, v, first, last, gate, scale, single_item, kernel)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        d_q, d_k, d_v, d_gate = contract.backward(d_out, *saved, *ctx.options)
+        d_gate = None if saved[-1] is None else d_gate
+        return d_q, d_k, d_v, None, None, d_gate, None, None, None

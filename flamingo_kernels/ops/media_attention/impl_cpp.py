@@ -1,20 +1,22 @@
-"""Media attention on the CPU through the native library."""
+"""Media attention on the CPU through the native library; see ``contract``."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from flamingo_kernels import _cpp
+from flamingo_kernels._cpp import attention
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """See ``api.media_cross_attention``; ``gate`` is already in the accumulation dtype."""
-    return _cpp.media_attention_forward(q, k, v, first, last, gate, scale)
+def forward(*arguments) -> Tensor:
+    *inputs, _single_item = arguments  # the library sees the ranges themselves
+    return attention.media_attention_forward(*inputs)
+
+
+def backward(d_out: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *inputs, _single_item = arguments
+    return attention.media_attention_backward(_unit_stride(d_out), *inputs)
+
+
+def _unit_stride(d_out: Tensor) -> Tensor:
+    """Autograd may hand in an expanded gradient, as of a sum: the only copy made here."""
+    return d_out if d_out.stride(-1) == 1 or d_out.shape[-1] == 1 else d_out.contiguous()

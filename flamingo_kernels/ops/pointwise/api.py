@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.pointwise import impl_torch
+from flamingo_kernels.ops.pointwise.contract import OPS
 
 ACTIVATIONS = tuple(impl_torch.ACTIVATIONS)
 
@@ -39,8 +41,10 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str = "auto") -> 
         raise ValueError(f"{op}: x is on {x.device}, y on {y.device}")
     _require_floating(op, x)
     checks.require_gate(op, gate, x, (1, x.shape[-1]))
-    dispatch.choose_for(op, kernel, x, y, gate)
-    return impl_torch.gated_residual(x, y, gate)
+    chosen = dispatch.choose_for(op, kernel, x, y, gate)
+    if chosen == "torch":
+        return impl_torch.gated_residual(x, y, gate)
+    return _GatedResidual.apply(x, y.to(x.dtype), _accumulated(gate, x), chosen)
 
 
 def gated_activation(
@@ -77,8 +81,10 @@ def gated_activation(
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     _require_floating(op, x)
     checks.require_gate(op, gate, x, (1,))
-    dispatch.choose_for(op, kernel, x, gate)
-    return impl_torch.gated_activation(x, gate, activation)
+    chosen = dispatch.choose_for(op, kernel, x, gate)
+    if chosen == "torch":
+        return impl_torch.gated_activation(x, gate, activation)
+    return _GatedActivation.apply(x, _accumulated(gate, x), activation, chosen)
 
 
 def layer_norm(
@@ -118,8 +124,10 @@ def layer_norm(
             raise ValueError(
                 f"{op}: {name} has shape {tuple(parameter.shape)}, x has {x.shape[-1]} channels"
             )
-    dispatch.choose_for(op, kernel, x, weight, bias)
-    return impl_torch.layer_norm(x, weight, bias, eps)
+    chosen = dispatch.choose_for(op, kernel, x, weight, bias)
+    if chosen == "torch":
+        return impl_torch.layer_norm(x, weight, bias, eps)
+    return _LayerNorm.apply(x, weight, bias, eps, chosen)
 
 
 def _require_floating(op: str, x: Tensor) -> None:
@@ -127,3 +135,60 @@ def _require_floating(op: str, x: Tensor) -> None:
         raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least one dimension")
+
+
+def _accumulated(gate: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if gate is None else gate.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, y: Tensor, gate: Tensor, kernel: str) -> Tensor:
+        ctx.save_for_backward(y, gate)
+        ctx.kernel = kernel
+        return OPS["gated_residual_forward"](x, y, gate, kernel)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        d_y, d_gate = OPS["gated_residual_backward"](d_out, *ctx.saved_tensors, ctx.kernel)
+        return d_out, d_y, d_gate, None
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, gate: Tensor | None, activation: str, kernel: str) -> Tensor:
+        ctx.save_for_backward(x, gate)
+        ctx.options = (activation, kernel)
+        return OPS["gated_activation_forward"](x, gate, activation, kernel)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate = ctx.saved_tensors
+        d_x, d_gate = OPS["gated_activation_backward"](d_out, x, gate, *ctx.options)
+        return d_x, None if gate is None else d_gate, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kernel: str
+    ) -> Tensor:
+        out, mean, rstd = OPS["layer_norm_forward"](x, weight, bias, eps, kernel)
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.options = (bias is not None, kernel)
+        return out
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        has_bias, kernel = ctx.options
+        d_x, d_weight, d_bias = OPS["layer_norm_backward"](
+            d_out, x, weight, mean, rstd, has_bias, kernel
+        )
+        return (
+            d_x,
+            None if weight is None else d_weight,
+            d_bias if has_bias else None,
+            None,
+            None,
+        )

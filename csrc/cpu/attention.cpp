@@ -1,0 +1,199 @@
+// Entry points of the attention kernels: validation, the plan, the instruction set.
+#include <algorithm>
+#include <new>
+#include <vector>
+
+#include "kernels.h"
+#include "validate.h"
+
+namespace {
+
+using flamingo::Chunk;
+using flamingo::MediaPlan;
+
+using MediaParams = flamingo_media_attention_params;
+using LatentParams = flamingo_latent_attention_params;
+
+// Most tokens in a chunk: enough to pay for packing the keys, few enough to share the work.
+constexpr int64_t longest_chunk = 256;
+constexpr int64_t shortest_chunk = 48;
+constexpr int64_t wanted_tasks = 64;
+
+struct Plan : MediaPlan {
+    std::vector<Chunk> storage;
+    std::vector<int64_t> of_item, of_row;
+
+    explicit Plan(const MediaParams &p) {
+        const int64_t share = p.rows * p.tokens * p.kv_heads / wanted_tasks;
+        const int64_t limit = std::min(longest_chunk, std::max(shortest_chunk, share));
+        single_item = true;
+        longest = 1;
+        std::vector<Chunk> blind;
+        for (int64_t b = 0; b < p.rows; ++b) {
+            const int32_t *first = p.first + b * p.tokens, *last = p.last + b * p.tokens;
+            for (int64_t begin = 0, end = 0; begin < p.tokens; begin = end) {
+                while (end < p.tokens && end - begin < limit && first[end] == first[begin] &&
+                       last[end] == last[begin]) {
+                    ++end;
+                }
+                Chunk c = {b,
+                           begin,
+                           end,
+                           std::max<int64_t>(first[begin], 0),
+                           std::min<int64_t>(last[begin], p.media - 1),
+                           -1};
+                longest = std::max(longest, end - begin);
+                if (c.first > c.last || p.latents == 0) {
+                    c.first = 0, c.last = -1;
+                    blind.push_back(c);
+                } else {
+                    single_item = single_item && c.first == c.last;
+                    storage.push_back(c);
+                }
+            }
+        }
+        std::stable_sort(storage.begin(), storage.end(), [](const Chunk &a, const Chunk &b) {
+            return a.row != b.row ? a.row < b.row : a.first < b.first;
+        });
+        seeing_count = static_cast<int64_t>(storage.size());
+        of_row = offsets(p.rows, [](const Chunk &c) { return c.row; });
+        slots = 0;
+        if (single_item) {
+            of_item = offsets(p.rows * p.media,
+                              [&](const Chunk &c) { return c.row * p.media + c.first; });
+            for (int64_t i = 0; i < p.rows * p.media; ++i) {
+                for (int64_t c = of_item[i]; c < of_item[i + 1] && of_item[i + 1] - of_item[i] > 1;
+                     ++c) {
+                    storage[c].slot = slots++;
+                }
+            }
+        }
+        storage.insert(storage.end(), blind.begin(), blind.end());
+        chunks = storage.data();
+        chunk_count = static_cast<int64_t>(storage.size());
+        item_chunks = of_item.data();
+        row_chunks = of_row.data();
+    }
+
+  private:
+    // offsets[g]: chunks of groups before g; the chunks are sorted by group.
+    template <typename Group> std::vector<int64_t> offsets(int64_t groups, Group group) const {
+        std::vector<int64_t> result(groups + 1, 0);
+        for (const Chunk &c : storage) {
+            ++result[group(c) + 1];
+        }
+        for (int64_t g = 0; g < groups; ++g) {
+            result[g + 1] += result[g];
+        }
+        return result;
+    }
+};
+
+int32_t validate(const MediaParams &p, bool backward) {
+    const int64_t sizes[] = {p.rows,  p.tokens,   p.media,   p.latents,
+                             p.heads, p.kv_heads, p.head_dim};
+    if (flamingo::has_negative(sizes, 7)) {
+        return FLAMINGO_NEGATIVE_SIZE;
+    }
+    if (p.heads > 0 && (p.kv_heads == 0 || p.heads % p.kv_heads != 0)) {
+        return FLAMINGO_HEADS_NOT_DIVISIBLE;
+    }
+    const bool has_tokens = p.rows > 0 && p.tokens > 0;
+    const bool has_queries = has_tokens && p.heads > 0 && p.head_dim > 0;
+    const bool has_keys = p.rows > 0 && p.heads > 0 && p.head_dim > 0 && p.media > 0 && p.latents > 0;
+    const void *written = backward ? p.d_q.data : p.out.data;
+    if ((has_tokens && (!p.first || !p.last)) || (has_queries && (!p.q.data || !written)) ||
+        (backward && has_queries && !p.d_out.data) ||
+        (has_queries && has_keys && (!p.k.data || !p.v.data)) ||
+        (backward && has_keys && (!p.d_k.data || !p.d_v.data)) ||
+        (backward && p.gate && !p.d_gate)) {
+        return FLAMINGO_NULL_POINTER;
+    }
+    return flamingo::validate(p.execution);
+}
+
+int32_t validate(const LatentParams &p, bool backward) {
+    const int64_t sizes[] = {p.items, p.latents, p.features, p.heads, p.head_dim};
+    if (flamingo::has_negative(sizes, 5)) {
+        return FLAMINGO_NEGATIVE_SIZE;
+    }
+    if (p.items > 0 && p.latents > 0 && p.heads > 0) {
+        bool missing = !p.lse;
+        if (p.head_dim > 0) {
+            missing = missing || !p.q.data || !p.k_latents.data || !p.v_latents.data || !p.out.data;
+            missing = missing || (p.features > 0 && (!p.k_media.data || !p.v_media.data));
+            if (backward) {
+                missing = missing || !p.d_out.data || !p.d_q.data || !p.d_k_latents.data ||
+                          !p.d_v_latents.data;
+                missing = missing || (p.features > 0 && (!p.d_k_media.data || !p.d_v_media.data));
+            }
+        }
+        if (missing) {
+            return FLAMINGO_NULL_POINTER;
+        }
+    }
+    return flamingo::validate(p.execution);
+}
+
+// Runs `call`, with failed allocations as a status.
+template <typename Call> int32_t guarded(Call call) {
+    try {
+        return call() ? FLAMINGO_OK : FLAMINGO_OUT_OF_MEMORY;
+    } catch (const std::bad_alloc &) {
+        return FLAMINGO_OUT_OF_MEMORY;
+    }
+}
+
+} // namespace
+
+int32_t flamingo_media_attention_forward(const MediaParams *params) {
+    const MediaParams &p = *params;
+    const int32_t status = validate(p, false);
+    if (status != FLAMINGO_OK || p.rows * p.tokens * p.heads * p.head_dim == 0) {
+        return status;
+    }
+    return guarded([&] {
+        return FLAMINGO_RUN_KERNEL(p.execution.instruction_set, media_attention_forward, p, Plan(p));
+    });
+}
+
+int32_t flamingo_media_attention_backward(const MediaParams *params) {
+    const MediaParams &p = *params;
+    const int32_t status = validate(p, true);
+    // Without a query there are still d_k and d_v to clear.
+    if (status != FLAMINGO_OK || p.rows * p.kv_heads * p.head_dim == 0) {
+        return status;
+    }
+    return guarded([&] {
+        return FLAMINGO_RUN_KERNEL(p.execution.instruction_set, media_attention_backward, p, Plan(p));
+    });
+}
+
+int32_t flamingo_latent_attention_forward(const LatentParams *params) {
+    const LatentParams &p = *params;
+    const int32_t status = validate(p, false);
+    if (status != FLAMINGO_OK || p.items * p.latents * p.heads * p.head_dim == 0) {
+        return status;
+    }
+    return guarded([&] {
+        return FLAMINGO_RUN_KERNEL(p.execution.instruction_set, latent_attention_forward, p);
+    });
+}
+
+int32_t flamingo_latent_attention_backward(const LatentParams *params) {
+    const LatentParams &p = *params;
+    const int32_t status = validate(p, true);
+    if (status != FLAMINGO_OK || p.items * p.heads * p.head_dim == 0) {
+        return status;
+    }
+    return guarded([&] {
+        return FLAMINGO_RUN_KERNEL(p.execution.instruction_set, latent_attention_backward, p);
+    });
+}
+
+double flamingo_multiply_add_rate(const flamingo_execution *execution, double seconds) {
+    if (flamingo::validate(*execution) != FLAMINGO_OK) {
+        return 0;
+    }
+    return FLAMINGO_RUN_KERNEL(execution->instruction_set, multiply_add_rate, *execution, seconds);
+}

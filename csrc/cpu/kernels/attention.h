@@ -1,0 +1,304 @@
+// Pieces that both attentions are made of: keys packed for the tile products, softmax of score rows.
+#pragma once
+
+#include <stdlib.h>
+
+#include "tile.h"
+
+namespace {
+
+// Keys handled at once: all latents of a media item in every published resampler.
+constexpr int64_t key_block = 128;
+// Query rows whose scores are held at once in a backward: all latents of a published resampler.
+constexpr int64_t score_rows = 64;
+// Up to so many rows, packing keys costs more than it saves.
+constexpr int64_t few_rows = 3;
+
+// One allocation, cut into aligned arrays.
+class Scratch {
+  public:
+    explicit Scratch(int64_t bytes) {
+        void *memory = nullptr;
+        base_ = posix_memalign(&memory, 64, size_t(bytes) + 64) == 0 ? static_cast<char *>(memory) : nullptr;
+        next_ = base_;
+    }
+    ~Scratch() { free(base_); }
+    Scratch(const Scratch &) = delete;
+    Scratch &operator=(const Scratch &) = delete;
+    bool ok() const { return base_ != nullptr; }
+
+    template <typename Real> static int64_t bytes_of(int64_t count) {
+        return round_up(count * int64_t(sizeof(Real)), 64);
+    }
+    template <typename Real> Real *take(int64_t count) {
+        Real *result = reinterpret_cast<Real *>(next_);
+        next_ += bytes_of<Real>(count);
+        return result;
+    }
+
+  private:
+    char *base_;
+    char *next_;
+};
+
+// `count` vectors of `size` values, each `stride` elements after the one before.
+template <typename T> struct Rows {
+    T *data;
+    int64_t stride;
+    T *operator[](int64_t i) const { return data + i * stride; }
+};
+
+// to[count, padded], each row from[i][:size] * factor and zeros.
+template <typename T, typename Real>
+void pack_rows(Rows<const T> from, int64_t count, int64_t size, Real factor, Real *to,
+               int64_t padded) {
+    for (int64_t i = 0; i < count; ++i) {
+        Real *row = to + i * padded;
+        widen_row(from[i], row, size);
+        if (factor != 1) {
+            for (int64_t d = 0; d < size; ++d) {
+                row[d] *= factor;
+            }
+        }
+        for (int64_t d = size; d < padded; ++d) {
+            row[d] = 0;
+        }
+    }
+}
+
+// to[size, padded]: the transpose of from[count, row_size], columns from `count` on zero.
+template <typename Real>
+void transpose(const Real *from, int64_t row_size, int64_t count, int64_t size, Real *to,
+               int64_t padded) {
+    constexpr int64_t step = 8;
+    for (int64_t d0 = 0; d0 < size; d0 += step) {
+        const int64_t d1 = smaller(d0 + step, size);
+        for (int64_t i = 0; i < count; ++i) {
+            for (int64_t d = d0; d < d1; ++d) {
+                to[d * padded + i] = from[i * row_size + d];
+            }
+        }
+        for (int64_t d = d0; d < d1; ++d) {
+            for (int64_t i = count; i < padded; ++i) {
+                to[d * padded + i] = 0;
+            }
+        }
+    }
+}
+
+// A block of up to key_block keys and their values, as the products want them.
+template <typename Real> struct KeyBlock {
+    int64_t keys = 0;        // in the block
+    int64_t padded_keys = 0; // rounded up to a vector
+    int64_t padded_dim = 0;
+    Real *k = nullptr;            // [keys, padded_dim], times the scale
+    Real *v = nullptr;            // [keys, padded_dim]
+    Real *k_transposed = nullptr; // [D, padded_keys], times the scale
+    Real *v_transposed = nullptr; // [D, padded_keys]; the backward only
+
+    static int64_t bytes(int64_t most_keys, int64_t head_dim, bool backward) {
+        const int64_t rows = most_keys * round_up(head_dim, lanes<Real>);
+        const int64_t columns = head_dim * round_up(most_keys, lanes<Real>);
+        return 2 * Scratch::bytes_of<Real>(rows) +
+               (backward ? 2 : 1) * Scratch::bytes_of<Real>(columns);
+    }
+    KeyBlock(Scratch &scratch, int64_t most_keys, int64_t head_dim, bool backward) {
+        padded_dim = round_up(head_dim, lanes<Real>);
+        k = scratch.take<Real>(most_keys * padded_dim);
+        v = scratch.take<Real>(most_keys * padded_dim);
+        k_transposed = scratch.take<Real>(head_dim * round_up(most_keys, lanes<Real>));
+        if (backward) {
+            v_transposed = scratch.take<Real>(head_dim * round_up(most_keys, lanes<Real>));
+        }
+    }
+
+    template <typename T>
+    void pack(Rows<const T> k_rows, Rows<const T> v_rows, int64_t count, int64_t head_dim,
+              Real scale) {
+        keys = count;
+        padded_keys = round_up(count, lanes<Real>);
+        pack_rows(k_rows, count, head_dim, scale, k, padded_dim);
+        pack_rows(v_rows, count, head_dim, Real(1), v, padded_dim);
+        transpose(k, padded_dim, count, head_dim, k_transposed, padded_keys);
+        if (v_transposed) {
+            transpose(v, padded_dim, count, head_dim, v_transposed, padded_keys);
+        }
+    }
+};
+
+// Running softmax of one row: the weights of keys seen so far are relative to exp(top).
+template <typename Real> struct RowState {
+    Real top;   // largest score
+    Real total; // sum of weights
+    static RowState empty() { return {-Real(INFINITY), 0}; }
+    Real log_sum() const { return top + logarithm(total); }
+};
+
+// scores[padded] -> weights relative to the new maximum; columns from `keys` on become 0. Returns the
+// factor by which what was summed so far shrinks.
+template <typename Real>
+inline Real soften_row(Real *scores, int64_t keys, int64_t padded, RowState<Real> *state) {
+    for (int64_t j = keys; j < padded; ++j) {
+        scores[j] = -Real(INFINITY);
+    }
+    vec<Real> top = load(scores);
+    for (int64_t j = lanes<Real>; j < padded; j += lanes<Real>) {
+        top = largest<Real>(top, load(scores + j));
+    }
+    Real new_top = largest_of<Real>(top);
+    new_top = new_top > state->top ? new_top : state->top;
+    const Real shrink = state->total > 0 ? exponential(state->top - new_top) : Real(0);
+    vec<Real> total = {};
+    for (int64_t j = 0; j < padded; j += lanes<Real>) {
+        const vec<Real> weight = exponential(load(scores + j) - new_top);
+        total += weight;
+        store(scores + j, weight);
+    }
+    state->total = state->total * shrink + sum_of<Real>(total);
+    state->top = new_top;
+    return shrink;
+}
+
+// scores[padded] -> final weights exp(score - log_sum); columns from `keys` on become 0.
+template <typename Real>
+inline void weigh_row(Real *scores, int64_t keys, int64_t padded, Real log_sum) {
+    for (int64_t j = keys; j < padded; ++j) {
+        scores[j] = -Real(INFINITY);
+    }
+    for (int64_t j = 0; j < padded; j += lanes<Real>) {
+        store(scores + j, exponential(load(scores + j) - log_sum));
+    }
+}
+
+// Sum over a row of weights * d_weights, both [padded].
+template <typename Real>
+inline Real weighted_sum(const Real *weights, const Real *d_weights, int64_t padded) {
+    vec<Real> total = {};
+    for (int64_t j = 0; j < padded; j += lanes<Real>) {
+        total += load(weights + j) * load(d_weights + j);
+    }
+    return sum_of<Real>(total);
+}
+
+// d_weights[padded] -> factor * weights * (d_weights - delta): the gradient of the scores.
+template <typename Real>
+inline void score_gradient_row(const Real *weights, Real *d_weights, int64_t padded, Real delta,
+                               Real factor) {
+    for (int64_t j = 0; j < padded; j += lanes<Real>) {
+        store(d_weights + j, factor * load(weights + j) * (load(d_weights + j) - delta));
+    }
+}
+
+template <typename Real> inline void scale_row(Real *row, int64_t padded, Real factor) {
+    for (int64_t d = 0; d < padded; d += lanes<Real>) {
+        store(row + d, load(row + d) * factor);
+    }
+}
+
+// Query rows attend to one more block of keys. q[rows, padded_dim] is packed, out[rows, padded_dim]
+// holds weighted sums of values relative to each row's state; `weights` has room for tile_rows rows.
+template <typename Real>
+void attend_block(const KeyBlock<Real> &block, int64_t head_dim, const Real *q, int64_t rows,
+                  RowState<Real> *states, Real *out, Real *weights, bool first_block) {
+    for (int64_t i = 0; i < rows; i += tile_rows) {
+        const int64_t count = smaller(tile_rows, rows - i);
+        Real *out_tile = out + i * block.padded_dim;
+        product<Real>(count, block.padded_keys, head_dim, {q + i * block.padded_dim, block.padded_dim, 1},
+                      block.k_transposed, block.padded_keys, weights, block.padded_keys, false);
+        for (int64_t r = 0; r < count; ++r) {
+            const Real shrink = soften_row(weights + r * block.padded_keys, block.keys,
+                                           block.padded_keys, &states[i + r]);
+            if (!first_block) {
+                scale_row(out_tile + r * block.padded_dim, block.padded_dim, shrink);
+            }
+        }
+        product<Real>(count, block.padded_dim, block.keys, {weights, block.padded_keys, 1}, block.v,
+                      block.padded_dim, out_tile, block.padded_dim, !first_block);
+    }
+}
+
+// One row attends to keys as they lie, without packing. `row` has room for padded_dim values.
+template <typename T, typename Real>
+void attend_unpacked(Rows<const T> k, Rows<const T> v, int64_t keys, int64_t head_dim, Real scale,
+                     const Real *q, RowState<Real> *state, Real *out, Real *scores, Real *row,
+                     bool first_block) {
+    const int64_t padded_dim = round_up(head_dim, lanes<Real>);
+    for (int64_t d = head_dim; d < padded_dim; ++d) {
+        row[d] = 0;
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+        widen_row(k[j], row, head_dim);
+        vec<Real> sum = {};
+        for (int64_t d = 0; d < padded_dim; d += lanes<Real>) {
+            sum += load(q + d) * load(row + d);
+        }
+        scores[j] = sum_of<Real>(sum) * scale;
+    }
+    const Real shrink = soften_row(scores, keys, round_up(keys, lanes<Real>), state);
+    if (first_block) {
+        for (int64_t d = 0; d < padded_dim; ++d) {
+            out[d] = 0;
+        }
+    } else {
+        scale_row(out, padded_dim, shrink);
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+        widen_row(v[j], row, head_dim);
+        for (int64_t d = 0; d < padded_dim; d += lanes<Real>) {
+            store(out + d, load(out + d) + scores[j] * load(row + d));
+        }
+    }
+}
+
+// What the backward of a stretch of query rows needs beside the keys.
+template <typename Real> struct QueryRows {
+    int64_t rows = 0;             // at most score_rows
+    Real *q = nullptr;            // [score_rows, padded_dim]
+    Real *d_out = nullptr;        // [score_rows, padded_dim]
+    Real *weights = nullptr;      // [score_rows, padded keys]
+    Real *score_grads = nullptr;  // [score_rows, padded keys]
+    int64_t padded_dim = 0;
+
+    static int64_t bytes(int64_t most_keys, int64_t head_dim) {
+        return 2 * Scratch::bytes_of<Real>(score_rows * round_up(head_dim, lanes<Real>)) +
+               2 * Scratch::bytes_of<Real>(score_rows * round_up(most_keys, lanes<Real>));
+    }
+    QueryRows(Scratch &scratch, int64_t most_keys, int64_t head_dim) {
+        padded_dim = round_up(head_dim, lanes<Real>);
+        q = scratch.take<Real>(score_rows * padded_dim);
+        d_out = scratch.take<Real>(score_rows * padded_dim);
+        weights = scratch.take<Real>(score_rows * round_up(most_keys, lanes<Real>));
+        score_grads = scratch.take<Real>(score_rows * round_up(most_keys, lanes<Real>));
+    }
+    template <typename T>
+    void pack(Rows<const T> q_rows, Rows<const T> d_out_rows, int64_t count, int64_t head_dim) {
+        rows = count;
+        pack_rows(q_rows, count, head_dim, Real(1), q, padded_dim);
+        pack_rows(d_out_rows, count, head_dim, Real(1), d_out, padded_dim);
+    }
+    // Raw scores into `weights`, gradients of the weights into `score_grads`.
+    void products(const KeyBlock<Real> &block, int64_t head_dim) {
+        product<Real>(rows, block.padded_keys, head_dim, {q, padded_dim, 1}, block.k_transposed,
+                      block.padded_keys, weights, block.padded_keys, false);
+        product<Real>(rows, block.padded_keys, head_dim, {d_out, padded_dim, 1}, block.v_transposed,
+                      block.padded_keys, score_grads, block.padded_keys, false);
+    }
+    // Adds to d_k, d_v [keys, padded_dim] from final weights and score gradients.
+    void add_key_gradients(const KeyBlock<Real> &block, Real *d_k, Real *d_v) const {
+        product<Real>(block.keys, padded_dim, rows, {weights, 1, block.padded_keys}, d_out, padded_dim,
+                      d_v, padded_dim, true);
+        product<Real>(block.keys, padded_dim, rows, {score_grads, 1, block.padded_keys}, q, padded_dim,
+                      d_k, padded_dim, true);
+    }
+    // d_q[rows, padded_dim] (+)= score gradients times keys (which carry the scale).
+    void query_gradients(const KeyBlock<Real> &block, Real *d_q, bool accumulate) const {
+        product<Real>(rows, padded_dim, block.keys, {score_grads, block.padded_keys, 1}, block.k,
+                      padded_dim, d_q, padded_dim, accumulate);
+    }
+};
+
+template <typename Real> inline void clear(Real *values, int64_t count) {
+    memset(values, 0, size_t(count) * sizeof(Real));
+}
+
+} // namespace

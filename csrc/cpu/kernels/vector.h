@@ -1,0 +1,170 @@
+// Vectors of the instruction set a file is compiled for, storage types, and exp.
+//
+// GCC's vector extensions lower a width the processor lacks, so that the tile shapes of AVX-512 can be
+// tested on any machine (FLAMINGO_VECTOR_BYTES).
+#pragma once
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+template <typename Real> struct vector_of {
+    static constexpr int lanes = FLAMINGO_VECTOR_BYTES / int(sizeof(Real));
+    typedef Real type __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
+    typedef Real unaligned
+        __attribute__((vector_size(FLAMINGO_VECTOR_BYTES), aligned(sizeof(Real)), may_alias));
+};
+template <typename Real> using vec = typename vector_of<Real>::type;
+template <typename Real> constexpr int lanes = vector_of<Real>::lanes;
+
+template <typename Real> inline vec<Real> load(const Real *from) {
+    return *reinterpret_cast<const typename vector_of<Real>::unaligned *>(from);
+}
+template <typename Real> inline void store(Real *to, vec<Real> value) {
+    *reinterpret_cast<typename vector_of<Real>::unaligned *>(to) = value;
+}
+// x - 0 is x for every x, -0 included, so that nothing but the broadcast is left.
+template <typename Real> inline vec<Real> broadcast(Real value) { return value - vec<Real>{}; }
+
+template <typename Real> inline vec<Real> largest(vec<Real> a, vec<Real> b) {
+    return a > b ? a : b;
+}
+template <typename Real> inline Real sum_of(vec<Real> value) {
+    Real total = 0;
+    for (int i = 0; i < lanes<Real>; ++i) {
+        total += value[i];
+    }
+    return total;
+}
+template <typename Real> inline Real largest_of(vec<Real> value) {
+    Real result = value[0];
+    for (int i = 1; i < lanes<Real>; ++i) {
+        result = value[i] > result ? value[i] : result;
+    }
+    return result;
+}
+
+inline int64_t round_up(int64_t value, int64_t multiple) {
+    return (value + multiple - 1) / multiple * multiple;
+}
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t bigger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// Storage types narrower than the type of accumulation.
+struct bfloat16 {
+    uint16_t bits;
+};
+struct float16 {
+    uint16_t bits;
+};
+
+template <typename T> struct accumulation {
+    using type = float;
+};
+template <> struct accumulation<double> {
+    using type = double;
+};
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(bfloat16 x) {
+    const uint32_t bits = uint32_t(x.bits) << 16;
+    float result;
+    memcpy(&result, &bits, sizeof result);
+    return result;
+}
+inline float widen(float16 x) {
+#if defined(__F16C__)
+    return _cvtsh_ss(x.bits);
+#else
+    _Float16 half;
+    memcpy(&half, &x.bits, sizeof half);
+    return float(half);
+#endif
+}
+
+inline void narrow(float value, float *to) { *to = value; }
+inline void narrow(double value, double *to) { *to = value; }
+inline void narrow(float value, bfloat16 *to) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to->bits = value == value ? uint16_t(rounded) : uint16_t(0x7fc0);
+}
+inline void narrow(float value, float16 *to) {
+#if defined(__F16C__)
+    to->bits = uint16_t(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+    const _Float16 half = _Float16(value);
+    memcpy(&to->bits, &half, sizeof half);
+#endif
+}
+
+// `size` values, from storage to accumulation type and back.
+template <typename T, typename Real>
+inline void widen_row(const T *__restrict from, Real *__restrict to, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) {
+        to[i] = widen(from[i]);
+    }
+}
+template <typename T, typename Real>
+inline void narrow_row(const Real *__restrict from, Real factor, T *__restrict to, int64_t size) {
+    for (int64_t i = 0; i < size; ++i) {
+        narrow(from[i] * factor, &to[i]);
+    }
+}
+#if defined(__F16C__)
+inline void widen_row(const float16 *__restrict from, float *__restrict to, int64_t size) {
+    int64_t i = 0;
+    for (; i + 8 <= size; i += 8) {
+        const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(from + i));
+        _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+    }
+    for (; i < size; ++i) {
+        to[i] = widen(from[i]);
+    }
+}
+#endif
+
+// exp(x) for x <= 0; exactly 0 below the smallest normal result. Error under 1 unit in the last place
+// of fp32: x = n ln 2 + r with |r| <= ln 2 / 2, the exponential of r by its Taylor polynomial.
+inline vec<float> exponential(vec<float> x) {
+    typedef int32_t integers __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
+    const vec<float> lowest = broadcast(-87.0f);
+    const integers underflow = x < lowest;
+    x = underflow ? lowest : x;
+    const float to_integer = 12582912.0f; // 1.5 * 2^23: adding it rounds to the nearest integer
+    const vec<float> shifted = x * 1.44269504088896341f + to_integer;
+    const vec<float> n = shifted - to_integer;
+    vec<float> r = x - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vec<float> p = broadcast(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * (r * r) + (r + 1.0f);
+    const integers exponent = ((integers)shifted - 0x4b400000 + 127) << 23;
+    const vec<float> result = p * (vec<float>)exponent;
+    return underflow ? vec<float>{} : result;
+}
+inline vec<double> exponential(vec<double> x) {
+    for (int i = 0; i < lanes<double>; ++i) {
+        x[i] = ::exp(x[i]);
+    }
+    return x;
+}
+inline float exponential(float x) { return ::expf(x); }
+inline double exponential(double x) { return ::exp(x); }
+inline float logarithm(float x) { return ::logf(x); }
+inline double logarithm(double x) { return ::log(x); }
+inline float hyperbolic_tangent(float x) { return ::tanhf(x); }
+inline double hyperbolic_tangent(double x) { return ::tanh(x); }
+
+} // namespace

@@ -1,0 +1,231 @@
+"""The pointwise kernels of the native library, on CPU tensors.
+
+Gates, weights and biases come in the dtype of accumulation, and their gradients leave in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from flamingo_kernels._cpp import library
+
+ACTIVATION_CODES = {"gelu": 0, "squared_relu": 1, "relu": 2}
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("inner_rows", "outer_stride", "inner_stride")),
+    ]
+
+
+class _GatedResidualParams(ctypes.Structure):
+    _fields_ = [
+        *((name, _Rows) for name in ("x", "y", "d_out")),
+        *((name, ctypes.c_void_p) for name in ("out", "d_y", "gate", "d_gate")),
+        *((name, ctypes.c_int64) for name in ("rows", "channels")),
+        ("gate_per_channel", ctypes.c_int32),
+        ("execution", library.Execution),
+    ]
+
+
+class _GatedActivationParams(ctypes.Structure):
+    _fields_ = [
+        *((name, _Rows) for name in ("x", "d_out")),
+        *((name, ctypes.c_void_p) for name in ("out", "d_x", "gate", "d_gate")),
+        *((name, ctypes.c_int64) for name in ("rows", "channels")),
+        ("activation", ctypes.c_int32),
+        ("execution", library.Execution),
+    ]
+
+
+class _LayerNormParams(ctypes.Structure):
+    _fields_ = [
+        *((name, _Rows) for name in ("x", "d_out")),
+        *((name, ctypes.c_void_p) for name in ("out", "d_x", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("mean", "rstd", "d_weight", "d_bias")),
+        *((name, ctypes.c_int64) for name in ("rows", "channels")),
+        ("eps", ctypes.c_double),
+        ("execution", library.Execution),
+    ]
+
+
+_ABSENT = (None, 0, 0, 0)
+
+
+def row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
+    """How rows of the last dimension lie: (inner_rows, outer_stride, inner_stride).
+
+    None where they need more than two strides, or where a row's values do not adjoin.
+    """
+    channels = tensor.shape[-1]
+    if tensor.is_contiguous():
+        return 0, 0, channels
+    if tensor.stride(-1) != 1 and channels > 1:
+        return None
+    levels: list[tuple[int, int]] = []  # (size, stride), outermost last
+    leading = zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True)
+    for size, stride in reversed(list(leading)):
+        if size == 1:
+            continue
+        if levels and stride == levels[-1][0] * levels[-1][1]:
+            levels[-1] = (levels[-1][0] * size, levels[-1][1])
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return None
+    inner_rows, inner_stride = levels[0] if levels else (0, 0)
+    return (inner_rows, levels[1][1], inner_stride) if len(levels) == 2 else (0, 0, inner_stride)
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
+    strides = row_strides(tensor)
+    assert strides is not None, tensor.stride()
+    return tensor.data_ptr(), *strides
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _shape(tensor: Tensor) -> tuple[int, int]:
+    """Rows and channels."""
+    channels = tensor.shape[-1]
+    return tensor.numel() // channels if channels else tensor.shape[:-1].numel(), channels
+
+
+def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """``flamingo_gated_residual_forward``: out [..., C], contiguous; gate has 1 or C values."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    params = _GatedResidualParams(
+        _rows(x),
+        _rows(y),
+        _ABSENT,
+        out.data_ptr(),
+        None,
+        gate.data_ptr(),
+        None,
+        *_shape(x),
+        gate.numel() != 1,
+        library.execution(x.dtype),
+    )
+    library.call("flamingo_gated_residual_forward", params)
+    return out
+
+
+def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    """``flamingo_gated_residual_backward``: gradients of y [..., C] and of gate."""
+    d_y = torch.empty(y.shape, dtype=y.dtype)
+    d_gate = torch.empty(gate.shape, dtype=gate.dtype)
+    params = _GatedResidualParams(
+        _ABSENT,
+        _rows(y),
+        _rows(d_out),
+        None,
+        d_y.data_ptr(),
+        gate.data_ptr(),
+        d_gate.data_ptr(),
+        *_shape(y),
+        gate.numel() != 1,
+        library.execution(y.dtype),
+    )
+    library.call("flamingo_gated_residual_backward", params)
+    return d_y, d_gate
+
+
+def gated_activation_forward(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    """``flamingo_gated_activation_forward``: out [..., C], contiguous; gate has one value."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    params = _GatedActivationParams(
+        _rows(x),
+        _ABSENT,
+        out.data_ptr(),
+        None,
+        _pointer(gate),
+        None,
+        *_shape(x),
+        ACTIVATION_CODES[activation],
+        library.execution(x.dtype),
+    )
+    library.call("flamingo_gated_activation_forward", params)
+    return out
+
+
+def gated_activation_backward(
+    d_out: Tensor, x: Tensor, gate: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor | None]:
+    """``flamingo_gated_activation_backward``: gradients of x [..., C] and of gate, if any."""
+    d_x = torch.empty(x.shape, dtype=x.dtype)
+    d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype)
+    params = _GatedActivationParams(
+        _rows(x),
+        _rows(d_out),
+        None,
+        d_x.data_ptr(),
+        _pointer(gate),
+        _pointer(d_gate),
+        *_shape(x),
+        ACTIVATION_CODES[activation],
+        library.execution(x.dtype),
+    )
+    library.call("flamingo_gated_activation_backward", params)
+    return d_x, d_gate
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``flamingo_layer_norm_forward``: out [..., C] contiguous, mean and 1 / deviation [rows]."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    rows, channels = _shape(x)
+    mean = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+    rstd = torch.empty_like(mean)
+    params = _LayerNormParams(
+        _rows(x),
+        _ABSENT,
+        out.data_ptr(),
+        None,
+        _pointer(weight),
+        _pointer(bias),
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        None,
+        None,
+        rows,
+        channels,
+        eps,
+        library.execution(x.dtype),
+    )
+    library.call("flamingo_layer_norm_forward", params)
+    return out, mean, rstd
+
+
+def layer_norm_backward(
+    d_out: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """``flamingo_layer_norm_backward``: gradients of x [..., C], of weight and of bias, if any."""
+    d_x = torch.empty(x.shape, dtype=x.dtype)
+    rows, channels = _shape(x)
+    d_weight = None if weight is None else torch.empty(channels, dtype=mean.dtype)
+    d_bias = torch.empty(channels, dtype=mean.dtype) if has_bias else None
+    params = _LayerNormParams(
+        _rows(x),
+        _rows(d_out),
+        None,
+        d_x.data_ptr(),
+        _pointer(weight),
+        None,
+        mean.data_ptr(),
+        rstd.data_ptr(),
+        _pointer(d_weight),
+        _pointer(d_bias),
+        rows,
+        channels,
+        0.0,
+        library.execution(x.dtype),
+    )
+    library.call("flamingo_layer_norm_backward", params)
+    return d_x, d_weight, d_bias

@@ -1,0 +1,75 @@
+"""Pointwise ops on the CPU through the native library; see ``contract``.
+
+Inputs may have any two strides for their leading dimensions and a unit last one. Parameters of C
+values are laid out anew in the dtype of accumulation where they are not in it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flamingo_kernels._cpp import pointwise
+
+
+def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    _require_rows("gated_residual", x=x, y=y)
+    return pointwise.gated_residual_forward(x, y, gate.contiguous())
+
+
+def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    return pointwise.gated_residual_backward(_with_rows(d_out), y, gate.contiguous())
+
+
+def gated_activation_forward(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    _require_rows("gated_activation", x=x)
+    return pointwise.gated_activation_forward(x, gate, activation)
+
+
+def gated_activation_backward(
+    d_out: Tensor, x: Tensor, gate: Tensor | None, activation: str
+) -> tuple[Tensor, Tensor]:
+    d_x, d_gate = pointwise.gated_activation_backward(_with_rows(d_out), x, gate, activation)
+    return d_x, x.new_empty(0) if d_gate is None else d_gate
+
+
+def layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _require_rows("layer_norm", x=x)
+    return pointwise.layer_norm_forward(x, _accumulated(weight, x), _accumulated(bias, x), eps)
+
+
+def layer_norm_backward(
+    d_out: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_x, d_weight, d_bias = pointwise.layer_norm_backward(
+        _with_rows(d_out), x, _accumulated(weight, x), mean, rstd, has_bias
+    )
+    dtype = x.dtype if weight is None else weight.dtype
+    nothing = x.new_empty(0, dtype=dtype)
+    return (
+        d_x,
+        nothing if d_weight is None else d_weight.to(dtype),
+        nothing.clone() if d_bias is None else d_bias.to(dtype),
+    )
+
+
+def _require_rows(op: str, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if pointwise.row_strides(tensor) is None:
+            raise ValueError(
+                f"{op}: the cpp kernel reads a last stride of 1 and up to two strides of rows; "
+                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+            )
+
+
+def _with_rows(d_out: Tensor) -> Tensor:
+    """Autograd may hand in an expanded gradient, as of a sum: the only copy made here."""
+    return d_out if pointwise.row_strides(d_out) is not None else d_out.contiguous()
+
+
+def _accumulated(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    if parameter is None:
+        return None
+    return parameter.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
