@@ -24,6 +24,8 @@ const char *flamingo_status_message(int32_t status) {
         return "the instruction set was not compiled in or this processor lacks it";
     case FLAMINGO_OUT_OF_MEMORY:
         return "out of memory for the kernel's scratch space";
+    case FLAMINGO_UNKNOWN_ACTIVATION:
+        return "the activation is none of GELU, squared ReLU and ReLU";
     default:
         return "unknown status";
     }

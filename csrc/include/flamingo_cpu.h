@@ -32,7 +32,8 @@ typedef enum flamingo_status {
     FLAMINGO_UNKNOWN_DTYPE = 4,
     FLAMINGO_NO_THREADS = 5,
     FLAMINGO_INSTRUCTION_SET_UNUSABLE = 6,
-    FLAMINGO_OUT_OF_MEMORY = 7
+    FLAMINGO_OUT_OF_MEMORY = 7,
+    FLAMINGO_UNKNOWN_ACTIVATION = 8
 } flamingo_status;
 
 /* Of storage. Sums, softmax and gates are in float32, for float64 in float64. */

@@ -13,8 +13,6 @@
 extern "C" {
 #endif
 
-/* Further statuses; those of flamingo_cpu.h go before. */
-enum { FLAMINGO_UNKNOWN_ACTIVATION = 8 };
 
 typedef enum flamingo_activation {
     FLAMINGO_GELU = 0, /* x Phi(x), Phi by the error function */

@@ -1,53 +1,34 @@
 """The attention kernels of the native library, on CPU tensors.
 
-Shape letters as in ``csrc/include/flamingo_cpu.h``.
+Shape letters as in ``csrc/include/flamingo_cpu.h``. The params structs are packed with ``struct``:
+ctypes takes longer to fill one in than a decoding step takes to compute.
 """
 
 from __future__ import annotations
 
-import ctypes
+import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from flamingo_kernels._cpp import library
 
-
-class _Tensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("stride", ctypes.c_int64 * 4)]
-
-
-class _MediaAttentionParams(ctypes.Structure):
-    _fields_ = [
-        *((name, _Tensor) for name in ("q", "k", "v", "out", "d_out", "d_q", "d_k", "d_v")),
-        *((name, ctypes.c_void_p) for name in ("first", "last", "gate", "d_gate")),
-        *(
-            (name, ctypes.c_int64)
-            for name in ("rows", "tokens", "media", "latents", "heads", "kv_heads", "head_dim")
-        ),
-        ("scale", ctypes.c_double),
-        ("execution", library.Execution),
-    ]
+# flamingo_tensor is an address and four strides; flamingo_execution is three int32.
+_TENSOR, _EXECUTION = "5q", "3i4x"
+_MEDIA_PARAMS = struct.Struct("@" + 8 * _TENSOR + "4q" + "7q" + "d" + _EXECUTION)
+_LATENT_PARAMS = struct.Struct("@" + 12 * _TENSOR + "2q" + "5q" + "d" + _EXECUTION)
+_ABSENT = (0, 0, 0, 0, 0)
 
 
-class _LatentAttentionParams(ctypes.Structure):
-    _fields_ = [
-        *((name, _Tensor) for name in ("q", "k_media", "v_media", "k_latents", "v_latents")),
-        *((name, _Tensor) for name in ("out", "d_out", "d_q", "d_k_media", "d_v_media")),
-        *((name, _Tensor) for name in ("d_k_latents", "d_v_latents")),
-        *((name, ctypes.c_void_p) for name in ("lengths", "lse")),
-        *((name, ctypes.c_int64) for name in ("items", "latents", "features", "heads", "head_dim")),
-        ("scale", ctypes.c_double),
-        ("execution", library.Execution),
-    ]
+def _describe(tensor: Tensor) -> tuple[int, ...]:
+    """Address and four strides of a tensor of 4 or 5 dimensions; the last stride is 1."""
+    strides = tensor.stride()[:-1]
+    return (tensor.data_ptr(), *strides) if len(strides) == 4 else (tensor.data_ptr(), *strides, 0)
 
 
-def _describe(tensor: Tensor) -> tuple[int, tuple[int, ...]]:
-    return tensor.data_ptr(), tensor.stride()[:-1]
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def media_attention_forward(
@@ -61,10 +42,10 @@ def media_attention_forward(
 ) -> Tensor:
     """``flamingo_media_attention_forward``: out [B, T, H, D], contiguous."""
     out = torch.empty(q.shape, dtype=q.dtype)
-    unused = (None, ())
+    tensors = (*_describe(q), *_describe(k), *_describe(v), *_describe(out), *_ABSENT * 4)
     _call_media(
         "flamingo_media_attention_forward",
-        (_describe(q), _describe(k), _describe(v), _describe(out), *[unused] * 4),
+        tensors,
         (first, last, gate, None),
         q,
         k,
@@ -86,10 +67,12 @@ def media_attention_backward(
     """``flamingo_media_attention_backward``: dq, dk, dv contiguous; dgate empty without a gate."""
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
     d_gate = torch.zeros(0, dtype=q.dtype) if gate is None else torch.zeros_like(gate)
-    tensors = (_describe(t) for t in (d_out, d_q, d_k, d_v))
+    tensors = [*_describe(q), *_describe(k), *_describe(v), *_ABSENT]
+    for tensor in (d_out, d_q, d_k, d_v):
+        tensors += _describe(tensor)
     _call_media(
         "flamingo_media_attention_backward",
-        (_describe(q), _describe(k), _describe(v), (None, ()), *tensors),
+        tensors,
         (first, last, gate, None if gate is None else d_gate),
         q,
         k,
@@ -100,7 +83,7 @@ def media_attention_backward(
 
 def _call_media(
     name: str,
-    tensors: tuple,
+    tensors: Sequence[int],
     small: tuple[Tensor | None, ...],
     q: Tensor,
     k: Tensor,
@@ -111,12 +94,12 @@ def _call_media(
     first, last = first.contiguous(), last.contiguous()
     batch, tokens, heads, head_dim = q.shape
     _, media, latents, kv_heads, _ = k.shape
-    params = _MediaAttentionParams(
+    params = _MEDIA_PARAMS.pack(
         *tensors,
         first.data_ptr(),
         last.data_ptr(),
-        _pointer(gate),
-        _pointer(d_gate),
+        _address(gate),
+        _address(d_gate),
         batch,
         tokens,
         media,
@@ -125,7 +108,7 @@ def _call_media(
         kv_heads,
         head_dim,
         scale,
-        library.execution(q.dtype),
+        *library.execution(q.dtype),
     )
     library.call(name, params)
 
@@ -144,10 +127,10 @@ def latent_attention_forward(
     out = torch.empty(q.shape, dtype=q.dtype)
     accumulation = torch.promote_types(q.dtype, torch.float32)
     lse = torch.empty((items, heads, latents), dtype=accumulation)
-    inputs = (_describe(t) for t in (q, k_media, v_media, k_latents, v_latents, out))
+    inputs = (q, k_media, v_media, k_latents, v_latents, out)
     _call_latent(
         "flamingo_latent_attention_forward",
-        (*inputs, *[(None, ())] * 6),
+        (*(value for t in inputs for value in _describe(t)), *_ABSENT * 6),
         lengths,
         lse,
         q,
@@ -174,7 +157,7 @@ def latent_attention_backward(
     gradients = tuple(torch.empty(t.shape, dtype=t.dtype) for t in inputs)
     _call_latent(
         "flamingo_latent_attention_backward",
-        tuple(_describe(t) for t in (*inputs, out, d_out, *gradients)),
+        [value for t in (*inputs, out, d_out, *gradients) for value in _describe(t)],
         lengths,
         lse,
         q,
@@ -186,7 +169,7 @@ def latent_attention_backward(
 
 def _call_latent(
     name: str,
-    tensors: tuple,
+    tensors: Sequence[int],
     lengths: Tensor | None,
     lse: Tensor,
     q: Tensor,
@@ -196,9 +179,9 @@ def _call_latent(
     if lengths is not None:
         lengths = lengths.to(torch.int64).contiguous()
     items, latents, heads, head_dim = q.shape
-    params = _LatentAttentionParams(
+    params = _LATENT_PARAMS.pack(
         *tensors,
-        _pointer(lengths),
+        _address(lengths),
         lse.data_ptr(),
         items,
         latents,
@@ -206,6 +189,6 @@ def _call_latent(
         heads,
         head_dim,
         scale,
-        library.execution(q.dtype),
+        *library.execution(q.dtype),
     )
     library.call(name, params)

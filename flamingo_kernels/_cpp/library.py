@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -177,7 +178,15 @@ def execution(dtype: torch.dtype) -> tuple[int, int, int]:
     return DTYPE_CODES[dtype], torch.get_num_threads(), library.usable[library.selected]
 
 
-def call(name: str, params: ctypes.Structure) -> None:
+@functools.cache
+def _function(name: str) -> Callable[[object], int]:
+    function = getattr(_library().handle, name)
+    function.restype = ctypes.c_int32
+    function.argtypes = [ctypes.c_void_p]
+    return function
+
+
+def call(name: str, params: ctypes.Structure | bytes) -> None:
     """Call the C function ``name`` with a pointer to ``params``.
 
     Raises
@@ -187,10 +196,10 @@ def call(name: str, params: ctypes.Structure) -> None:
     RuntimeError
         The library rejects the arguments; the message is the library's.
     """
-    handle = _library().handle
-    status = handle[name](ctypes.byref(params))
+    pointer = params if isinstance(params, bytes) else ctypes.byref(params)
+    status = _function(name)(pointer)
     if status != 0:
-        message = handle.flamingo_status_message(status).decode()
+        message = load().flamingo_status_message(status).decode()
         raise RuntimeError(f"{name}: {message} (status {status})")
 
 

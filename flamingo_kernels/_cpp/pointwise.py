@@ -1,6 +1,7 @@
 """The pointwise kernels of the native library, on CPU tensors.
 
-Gates, weights and biases come in the dtype of accumulation, and their gradients leave in it.
+Gates, weights and biases come contiguous in the dtype of accumulation, and their gradients leave in
+it. Raises ValueError for rows that :func:`row_strides` cannot describe.
 """
 
 from __future__ import annotations
@@ -81,10 +82,18 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
     return (inner_rows, levels[1][1], inner_stride) if len(levels) == 2 else (0, 0, inner_stride)
 
 
-def _rows(tensor: Tensor) -> tuple[int, int, int, int]:
+def _rows(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
     strides = row_strides(tensor)
-    assert strides is not None, tensor.stride()
+    if strides is None:
+        raise ValueError(
+            "the cpp kernel reads a last stride of 1 and up to two strides of rows; "
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+        )
     return tensor.data_ptr(), *strides
+
+
+def _empty_like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -99,10 +108,10 @@ def _shape(tensor: Tensor) -> tuple[int, int]:
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """``flamingo_gated_residual_forward``: out [..., C], contiguous; gate has 1 or C values."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _empty_like(x)
     params = _GatedResidualParams(
-        _rows(x),
-        _rows(y),
+        _rows("x", x),
+        _rows("y", y),
         _ABSENT,
         out.data_ptr(),
         None,
@@ -118,12 +127,12 @@ def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """``flamingo_gated_residual_backward``: gradients of y [..., C] and of gate."""
-    d_y = torch.empty(y.shape, dtype=y.dtype)
-    d_gate = torch.empty(gate.shape, dtype=gate.dtype)
+    d_y = _empty_like(y)
+    d_gate = _empty_like(gate)
     params = _GatedResidualParams(
         _ABSENT,
-        _rows(y),
-        _rows(d_out),
+        _rows("y", y),
+        _rows("d_out", d_out),
         None,
         d_y.data_ptr(),
         gate.data_ptr(),
@@ -138,9 +147,9 @@ def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Ten
 
 def gated_activation_forward(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     """``flamingo_gated_activation_forward``: out [..., C], contiguous; gate has one value."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _empty_like(x)
     params = _GatedActivationParams(
-        _rows(x),
+        _rows("x", x),
         _ABSENT,
         out.data_ptr(),
         None,
@@ -158,11 +167,11 @@ def gated_activation_backward(
     d_out: Tensor, x: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
     """``flamingo_gated_activation_backward``: gradients of x [..., C] and of gate, if any."""
-    d_x = torch.empty(x.shape, dtype=x.dtype)
-    d_gate = None if gate is None else torch.empty(gate.shape, dtype=gate.dtype)
+    d_x = _empty_like(x)
+    d_gate = None if gate is None else _empty_like(gate)
     params = _GatedActivationParams(
-        _rows(x),
-        _rows(d_out),
+        _rows("x", x),
+        _rows("d_out", d_out),
         None,
         d_x.data_ptr(),
         _pointer(gate),
@@ -179,12 +188,12 @@ def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``flamingo_layer_norm_forward``: out [..., C] contiguous, mean and 1 / deviation [rows]."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = _empty_like(x)
     rows, channels = _shape(x)
     mean = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     rstd = torch.empty_like(mean)
     params = _LayerNormParams(
-        _rows(x),
+        _rows("x", x),
         _ABSENT,
         out.data_ptr(),
         None,
@@ -207,13 +216,13 @@ def layer_norm_backward(
     d_out: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``flamingo_layer_norm_backward``: gradients of x [..., C], of weight and of bias, if any."""
-    d_x = torch.empty(x.shape, dtype=x.dtype)
+    d_x = _empty_like(x)
     rows, channels = _shape(x)
     d_weight = None if weight is None else torch.empty(channels, dtype=mean.dtype)
     d_bias = torch.empty(channels, dtype=mean.dtype) if has_bias else None
     params = _LayerNormParams(
-        _rows(x),
-        _rows(d_out),
+        _rows("x", x),
+        _rows("d_out", d_out),
         None,
         d_x.data_ptr(),
         _pointer(weight),

@@ -5,11 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-
-def _require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
+from flamingo_kernels.fields import check_positive, check_types
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +31,9 @@ class DecoderConfig:
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        _require_positive(
-            vocab_size=self.vocab_size,
-            dim=self.dim,
-            depth=self.depth,
-            heads=self.heads,
-            head_dim=self.head_dim,
-            ff_mult=self.ff_mult,
-            rope_theta=self.rope_theta,
-            norm_eps=self.norm_eps,
-        )
+        check_types(self)
+        check_positive(self, "vocab_size", "dim", "depth", "heads", "head_dim", "ff_mult")
+        check_positive(self, "rope_theta", "norm_eps")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for rotary positions, got {self.head_dim}")
 
@@ -70,7 +59,8 @@ class HuggingFaceLanguageConfig:
     def __post_init__(self) -> None:
         if not self.model_type:
             raise ValueError(f"model_type must name an architecture, got {self.model_type!r}")
-        _require_positive(dim=self.dim, depth=self.depth, vocab_size=self.vocab_size)
+        check_types(self)
+        check_positive(self, "dim", "depth", "vocab_size")
 
 
 LanguageConfig = DecoderConfig | HuggingFaceLanguageConfig

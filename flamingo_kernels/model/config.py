@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from flamingo_kernels.fields import check_positive, check_types
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
 from flamingo_kernels.language.config import DecoderConfig, HuggingFaceLanguageConfig
 from flamingo_kernels.nn.cross_attention import GATES
@@ -34,7 +35,9 @@ class ResamplerConfig:
     input_dim: int | None = None
 
     def __post_init__(self) -> None:
-        _require_positive(self, "dim", "depth", "heads", "head_dim", "num_latents", "ff_mult")
+        check_types(self)
+        check_positive(self, "dim", "depth", "heads", "head_dim", "num_latents", "ff_mult")
+        check_positive(self, "max_num_frames", "input_dim")
         _require_known(self, "activation", ACTIVATIONS)
 
 
@@ -54,7 +57,8 @@ class CrossAttentionConfig:
     feed_forward_without_media: bool = True
 
     def __post_init__(self) -> None:
-        _require_positive(self, "every", "heads", "head_dim", "ff_mult")
+        check_types(self)
+        check_positive(self, "every", "heads", "head_dim", "ff_mult")
         _require_known(self, "activation", ACTIVATIONS)
         _require_known(self, "gate", GATES)
         _require_known(self, "attend", ATTEND_MODES)
@@ -67,7 +71,10 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FlamingoConfig:
-    """Everything that fixes the shape of a :class:`FlamingoModel`."""
+    """Everything that fixes the shape of a :class:`FlamingoModel`.
+
+    Without a ``pad_token_id`` padding is told by the attention mask alone, and every label counts.
+    """
 
     name: str
     vision: NFNetConfig | HuggingFaceVisionConfig
@@ -78,9 +85,10 @@ class FlamingoConfig:
     end_of_chunk_token_id: int
     bos_token_id: int | None = None
     eos_token_id: int | None = None
-    pad_token_id: int = 0
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
+        check_types(self)
         expected = self.resampler.input_dim or self.resampler.dim
         if self.vision.output_dim != expected:
             raise ValueError(
@@ -93,6 +101,11 @@ class FlamingoConfig:
                 raise ValueError(
                     f"{name}_token_id {value} is outside the vocabulary "
                     f"0..{self.language.vocab_size - 1}"
+                )
+            if name != "image" and value == self.image_token_id:
+                raise ValueError(
+                    f"image_token_id and {name}_token_id are both {value}; every {name} token "
+                    "would count as an image"
                 )
 
     @property
@@ -119,7 +132,7 @@ class FlamingoConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlamingoConfig:
-        """Inverse of :meth:`to_dict`; ValueError names unknown or missing fields."""
+        """Inverse of :meth:`to_dict`; ValueError names unknown, missing or wrong fields."""
         values = dict(values)
         for part, known in (("vision", VISION_CONFIGS), ("language", LANGUAGE_CONFIGS)):
             fields = dict(_section(values, part))
@@ -155,15 +168,11 @@ def _build(config_class: type, fields: dict[str, Any], part: str) -> Any:
     if unknown or missing:
         raise ValueError(f"{part}: unknown fields {unknown}, missing fields {missing}")
     # JSON has no tuples.
-    return config_class(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-
-def _require_positive(config: Any, *names: str) -> None:
-    for name in names:
-        if getattr(config, name) < 1:
-            raise ValueError(
-                f"{type(config).__name__}.{name} must be at least 1, got {getattr(config, name)}"
-            )
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    try:
+        return config_class(**values)
+    except TypeError as error:
+        raise ValueError(str(error).replace(f"{config_class.__name__}.", f"{part}.", 1)) from None
 
 
 def _require_known(config: Any, name: str, known: tuple[str, ...]) -> None:

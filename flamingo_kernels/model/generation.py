@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flamingo_kernels.fields import is_integer, is_number
+from flamingo_kernels.model.inputs import check_text
+
 if TYPE_CHECKING:
     from flamingo_kernels.model.flamingo import FlamingoModel
+
+# Logits over anything smaller may overflow float32.
+LEAST_TEMPERATURE = 1e-4
 
 
 @torch.no_grad()
@@ -43,10 +49,11 @@ def generate(
     do_sample : bool
         Sample from the distribution instead of taking the most likely token.
     temperature, top_k, top_p
-        Shape the sampled distribution; used with ``do_sample`` only.
+        Shape the sampled distribution; used with ``do_sample`` only. The temperature is at least
+        1e-4.
     stop_token_ids : sequence of int, optional
         A row ends after one of these; default: end of chunk and end of text. It is then filled
-        with the padding token.
+        with the padding token, or with that stop token where the config has no padding token.
     generator : torch.Generator, optional
         Source of randomness of ``do_sample``.
     use_cache : bool
@@ -59,14 +66,16 @@ def generate(
 
     Raises
     ------
-    ValueError
+    TypeError, ValueError
         Options out of range, right-padded prompts, or what ``forward`` raises.
     """
+    config = self.config
+    check_text(input_ids, attention_mask, None, config.language.vocab_size)
     _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_stops(stop_token_ids, config.language.vocab_size)
     if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
         row = int((attention_mask[:, -1] == 0).nonzero()[0])
         raise ValueError(f"row {row} ends in padding; pad prompts on the left to generate")
-    config = self.config
     if stop_token_ids is None:
         stop_token_ids = [
             i for i in (config.end_of_chunk_token_id, config.eos_token_id) if i is not None
@@ -89,8 +98,12 @@ def generate(
             token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
         else:
             token = logits.argmax(-1)
-        token = token.masked_fill(finished, config.pad_token_id)
-        sequence = torch.cat((sequence, token[:, None].to(sequence.dtype)), 1)
+        token = token.to(sequence.dtype)
+        if config.pad_token_id is None:  # a finished row ends in its stop token
+            token = torch.where(finished, sequence[:, -1], token)
+        else:
+            token = token.masked_fill(finished, config.pad_token_id)
+        sequence = torch.cat((sequence, token[:, None]), 1)
         mask = torch.cat((mask, (~finished)[:, None].to(mask.dtype)), 1)
         finished |= torch.isin(token, stops)
         if bool(finished.all()):
@@ -117,11 +130,31 @@ def _shape_distribution(
 def _check_options(
     max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, got {top_k}")
+    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
+        if value is None and name == "top_k":
+            continue
+        if not is_integer(value):
+            raise TypeError(f"{name} must be an int, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value in (("temperature", temperature), ("top_p", top_p)):
+        if not (is_number(value) or (value is None and name == "top_p")):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not LEAST_TEMPERATURE <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature must be finite and at least {LEAST_TEMPERATURE}, got {temperature}"
+        )
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
+def _check_stops(stop_token_ids: Sequence[int] | None, vocab_size: int) -> None:
+    if stop_token_ids is None:
+        return
+    if not isinstance(stop_token_ids, Sequence) or not all(map(is_integer, stop_token_ids)):
+        raise TypeError(f"stop_token_ids must be a sequence of ints, got {stop_token_ids!r}")
+    for token in stop_token_ids:
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"stop_token_ids holds {token}, outside the vocabulary 0..{vocab_size - 1}"
+            )

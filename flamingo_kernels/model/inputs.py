@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flamingo_kernels.ops.checks import INTEGERS, kind
+
 
 @dataclass(frozen=True)
 class MediaInputs:
@@ -46,8 +48,7 @@ def check_text(
 ) -> None:
     """Raise TypeError or ValueError unless the text arguments fit together."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
-        raise TypeError(f"input_ids must be an int64 or int32 tensor [B, T], got {got}")
+        raise TypeError(f"input_ids must be an int64 or int32 tensor [B, T], got {kind(input_ids)}")
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
@@ -55,12 +56,15 @@ def check_text(
             f"input_ids has shape {tuple(input_ids.shape)}: a batch needs at least one row and one "
             "token"
         )
+    _require_values("input_ids", input_ids)
     low, high = (int(value) for value in torch.aminmax(input_ids))
     if low < 0 or high >= vocab_size:
         bad = low if low < 0 else high
         raise ValueError(f"input_ids holds {bad}, outside the vocabulary 0..{vocab_size - 1}")
     batch, tokens = input_ids.shape
     if attention_mask is not None:
+        if not isinstance(attention_mask, Tensor):
+            raise TypeError(f"attention_mask must be a tensor, got {kind(attention_mask)}")
         expected = (batch, cached_tokens + tokens)
         if tuple(attention_mask.shape) != expected:
             raise ValueError(
@@ -70,8 +74,8 @@ def check_text(
             )
         _require_device("attention_mask", attention_mask, input_ids)
     if labels is not None:
-        if labels.dtype != torch.int64:
-            raise TypeError(f"labels must be int64, got {labels.dtype}")
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise TypeError(f"labels must be an int64 tensor, got {kind(labels)}")
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels must have the shape of input_ids {tuple(input_ids.shape)}, got "
@@ -103,13 +107,14 @@ def check_media(
     batch = input_ids.shape[0]
     if pixel_values is None:
         for name, value in (("num_images", num_images), ("num_frames", num_frames)):
-            if value is not None and bool((value != 0).any()):
-                raise ValueError(f"{name} is given without pixel_values")
+            if value is not None:
+                _require_integers(name, value)
+                if bool((value != 0).any()):
+                    raise ValueError(f"{name} is given without pixel_values")
         _match_counts(input_ids, image_token_id, [0] * batch)
         return None
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        got = getattr(pixel_values, "dtype", type(pixel_values).__name__)
-        raise TypeError(f"pixel_values must be a floating point tensor, got {got}")
+        raise TypeError(f"pixel_values must be a floating point tensor, got {kind(pixel_values)}")
     if pixel_values.ndim != 6:
         raise ValueError(
             f"pixel_values must be [B, I, F, C, H, W], got shape {tuple(pixel_values.shape)}"
@@ -129,6 +134,8 @@ def check_media(
                     raise ValueError(f"num_frames[{row}, {slot}] is {value}; a clip needs a frame")
     if slots and frames == 0:
         raise ValueError(f"pixel_values has no frames: shape {tuple(pixel_values.shape)}")
+    if slots and 0 in pixel_values.shape[3:]:
+        raise ValueError(f"pixel_values has no pixels: shape {tuple(pixel_values.shape)}")
     return MediaInputs(pixel_values, counts, frame_counts) if slots else None
 
 
@@ -137,14 +144,23 @@ def _host_integers(
 ) -> list | None:
     if value is None:
         return None
-    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
-        got = getattr(value, "dtype", type(value).__name__)
-        raise TypeError(f"{name} must be an integer tensor, got {got}")
+    _require_integers(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
     if value.numel() and not low <= int(value.min()) <= int(value.max()) <= high:
         raise ValueError(f"{name} must be in {low}..{high}, got {value.tolist()}")
     return value.tolist()
+
+
+def _require_integers(name: str, value: object) -> None:
+    if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
+        raise TypeError(f"{name} must be an integer tensor, got {kind(value)}")
+    _require_values(name, value)
+
+
+def _require_values(name: str, tensor: Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"{name} is on meta: the model reads it and needs values")
 
 
 def _match_counts(input_ids: Tensor, image_token_id: int, given: list[int]) -> None:

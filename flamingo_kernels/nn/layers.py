@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from flamingo_kernels.fields import is_integer
 from flamingo_kernels.ops import gated_activation, layer_norm
+from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
+
+
+def require_sizes(**sizes: int) -> None:
+    """Raise ValueError unless every size is an integer of at least 1."""
+    for name, size in sizes.items():
+        if not (is_integer(size) and size >= 1):
+            raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
 class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last dimension, run by the selected kernel."""
 
     def __init__(self, dim: int, kernel: str = "auto") -> None:
+        check_kernel_name(kernel)
+        require_sizes(dim=dim)
         super().__init__(dim)
         self.kernel = kernel
 
@@ -52,6 +63,7 @@ class FeedForward(nn.Sequential):
     def __init__(
         self, dim: int, mult: int = 4, activation: str = "gelu", kernel: str = "auto"
     ) -> None:
+        require_sizes(mult=mult)
         super().__init__(
             LayerNorm(dim, kernel),
             nn.Linear(dim, dim * mult, bias=False),

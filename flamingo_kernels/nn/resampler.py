@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from flamingo_kernels.nn.layers import FeedForward, LayerNorm
-from flamingo_kernels.ops import latent_attention
+from flamingo_kernels.nn.layers import FeedForward, LayerNorm, require_sizes
+from flamingo_kernels.ops import checks, latent_attention
+from flamingo_kernels.ops.dispatch import check_kernel_name
 
 
 class PerceiverAttention(nn.Module):
@@ -84,6 +85,20 @@ class PerceiverResampler(nn.Module):
         kernel: str = "auto",
     ) -> None:
         super().__init__()
+        check_kernel_name(kernel)
+        optional = {
+            "max_num_media": max_num_media,
+            "max_num_frames": max_num_frames,
+            "input_dim": input_dim,
+        }
+        require_sizes(
+            dim=dim,
+            depth=depth,
+            dim_head=dim_head,
+            heads=heads,
+            num_latents=num_latents,
+            **{name: size for name, size in optional.items() if size is not None},
+        )
         self.latents = nn.Parameter(torch.randn(num_latents, dim))
         self.frame_embs = nn.Parameter(torch.randn(max_num_frames, dim)) if max_num_frames else None
         self.media_time_embs = (
@@ -109,25 +124,29 @@ class PerceiverResampler(nn.Module):
         x : Tensor
             Features; S spatial positions of each of F frames of I media items.
         num_frames : Tensor, optional
-            Integer [B, I], frames that are real; the others are never read and may hold NaN.
+            Integer [B, I], frames that are real, 1..F of each item; the others are never read and
+            may hold NaN. The values are checked on the CPU only: elsewhere it would have to wait
+            for the device.
 
         Raises
         ------
-        ValueError
-            Wrong rank or shape, or more media items than ``max_num_media``.
+        TypeError, ValueError
+            Wrong type, rank or shape, no frames, frame counts outside 1..F, or more media items
+            than ``max_num_media``.
         """
-        if x.ndim != 5:
-            raise ValueError(f"features must be [B, I, F, S, D], got shape {tuple(x.shape)}")
+        op = "PerceiverResampler"
+        checks.require_rank(op, "features", x, "[B, I, F, S, D]")
         batch, media, frames, positions, _ = x.shape
+        if frames == 0:
+            raise ValueError(f"{op}: features have no frames: shape {tuple(x.shape)}")
         lengths = None
         if num_frames is not None:
-            if num_frames.shape != (batch, media):
-                raise ValueError(
-                    f"num_frames must be [B, I] = {(batch, media)}, got {tuple(num_frames.shape)}"
-                )
+            checks.require_counts(
+                op, "num_frames", num_frames, "[B, I]", (batch, media), x, 1, frames
+            )
             real = torch.arange(frames, device=x.device) < num_frames[..., None]
             x = x.masked_fill(~real[..., None, None], 0)
-            lengths = (num_frames * positions).flatten()
+            lengths = (num_frames.long() * positions).flatten()
         if self.input_projection is not None:
             x = self.input_projection(x)
         if self.frame_embs is not None:

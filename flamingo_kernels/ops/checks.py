@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from flamingo_kernels.ops.spans import MediaSpans
 
+INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
+
+
+def kind(value: object) -> torch.dtype | str:
+    """What an error says that a value is: the dtype of a tensor, or the type."""
+    return value.dtype if isinstance(value, Tensor) else type(value).__name__
+
+
+def require_floating(op: str, name: str, tensor: Tensor) -> None:
+    """``tensor`` is a floating point tensor."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        raise TypeError(f"{op}: {name} must be a floating point tensor, got {kind(tensor)}")
+
 
 def require_rank(op: str, name: str, tensor: Tensor, layout: str) -> None:
     """``tensor`` is floating point and has the rank of ``layout``, e.g. ``"[B, T, H, D]"``."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor {layout}, got {type(tensor).__name__}")
+    require_floating(op, name, tensor)
     if tensor.ndim != layout.count(",") + 1:
         raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(tensor.shape)}")
-    if not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must be floating point, got {tensor.dtype}")
 
 
 def require_alike(op: str, names: str, *tensors: Tensor) -> None:
     """All tensors share one device and one dtype."""
-    if any(t.device != tensors[0].device for t in tensors):
-        raise ValueError(
-            f"{op}: {names} must be on one device, got {', '.join(str(t.device) for t in tensors)}"
-        )
-    if any(t.dtype != tensors[0].dtype for t in tensors):
-        raise TypeError(
-            f"{op}: {names} must have one dtype, got {', '.join(str(t.dtype) for t in tensors)}"
-        )
+    device, dtype = tensors[0].device, tensors[0].dtype
+    for tensor in tensors:
+        if tensor.device != device:
+            found = ", ".join(str(t.device) for t in tensors)
+            raise ValueError(f"{op}: {names} must be on one device, got {found}")
+        if tensor.dtype != dtype:
+            found = ", ".join(str(t.dtype) for t in tensors)
+            raise TypeError(f"{op}: {names} must have one dtype, got {found}")
 
 
-def _require_shape(op: str, name: str, tensor: Tensor, expected: tuple[int, ...], why: str) -> None:
-    if tuple(tensor.shape) != expected:
+def _require_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int], why: str) -> None:
+    if tensor.shape != expected:
         raise ValueError(
-            f"{op}: {name} has shape {tuple(tensor.shape)}, expected {expected} to match {why}"
+            f"{op}: {name} has shape {tuple(tensor.shape)}, expected {tuple(expected)} to match "
+            f"{why}"
         )
 
 
@@ -41,14 +55,46 @@ def _require_positive(op: str, what: str, value: int) -> None:
         raise ValueError(f"{op}: {what} must be at least 1, got {value}")
 
 
-def require_gate(op: str, gate: Tensor | None, device_of: Tensor, sizes: tuple[int, ...]) -> None:
-    """``gate`` is None or floating point on the same device, with one of the allowed ``sizes``."""
-    if gate is None:
+def require_parameter(op: str, name: str, parameter: Tensor, device_of: Tensor) -> None:
+    """``parameter`` is a floating point tensor on the same device."""
+    require_floating(op, name, parameter)
+    if parameter.device != device_of.device:
+        raise ValueError(f"{op}: {name} is on {parameter.device}, the input on {device_of.device}")
+
+
+def require_counts(
+    op: str,
+    name: str,
+    counts: Tensor,
+    layout: str,
+    shape: tuple[int, ...],
+    device_of: Tensor,
+    low: int,
+    high: int,
+) -> None:
+    """``counts`` is an integer tensor of ``shape`` on the same device, with values ``low..high``.
+
+    The values are read where that waits for nothing: on the CPU, outside of tracing.
+    """
+    if not isinstance(counts, Tensor) or counts.dtype not in INTEGERS:
+        raise TypeError(f"{op}: {name} must be an integer tensor, got {kind(counts)}")
+    if counts.shape != shape:
+        raise ValueError(f"{op}: {name} must be {layout} = {shape}, got {tuple(counts.shape)}")
+    if counts.device != device_of.device:
+        raise ValueError(f"{op}: {name} is on {counts.device}, the input on {device_of.device}")
+    if torch.compiler.is_compiling() or type(counts) is not Tensor or not counts.is_cpu:
         return
-    if not gate.is_floating_point():
-        raise TypeError(f"{op}: gate must be floating point, got {gate.dtype}")
-    if gate.device != device_of.device:
-        raise ValueError(f"{op}: gate is on {gate.device}, the input on {device_of.device}")
+    if counts.numel():
+        least, most = torch.aminmax(counts)
+        least, most = least.item(), most.item()
+        if least < low or most > high:
+            bad = least if least < low else most
+            raise ValueError(f"{op}: {name} holds {bad}, outside {low}..{high}")
+
+
+def require_gate(op: str, gate: Tensor, device_of: Tensor, sizes: tuple[int, ...]) -> None:
+    """``gate`` is floating point on the same device, with one of the allowed ``sizes``."""
+    require_parameter(op, "gate", gate, device_of)
     if gate.numel() not in sizes:
         raise ValueError(
             f"{op}: gate must have {' or '.join(map(str, sizes))} element(s), got shape "
@@ -75,13 +121,14 @@ def media_cross_attention(
             f"Hkv={kv_heads}"
         )
     _require_shape(op, "k", k, (batch, media, latents, kv_heads, head_dim), "q")
-    _require_shape(op, "v", v, tuple(k.shape), "k")
+    _require_shape(op, "v", v, k.shape, "k")
     if not isinstance(spans, MediaSpans):
         raise TypeError(f"{op}: spans must be MediaSpans, got {type(spans).__name__}")
     _require_shape(op, "spans", spans.first, (batch, tokens), "q")
     if spans.first.device != q.device or spans.last.device != q.device:
         raise ValueError(f"{op}: spans are on {spans.first.device}, q on {q.device}")
-    require_gate(op, gate, q, (1,))
+    if gate is not None:
+        require_gate(op, gate, q, (1,))
 
 
 def latent_attention(
@@ -106,12 +153,8 @@ def latent_attention(
     _require_positive(op, "head_dim D", head_dim)
     _require_positive(op, "latents L", latents)
     _require_shape(op, "k_media", k_media, (items, k_media.shape[1], heads, head_dim), "q")
-    _require_shape(op, "v_media", v_media, tuple(k_media.shape), "k_media")
-    _require_shape(op, "k_latents", k_latents, tuple(q.shape), "q")
-    _require_shape(op, "v_latents", v_latents, tuple(q.shape), "q")
+    _require_shape(op, "v_media", v_media, k_media.shape, "k_media")
+    _require_shape(op, "k_latents", k_latents, q.shape, "q")
+    _require_shape(op, "v_latents", v_latents, q.shape, "q")
     if lengths is not None:
-        if lengths.is_floating_point() or lengths.is_complex():
-            raise TypeError(f"{op}: lengths must be integers, got {lengths.dtype}")
-        _require_shape(op, "lengths", lengths, (items,), "q")
-        if lengths.device != q.device:
-            raise ValueError(f"{op}: lengths are on {lengths.device}, q on {q.device}")
+        require_counts(op, "lengths", lengths, "[N]", (items,), q, 0, k_media.shape[1])

@@ -37,7 +37,7 @@ class Call(NamedTuple):
     dtype: torch.dtype
     needs_grad: bool = False
     head_dim: int | None = None
-    unit_stride: bool = True  # of the last dimension of every tensor
+    plain_strides: bool = True  # every tensor has the strides that compiled kernels take
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,11 @@ class Capability:
                 f"supports head dims {self.head_dims.start} to {self.head_dims.stop - 1}, "
                 f"the tensors have {call.head_dim}"
             )
-        if not (self.any_stride or call.unit_stride):
-            reasons.append("needs a stride of 1 in the last dimension of every tensor")
+        if not (self.any_stride or call.plain_strides):
+            reasons.append(
+                "needs a stride of 1 in the last dimension of every tensor (pointwise ops: and at "
+                "most two strides before it)"
+            )
         if call.needs_grad and not self.backward:
             reasons.append("has no backward and a gradient is needed")
         return reasons
@@ -86,7 +89,7 @@ _CPP = Capability(
 
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     **{(op, "torch"): Capability() for op in OPS},
-    **{(op, "cpp"): _CPP for op in ("media_cross_attention", "latent_attention")},
+    **{(op, "cpp"): _CPP for op in OPS},
 }
 
 
@@ -141,20 +144,39 @@ def check_kernel_name(kernel: str) -> None:
         raise ValueError(f"unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
 
 
+def has_unit_stride(tensor: torch.Tensor) -> bool:
+    """The values of the last dimension adjoin."""
+    return tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+
+
 def choose_for(
-    op: str, kernel: str, *tensors: torch.Tensor | None, head_dim: int | None = None
+    op: str,
+    kernel: str,
+    *tensors: torch.Tensor | None,
+    head_dim: int | None = None,
+    plain: Callable[[torch.Tensor], bool] = has_unit_stride,
 ) -> str:
-    """:func:`choose` for these tensors; the first one names device and dtype."""
+    """:func:`choose` for these tensors; the first one names device and dtype.
+
+    ``plain`` tells whether compiled kernels of the op take a tensor's strides.
+    """
     first = tensors[0]
-    grad_enabled = torch.is_grad_enabled()
-    needs_grad = False
-    unit_stride = True
-    for tensor in tensors:
-        if tensor is not None:
-            needs_grad |= grad_enabled and tensor.requires_grad
-            unit_stride &= tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    plain_strides = all(tensor is None or plain(tensor) for tensor in tensors)
     return _cached_choice(
-        op, kernel, first.device.type, first.dtype, needs_grad, head_dim, unit_stride
+        op,
+        kernel,
+        first.device.type,
+        first.dtype,
+        needs_grad(*tensors),
+        head_dim,
+        plain_strides,
+    )
+
+
+def needs_grad(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd will ask for a gradient of any of the tensors."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in tensors
     )
 
 

@@ -74,9 +74,10 @@ class MediaSpans:
 
         Raises
         ------
-        ValueError
-            Unknown mode, or ``input_ids`` not of shape [B, T].
+        TypeError, ValueError
+            ``input_ids`` not a tensor of shape [B, T], or unknown mode.
         """
+        _require_tensor("input_ids", input_ids)
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
         return cls.from_media_locations(input_ids == image_token_id, attend, assign)
@@ -88,6 +89,7 @@ class MediaSpans:
         """Ranges from a bool [B, T] that is True at ``<image>`` tokens; see :meth:`from_tokens`."""
         _check_mode("attend", attend, ATTEND_MODES)
         _check_mode("assign", assign, ASSIGN_MODES)
+        _require_tensor("media locations", locations)
         if locations.ndim != 2 or locations.dtype != torch.bool:
             raise ValueError(
                 f"media locations must be bool [B, T], got {locations.dtype} of shape "
@@ -121,6 +123,7 @@ class MediaSpans:
         ``last_group`` needs the positions of the ``<image>`` tokens and is refused here.
         """
         _check_mode("attend", attend, ("last", "previous"))
+        _require_tensor("index", index)
         last = index.to(torch.int32)
         if attend == "last":
             return cls(*_empty_as_canonical(last, last), single_item=True)
@@ -147,6 +150,11 @@ def _empty_as_canonical(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     """Give every empty range the one form 0..-1, so that equal ranges have equal bits."""
     empty = (first > last) | (last < 0)
     return first.masked_fill(empty, 0), last.masked_fill(empty, -1)
+
+
+def _require_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor [B, T], got {type(value).__name__}")
 
 
 def _check_mode(what: str, mode: str, known: tuple[str, ...]) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from flamingo_kernels.fields import check_positive, check_types
+
 # 1 / std(activation(z)) for z ~ N(0, 1), as the released NFNet weights were trained with.
 ACTIVATION_GAINS = {
     "gelu": 1.7015043497085571,
@@ -40,12 +42,6 @@ NFNET_VARIANTS = {
 }
 
 
-def _require_positive(**values: float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name} must be positive, got {value}")
-
-
 @dataclass(frozen=True, kw_only=True)
 class NFNetConfig:
     """A normaliser-free ResNet (Brock et al. 2021); the defaults are those of the F family.
@@ -79,24 +75,17 @@ class NFNetConfig:
 
     def __post_init__(self) -> None:
         # JSON has no tuples: a list read back must give an equal config.
-        object.__setattr__(self, "widths", tuple(self.widths))
-        object.__setattr__(self, "depths", tuple(self.depths))
+        for name in ("widths", "depths"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_types(self)
         if not 1 <= len(self.widths) == len(self.depths) <= 4:
             raise ValueError(
                 "widths and depths must both name one to four stages, "
                 f"got widths={self.widths} and depths={self.depths}"
             )
-        for stage, (width, depth) in enumerate(zip(self.widths, self.depths, strict=True)):
-            _require_positive(**{f"widths[{stage}]": width, f"depths[{stage}]": depth})
-        _require_positive(
-            image_size=self.image_size,
-            stem_width=self.stem_width,
-            group_width=self.group_width,
-            bottleneck_ratio=self.bottleneck_ratio,
-            se_ratio=self.se_ratio,
-            alpha=self.alpha,
-            feature_multiplier=self.feature_multiplier,
-        )
+        check_positive(self, "widths", "depths", "image_size", "stem_width", "group_width")
+        check_positive(self, "bottleneck_ratio", "se_ratio", "alpha", "feature_multiplier")
         if self.stem_width % 8:
             raise ValueError(f"stem_width must be a multiple of 8, got {self.stem_width}")
         for width in self.widths:
@@ -163,7 +152,8 @@ class HuggingFaceVisionConfig:
     def __post_init__(self) -> None:
         if not self.model_type:
             raise ValueError(f"model_type must name an architecture, got {self.model_type!r}")
-        _require_positive(image_size=self.image_size, output_dim=self.output_dim)
+        check_types(self)
+        check_positive(self, "image_size", "output_dim")
 
 
 VisionConfig = NFNetConfig | HuggingFaceVisionConfig

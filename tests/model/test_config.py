@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 
@@ -79,14 +79,54 @@ def test_bad_values() -> None:
     tiny = FlamingoConfig.from_name("tiny")
     with pytest.raises(ValueError, match=r"offset must be in 0\.\.every-1 = 0\.\.3, got 4"):
         CrossAttentionConfig(every=4, offset=4, heads=1, head_dim=1)
-    with pytest.raises(ValueError, match=r"heads must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"CrossAttentionConfig\.heads must be positive, got 0"):
         CrossAttentionConfig(every=4, heads=0, head_dim=1)
     with pytest.raises(ValueError, match="unknown 'swish'; known: gelu, squared_relu, relu"):
         ResamplerConfig(dim=8, heads=1, head_dim=8, activation="swish")
     with pytest.raises(ValueError, match=r"image_token_id 264 is outside the vocabulary 0\.\.263"):
         replace(tiny, image_token_id=264)
+    for name in ("pad", "eos", "bos", "end_of_chunk"):
+        with pytest.raises(ValueError, match=f"image_token_id and {name}_token_id are both 9"):
+            replace(tiny, image_token_id=9, **{f"{name}_token_id": 9})
     with pytest.raises(ValueError, match="gives 128 channels, the resampler expects 64"):
         replace(tiny, resampler=replace(tiny.resampler, input_dim=None))
+
+
+def sections(config: FlamingoConfig) -> list:
+    return [config, config.vision, config.language, config.resampler, config.cross_attention]
+
+
+@pytest.mark.parametrize("name", ["tiny", "open-flamingo-3b"])
+@pytest.mark.parametrize("value", [4.0, "4", True])
+def test_integer_fields_hold_integers(name: str, value: object) -> None:
+    for section in sections(FlamingoConfig.from_name(name)):
+        names = [f.name for f in fields(section) if f.type in ("int", "int | None")]
+        assert names
+        for field in names:
+            message = rf"{type(section).__name__}\.{field} must be int.*, got {value!r}"
+            with pytest.raises(TypeError, match=message):
+                replace(section, **{field: value})
+
+
+def test_other_fields_hold_what_they_declare() -> None:
+    tiny = FlamingoConfig.from_name("tiny")
+    with pytest.raises(TypeError, match=r"ResamplerConfig\.final_norm must be bool, got 'no'"):
+        replace(tiny.resampler, final_norm="no")
+    with pytest.raises(TypeError, match=r"DecoderConfig\.rope_theta must be float, got '1'"):
+        replace(tiny.language, rope_theta="1")
+    with pytest.raises(TypeError, match=r"widths must be tuple\[int, ...\], got \(32.0, 64\)"):
+        replace(tiny.vision, widths=(32.0, 64))
+    with pytest.raises(TypeError, match=r"depths must be tuple\[int, ...\], got 1"):
+        replace(tiny.vision, depths=1)
+    for name in ("max_num_frames", "input_dim"):
+        with pytest.raises(ValueError, match=f"ResamplerConfig.{name} must be positive, got 0"):
+            replace(tiny.resampler, **{name: 0})
+
+
+def test_no_padding_token_is_the_default() -> None:
+    values = FlamingoConfig.from_name("tiny").to_dict()
+    del values["pad_token_id"]
+    assert FlamingoConfig.from_dict(values).pad_token_id is None
 
 
 @pytest.mark.parametrize(
@@ -96,6 +136,13 @@ def test_bad_values() -> None:
         (lambda v: v["vision"].update(kind="resnet"), "unknown vision kind 'resnet'; known: nfnet"),
         (lambda v: v["resampler"].update(width=3), r"resampler: unknown fields \['width'\]"),
         (lambda v: v["language"].pop("dim"), r"language: .*missing fields \['dim'\]"),
+        (lambda v: v["resampler"].update(heads=4.0), r"resampler\.heads must be int, got 4\.0"),
+        (
+            lambda v: v["vision"].update(image_size="32"),
+            r"vision\.image_size must be int, got '32'",
+        ),
+        (lambda v: v["language"].update(depth=True), r"language\.depth must be int, got True"),
+        (lambda v: v.update(eos_token_id=2.0), r"config\.eos_token_id must be int \| None, got 2"),
         (lambda v: v.update(colour="pink"), r"config: unknown fields \['colour'\]"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -149,18 +151,66 @@ def test_top_p_of_nearly_nothing_is_greedy() -> None:
     assert torch.equal(greedy, nucleus)
 
 
+def test_a_finished_row_repeats_its_stop_token_where_there_is_no_padding_token() -> None:
+    model = make_model()
+    batch = ragged_batch("left")
+    free = model.generate(**batch.arguments(), **NO_STOP, max_new_tokens=6)
+    stops = [int(free[0, -5]), int(free[1, -6])]
+    padded = model.generate(**batch.arguments(), stop_token_ids=stops, max_new_tokens=6)
+    model.config = replace(TINY, pad_token_id=None)
+    repeated = model.generate(**batch.arguments(), stop_token_ids=stops, max_new_tokens=6)
+    for with_pad, row in zip(padded[:, -6:].tolist(), repeated[:, -6:].tolist(), strict=True):
+        ends = [i for i, token in enumerate(with_pad) if token in stops]
+        length = ends[0] + 1 if ends else 6
+        assert row == with_pad[:length] + [with_pad[length - 1]] * (6 - length)
+
+
+TEMPERATURE = "temperature must be finite and at least 0.0001, got"
+
+
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "error", "message"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be positive, got 0.0"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
-        ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"input_ids": [[1, 2]]}, TypeError, "input_ids must be an int64 .* got list"),
+        ({"input_ids": torch.tensor([1, 2])}, ValueError, r"\[B, T\], got shape \(2,\)"),
+        (
+            {"input_ids": torch.zeros(1, 0).long(), "attention_mask": torch.ones(1, 0)},
+            ValueError,
+            r"shape \(1, 0\): a batch needs at least one row and one token",
+        ),
+        ({"attention_mask": [[1, 1]]}, TypeError, "attention_mask must be a tensor, got list"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": "3"}, TypeError, "max_new_tokens must be an int, got '3'"),
+        ({"max_new_tokens": 2.5}, TypeError, "max_new_tokens must be an int, got 2.5"),
+        ({"max_new_tokens": True}, TypeError, "max_new_tokens must be an int, got True"),
+        ({"max_new_tokens": None}, TypeError, "max_new_tokens must be an int, got None"),
+        ({"temperature": 0.0}, ValueError, f"{TEMPERATURE} 0.0"),
+        ({"temperature": 1e-40}, ValueError, f"{TEMPERATURE} 1e-40"),
+        ({"temperature": float("nan")}, ValueError, f"{TEMPERATURE} nan"),
+        ({"temperature": float("inf")}, ValueError, f"{TEMPERATURE} inf"),
+        ({"temperature": "1"}, TypeError, "temperature must be a number, got '1'"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1, got 0"),
+        ({"top_k": 1.5}, TypeError, "top_k must be an int, got 1.5"),
+        ({"top_p": 1.5}, ValueError, r"top_p must be in \(0, 1\], got 1.5"),
+        ({"top_p": "0.9"}, TypeError, "top_p must be a number, got '0.9'"),
+        ({"stop_token_ids": 5}, TypeError, "stop_token_ids must be a sequence of ints, got 5"),
+        ({"stop_token_ids": [1, "2"]}, TypeError, r"a sequence of ints, got \[1, '2'\]"),
+        (
+            {"stop_token_ids": [3, 99999]},
+            ValueError,
+            r"stop_token_ids holds 99999, outside the vocabulary 0\.\.263",
+        ),
     ],
 )
-def test_options_out_of_range(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make_model().generate(torch.tensor([[1, 2]]), **options)
+def test_bad_arguments(options: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_model().generate(**{"input_ids": torch.tensor([[1, 2]]), **options})
+
+
+def test_the_lowest_temperature_gives_finite_probabilities() -> None:
+    ids = torch.tensor([[1, 2]])
+    out = make_model().generate(ids, do_sample=True, temperature=1e-4, max_new_tokens=3, **NO_STOP)
+    assert out.shape == (1, 5)
 
 
 def test_right_padding_is_refused() -> None:

@@ -36,8 +36,19 @@ def good() -> dict[str, torch.Tensor]:
             ValueError,
             "holds -5, outside the vocabulary",
         ),
+        (
+            {"input_ids": torch.zeros(2, 3, device="meta").long()},
+            ValueError,
+            "input_ids is on meta: the model reads it and needs values",
+        ),
+        ({"attention_mask": [[1, 1, 1]]}, TypeError, "attention_mask must be a tensor, got list"),
         ({"attention_mask": torch.ones(2, 4)}, ValueError, r"\(2, 3\), got \(2, 4\)"),
-        ({"labels": torch.zeros(2, 3)}, TypeError, "labels must be int64"),
+        (
+            {"labels": torch.zeros(2, 3)},
+            TypeError,
+            "labels must be an int64 tensor, got torch.float32",
+        ),
+        ({"labels": [[1, 2, 3]]}, TypeError, "labels must be an int64 tensor, got list"),
         ({"labels": torch.zeros(2, 4).long()}, ValueError, r"shape of input_ids \(2, 3\)"),
         ({"labels": torch.full((2, 3), 999)}, ValueError, "labels holds 999"),
         ({"labels": torch.full((2, 3), -1)}, ValueError, "labels holds -1; allowed are -100"),
@@ -49,6 +60,10 @@ def good() -> dict[str, torch.Tensor]:
         ),
         ({"pixel_values": torch.zeros(3, 1, 1, 3, 32, 32)}, ValueError, "3 rows, input_ids has 2"),
         ({"pixel_values": torch.zeros(2, 1, 0, 3, 32, 32)}, ValueError, "no frames"),
+        *(
+            ({"pixel_values": torch.zeros(2, 1, 1, *size)}, ValueError, f"no pixels: .*{size[0]}, ")
+            for size in ((0, 32, 32), (3, 0, 32), (3, 32, 0))
+        ),
         (
             {"pixel_values": torch.zeros(2, 1, 1, 3, 32, 32, device="meta")},
             ValueError,
@@ -57,6 +72,18 @@ def good() -> dict[str, torch.Tensor]:
         ({"num_images": torch.tensor([1])}, ValueError, r"num_images must have shape \(2,\)"),
         ({"num_images": torch.tensor([1, 2])}, ValueError, r"in 0\.\.1, got \[1, 2\]"),
         ({"num_images": torch.ones(2)}, TypeError, "num_images must be an integer tensor"),
+        ({"num_images": [1, 1]}, TypeError, "num_images must be an integer tensor, got list"),
+        (
+            {"num_images": torch.ones(2, device="meta").int()},
+            ValueError,
+            "num_images is on meta: the model reads it",
+        ),
+        ({"num_frames": [[1], [1]]}, TypeError, "num_frames must be an integer tensor, got list"),
+        (
+            {"num_frames": torch.ones(2, 1, device="meta").int()},
+            ValueError,
+            "num_frames is on meta: the model reads it",
+        ),
         ({"num_frames": torch.tensor([[1], [2]])}, ValueError, r"num_frames must be in 0\.\.1"),
         ({"num_frames": torch.tensor([[1], [0]])}, ValueError, r"num_frames\[1, 0\] is 0"),
         ({"pixel_values": None}, ValueError, r"row 0 has 1 <image> token\(s\) but 0 image"),
@@ -64,6 +91,11 @@ def good() -> dict[str, torch.Tensor]:
             {"pixel_values": None, "num_images": torch.tensor([1, 1])},
             ValueError,
             "num_images is given without pixel_values",
+        ),
+        (
+            {"pixel_values": None, "num_images": [1, 1]},
+            TypeError,
+            "num_images must be an integer tensor, got list",
         ),
         ({"assign": "both"}, ValueError, "unknown assign mode 'both'"),
     ],

@@ -205,13 +205,3 @@ def test_block_errors(arguments: dict, message: str) -> None:
 def test_block_options(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         GatedCrossAttentionBlock(DIM, MEDIA_DIM, **options)
-
-
-def test_resampler_errors() -> None:
-    resampler = PerceiverResampler(8, depth=1, max_num_media=2)
-    with pytest.raises(ValueError, match=r"\[B, I, F, S, D\], got shape \(1, 2, 8\)"):
-        resampler(torch.zeros(1, 2, 8))
-    with pytest.raises(ValueError, match="3 media items, but max_num_media is 2"):
-        resampler(torch.zeros(1, 3, 1, 4, 8))
-    with pytest.raises(ValueError, match=r"num_frames must be \[B, I\] = \(1, 2\), got \(2,\)"):
-        resampler(torch.zeros(1, 2, 1, 4, 8), torch.ones(2).long())

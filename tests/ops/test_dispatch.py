@@ -49,7 +49,8 @@ def test_reasons_name_what_is_supported_and_what_was_given() -> None:
         "runs on cpu, the tensors are on cuda",
         "supports float32, the tensors are torch.float16",
         "supports head dims 16 to 128, the tensors have 200",
-        "needs a stride of 1 in the last dimension of every tensor",
+        "needs a stride of 1 in the last dimension of every tensor (pointwise ops: and at most two "
+        "strides before it)",
         "has no backward and a gradient is needed",
     ]
     assert not capability.reasons(Call("cpu", torch.float32, False, 128))

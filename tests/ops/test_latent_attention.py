@@ -149,8 +149,13 @@ def test_a_clip_equals_itself_padded(kernel: str, dtype: torch.dtype) -> None:
         (2, lambda t: t[:, :3], ValueError, r"v_media has shape \(2, 3, 2, 8\), expected"),
         (3, lambda t: t[:, :3], ValueError, r"k_latents has shape \(2, 3, 2, 8\), expected"),
         (4, lambda t: t.double(), TypeError, "one dtype"),
-        (5, lambda t: t[:1], ValueError, r"lengths has shape \(1,\), expected \(2,\)"),
-        (5, lambda t: t.float(), TypeError, "lengths must be integers, got torch.float32"),
+        (5, lambda t: t[:1], ValueError, r"lengths must be \[N\] = \(2,\), got \(1,\)"),
+        (5, lambda t: t.to("meta"), ValueError, "lengths is on meta, the input on cpu"),
+        (5, lambda t: t.float(), TypeError, "lengths must be an integer tensor, got torch.float32"),
+        (5, lambda t: t.bool(), TypeError, "lengths must be an integer tensor, got torch.bool"),
+        (5, lambda t: t.tolist(), TypeError, "lengths must be an integer tensor, got list"),
+        (5, lambda t: t * 0 - 1, ValueError, r"lengths holds -1, outside 0\.\.6"),
+        (5, lambda t: t * 0 + 7, ValueError, r"lengths holds 7, outside 0\.\.6"),
     ],
 )
 def test_bad_arguments(position: int, change, error: type[Exception], message: str) -> None:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo_kernels.ops import gated_activation, gated_residual, layer_norm
+from flamingo_kernels.ops import (
+    KernelUnavailableError,
+    gated_activation,
+    gated_residual,
+    layer_norm,
+)
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
 from reference import pointwise as oracle
 from tests.budgets import assert_within_budget
@@ -99,11 +104,41 @@ def test_zero_gate_changes_no_bit(vector: bool) -> None:
         ),
         (lambda x: gated_residual(x, x, torch.zeros(3)), ValueError, "1 or 8 element"),
         (lambda x: gated_activation(x, activation="tanh"), ValueError, "unknown activation 'tanh'"),
-        (lambda x: gated_activation(x.long()), TypeError, "floating point, got torch.int64"),
+        (lambda x: gated_activation(x.long()), TypeError, "x must be .* got torch.int64"),
+        (lambda x: gated_activation([1.0]), TypeError, "x must be .* got list"),
+        (lambda x: gated_activation(x, 0.5), TypeError, "gate must be .* tensor, got float"),
+        (lambda x: gated_residual(x, x, 0.5), TypeError, "gate must be .* tensor, got float"),
+        (lambda x: gated_residual(x, x, None), TypeError, "gate must be .* got NoneType"),
+        (lambda x: gated_residual(x, 1.0, torch.zeros(1)), TypeError, "y must be .* got float"),
+        (
+            lambda x: gated_residual(x, x, torch.zeros(1, device="meta")),
+            ValueError,
+            "gate is on meta, the input on cpu",
+        ),
         (lambda x: layer_norm(x, torch.ones(3), None), ValueError, r"weight has shape \(3,\)"),
+        (
+            lambda x: layer_norm(x, torch.ones(8, device="meta"), None),
+            ValueError,
+            "weight is on meta, the input on cpu",
+        ),
+        (
+            lambda x: layer_norm(x, None, torch.ones(8).long()),
+            TypeError,
+            "bias must be a floating point tensor, got torch.int64",
+        ),
+        (lambda x: layer_norm(x, None, None, -1e-5), ValueError, "eps must be at least 0, got -1e"),
+        (lambda x: layer_norm(x, None, None, float("nan")), ValueError, "at least 0, got nan"),
         (lambda x: layer_norm(x.sum(), None, None), ValueError, "at least one dimension"),
     ],
 )
 def test_bad_arguments(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.randn(2, 8))
+
+
+def test_strides_no_compiled_kernel_takes_go_to_torch() -> None:
+    """With kernel="auto" any layout runs; an explicit kernel says why it does not."""
+    x = torch.randn(2, 3, 4, 5, 8)[:, ::2, ::2, ::2]
+    assert torch.equal(gated_activation(x), torch.nn.functional.gelu(x))
+    with pytest.raises(KernelUnavailableError, match="at most two strides before it"):
+        gated_activation(x, kernel="cpp")

@@ -92,6 +92,19 @@ def test_value_errors(call, message: str) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (lambda rows: MediaSpans.from_tokens(rows, 1), "input_ids"),
+        (MediaSpans.from_media_locations, "media locations"),
+        (MediaSpans.from_media_index, "index"),
+    ],
+)
+def test_lists_are_refused(call, name: str) -> None:
+    with pytest.raises(TypeError, match=rf"{name} must be a tensor \[B, T\], got list"):
+        call([[1]])
+
+
 def test_ranges_must_be_int32() -> None:
     with pytest.raises(TypeError, match=r"int32 tensor, got torch\.int64"):
         MediaSpans(torch.zeros(1, 2).long(), torch.zeros(1, 2).long())

@@ -158,8 +158,8 @@ template <typename T> struct GatedResidual {
                         });
             return true;
         }
-        over_blocks(p.rows, bigger(8, forward_block(size)), elements, p.execution.threads,
-                    [&](int64_t, int64_t begin, int64_t end) {
+        over_blocks(p.rows, bigger(shortest_block, forward_block(size)), elements,
+                    p.execution.threads, [&](int64_t, int64_t begin, int64_t end) {
                         over_panels(p, [&](int64_t c, int64_t width, const Real *gates) {
                             for (int64_t r = begin; r < end; ++r) {
                                 forward_row(row_of<T>(p.x, r) + c, row_of<T>(p.y, r) + c,

@@ -66,7 +66,10 @@ def latent_attention(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "torch":
         return impl_torch.forward(q, k_media, v_media, k_latents, v_latents, lengths, scale)
-    return _LatentAttention.apply(q, k_media, v_media, k_latents, v_latents, lengths, scale, chosen)
+    arguments = (q, k_media, v_media, k_latents, v_latents, lengths, scale, chosen)
+    if not dispatch.needs_grad(*arguments[:5]):
+        return contract.forward(*arguments)[0]
+    return _LatentAttention.apply(*arguments)
 
 
 class _LatentAttention(torch.autograd.Function):

@@ -18,6 +18,7 @@ from flamingo_kernels._triton.launch import (
     TARGET_PROGRAMS,
     accumulator,
     architecture,
+    dot_precision,
     launch,
     padded,
     reduce_partials,
@@ -27,8 +28,8 @@ from flamingo_kernels._triton.launch import (
     unit_last_stride,
 )
 
-# Keys of a forward split: its partial output adds 16 bytes a latent and channel to 4 bytes a key and
-# channel in 16 bits, 25 % for 64 latents; image resamplers (at most 865 keys) are never split.
+# Keys of a forward split: its partial output adds 8 bytes a latent and channel, written and read
+# back, to 4 bytes a key and channel in 16 bits: 12 % for 64 latents. Images are never split.
 SPLIT_KEYS = 1024
 
 
@@ -190,5 +191,5 @@ def _arguments(
         "BLOCK_K": config.keys,
         "BLOCK_D": padded(head_dim),
         "ACC": triton_accumulator(q.dtype),
-        "PRECISION": "ieee",
+        "PRECISION": dot_precision(q),
     }

@@ -66,9 +66,10 @@ def media_cross_attention(
         gate = gate.to(torch.promote_types(q.dtype, torch.float32))
     if chosen == "torch":
         return impl_torch.forward(q, k, v, spans, gate, scale)
-    return _MediaCrossAttention.apply(
-        q, k, v, spans.first, spans.last, gate, scale, spans.single_item, chosen
-    )
+    arguments = (q, k, v, spans.first, spans.last, gate, scale, spans.single_item, chosen)
+    if not dispatch.needs_grad(q, k, v, gate):
+        return contract.forward(*arguments)
+    return _MediaCrossAttention.apply(*arguments)
 
 
 class _MediaCrossAttention(torch.autograd.Function):

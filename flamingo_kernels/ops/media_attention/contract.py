@@ -1,66 +1,33 @@
-"""Schemas, shape functions and lazy dispatch of the media attention kernels; torch only.
-
-A kernel is a module ``impl_NAME`` with ``forward`` and ``backward`` of these arguments less the
-last.
-"""
+"""The media attention operators: what every ``impl_{kernel}.py`` here offers; torch only."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from types import ModuleType
-
-import torch
 from torch import Tensor
 
-NAMESPACE = "flamingo_kernels"
+from flamingo_kernels.ops.kernel_op import kernel_op
 
-torch.library.define(
-    f"{NAMESPACE}::media_attention_forward",
-    "(Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor? gate, float scale, "
-    "bool single_item, str kernel) -> Tensor",
-)
-# d_gate has no element where there is no gate.
-torch.library.define(
-    f"{NAMESPACE}::media_attention_backward",
-    "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor? gate, "
-    "float scale, bool single_item, str kernel) -> (Tensor, Tensor, Tensor, Tensor)",
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor first, Tensor last, Tensor? gate, float scale, "
+    "bool single_item, str kernel"
 )
 
-forward = torch.ops.flamingo_kernels.media_attention_forward.default
-backward = torch.ops.flamingo_kernels.media_attention_backward.default
 
-
-def _implementation(kernel: str) -> ModuleType:
-    return import_module(f"flamingo_kernels.ops.media_attention.impl_{kernel}")
-
-
-@torch.library.impl(f"{NAMESPACE}::media_attention_forward", "default")
-def _forward(*arguments) -> Tensor:
-    *inputs, kernel = arguments
-    return _implementation(kernel).forward(*inputs)
-
-
-@torch.library.impl(f"{NAMESPACE}::media_attention_backward", "default")
-def _backward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, kernel = arguments
-    return _implementation(kernel).backward(*inputs)
-
-
-@torch.library.register_fake(f"{NAMESPACE}::media_attention_forward")
-def _forward_fake(q: Tensor, *_) -> Tensor:
+def _forward_shapes(q: Tensor, *_) -> Tensor:
     return q.new_empty(q.shape)
 
 
-@torch.library.register_fake(f"{NAMESPACE}::media_attention_backward")
-def _backward_fake(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    *_,
+def _backward_shapes(
+    d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, gate, *_
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d_gate = q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_gate
+
+
+forward = kernel_op("media_attention", "forward", f"({_INPUTS}) -> Tensor", _forward_shapes)
+# The gradient of the gate has no element where there is no gate.
+backward = kernel_op(
+    "media_attention",
+    "backward",
+    f"(Tensor d_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _backward_shapes,
+)

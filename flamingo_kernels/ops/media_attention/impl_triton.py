@@ -17,6 +17,7 @@ from flamingo_kernels._triton.launch import (
     TARGET_PROGRAMS,
     accumulator,
     architecture,
+    dot_precision,
     gate_gradient,
     launch,
     padded,
@@ -35,10 +36,12 @@ from flamingo_kernels._triton.media_forward import media_forward_kernel
 from flamingo_kernels._triton.plan import media_plan_kernel
 from flamingo_kernels._triton.reduce import sum_media_partials_kernel
 
-# Tokens of a chunk. A chunk's partial dK and dV cost 16 * R * D bytes, its rows 6 * tokens * D in 16
-# bits: 17 % more at 1024 tokens. Shorter ones pay only where they make more programs.
+# Tokens of a chunk. A chunk's partial dK and dV cost 16 * R * D bytes, its rows 6 * tokens * D in
+# 16 bits: 17 % more at 1024 tokens. Shorter ones pay only where they make more programs.
 LONGEST_CHUNK = 1024
 SHORTEST_CHUNK = 128
+# Latents of an item that one tile may hold.
+MOST_KEYS = 128
 
 
 def forward(
@@ -54,7 +57,9 @@ def forward(
     """See ``api.media_cross_attention``; ``gate`` is already in the accumulation dtype."""
     q, k, v = (unit_last_stride(tensor) for tensor in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    config = _config("media_forward", q)
+    latents = k.shape[2]
+    in_one_tile = _config("media_forward", q, latents) if latents <= MOST_KEYS else None
+    config = in_one_tile or _config("media_forward", q)
     arguments = _arguments(config, q, k, v, first, last, gate, scale)
     tiles = -(-q.shape[1] * arguments["G"] // arguments["BLOCK_T"])
     launch(
@@ -64,7 +69,7 @@ def forward(
         **arguments,
         out=out,
         **strides("o", out, "bth"),
-        ONE_TILE=single_item and k.shape[2] <= arguments["BLOCK_R"],
+        ONE_TILE=single_item and latents <= arguments["BLOCK_R"],
     )
     return out
 
@@ -82,7 +87,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and gate; that of the gate has no element where there is no gate."""
     d_out, q, k, v = (unit_last_stride(tensor) for tensor in (d_out, q, k, v))
-    one_pass = single_item and k.shape[2] <= _config("media_backward", q).keys
+    in_one_tile = single_item and k.shape[2] <= MOST_KEYS
+    one_pass = in_one_tile and _config("media_backward", q, k.shape[2]) is not None
     inputs = (d_out, q, k, v, first, last, gate, scale)
     d_q, d_k, d_v, d_tanh = (_backward_one_pass if one_pass else _backward_general)(*inputs)
     if gate is None:
@@ -100,7 +106,7 @@ def _backward_one_pass(
     gate: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    config = _config("media_backward", q)
+    config = _config("media_backward", q, k.shape[2])
     arguments = _arguments(config, q, k, v, first, last, gate, scale)
     batch, tokens, media = q.shape[0], q.shape[1], k.shape[1]
     latents, kv_heads, head_dim = k.shape[2:]
@@ -143,7 +149,7 @@ def _backward_one_pass(
             partials=partials,
             d_k=d_k,
             d_v=d_v,
-            I=media,
+            ITEMS=media,
             PARTIALS=places,
             KV_HEADS=kv_heads,
             stride_partial=partials.stride(0),
@@ -217,7 +223,7 @@ def _backward_general(
 
 
 def chunk_tokens(batch: int, tokens: int, kv_heads: int) -> int:
-    """Tokens of a chunk: few partial sums where the batch is large, many programs where it is not."""
+    """Tokens of a chunk: few partial sums in large batches, many programs in small ones."""
     wanted = max(1, batch * kv_heads * tokens // TARGET_PROGRAMS)
     power = 1 << (wanted.bit_length() - 1)
     return min(max(power, SHORTEST_CHUNK), LONGEST_CHUNK)
@@ -242,7 +248,7 @@ def _plan(
         chunks=chunks,
         partials=items,
         T=tokens,
-        I=media,
+        ITEMS=media,
         CHUNK=chunk,
         SLOTS=slots,
         PARTIALS=places,
@@ -259,9 +265,11 @@ def _gradients(*tensors: Tensor) -> list[Tensor]:
     return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
 
 
-def _config(kernel: str, q: Tensor) -> LaunchConfig:
+def _config(kernel: str, q: Tensor, latents: int = 64) -> LaunchConfig | None:
     require_head_dim("media_cross_attention", q)
-    return configs.lookup(kernel, padded(q.shape[-1]), q.element_size(), architecture(q))
+    return configs.lookup(
+        kernel, padded(q.shape[-1]), q.element_size(), architecture(q), padded(latents)
+    )
 
 
 def _arguments(
@@ -286,7 +294,7 @@ def _arguments(
         "last": last,
         "gate": gate,
         "T": tokens,
-        "I": media,
+        "ITEMS": media,
         "KV_HEADS": kv_heads,
         **strides("q", q, "bth"),
         **strides("k", k, "birh"),
@@ -301,5 +309,5 @@ def _arguments(
         "BLOCK_R": min(padded(latents), config.keys),
         "BLOCK_D": padded(head_dim),
         "ACC": triton_accumulator(q.dtype),
-        "PRECISION": "ieee",
+        "PRECISION": dot_precision(q),
     }

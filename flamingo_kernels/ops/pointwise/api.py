@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flamingo_kernels._cpp.pointwise import row_strides
 from flamingo_kernels.ops import checks, dispatch
-from flamingo_kernels.ops.pointwise import impl_torch
-from flamingo_kernels.ops.pointwise.contract import OPS
+from flamingo_kernels.ops.pointwise import contract, impl_torch
 
 ACTIVATIONS = tuple(impl_torch.ACTIVATIONS)
 
@@ -35,16 +35,20 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str = "auto") -> 
         The message names the offending values.
     """
     op = "gated_residual"
+    _require_channels(op, x)
+    checks.require_floating(op, "y", y)
     if x.shape != y.shape:
         raise ValueError(f"{op}: x and y differ in shape: {tuple(x.shape)}, {tuple(y.shape)}")
     if x.device != y.device:
         raise ValueError(f"{op}: x is on {x.device}, y on {y.device}")
-    _require_floating(op, x)
     checks.require_gate(op, gate, x, (1, x.shape[-1]))
-    chosen = dispatch.choose_for(op, kernel, x, y, gate)
+    chosen = dispatch.choose_for(op, kernel, x, y, gate, plain=_has_simple_rows)
     if chosen == "torch":
         return impl_torch.gated_residual(x, y, gate)
-    return _GatedResidual.apply(x, y.to(x.dtype), _accumulated(gate, x), chosen)
+    inputs = (x, y.to(x.dtype), _accumulated(gate, x))
+    if not dispatch.needs_grad(*inputs):
+        return contract.gated_residual_forward(*inputs, chosen)
+    return _GatedResidual.apply(*inputs, chosen)
 
 
 def gated_activation(
@@ -79,12 +83,16 @@ def gated_activation(
     op = "gated_activation"
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    _require_floating(op, x)
-    checks.require_gate(op, gate, x, (1,))
-    chosen = dispatch.choose_for(op, kernel, x, gate)
+    _require_channels(op, x)
+    if gate is not None:
+        checks.require_gate(op, gate, x, (1,))
+    chosen = dispatch.choose_for(op, kernel, x, gate, plain=_has_simple_rows)
     if chosen == "torch":
         return impl_torch.gated_activation(x, gate, activation)
-    return _GatedActivation.apply(x, _accumulated(gate, x), activation, chosen)
+    gate = _accumulated(gate, x)
+    if not dispatch.needs_grad(x, gate):
+        return contract.gated_activation_forward(x, gate, activation, chosen)
+    return _GatedActivation.apply(x, gate, activation, chosen)
 
 
 def layer_norm(
@@ -118,23 +126,33 @@ def layer_norm(
         The message names the offending values.
     """
     op = "layer_norm"
-    _require_floating(op, x)
+    _require_channels(op, x)
+    if not eps >= 0:
+        raise ValueError(f"{op}: eps must be at least 0, got {eps}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != x.shape[-1:]:
+        if parameter is None:
+            continue
+        checks.require_parameter(op, name, parameter, x)
+        if parameter.shape != x.shape[-1:]:
             raise ValueError(
                 f"{op}: {name} has shape {tuple(parameter.shape)}, x has {x.shape[-1]} channels"
             )
-    chosen = dispatch.choose_for(op, kernel, x, weight, bias)
+    chosen = dispatch.choose_for(op, kernel, x, weight, bias, plain=_has_simple_rows)
     if chosen == "torch":
         return impl_torch.layer_norm(x, weight, bias, eps)
+    if not dispatch.needs_grad(x, weight, bias):
+        return contract.layer_norm_forward(x, weight, bias, eps, chosen)[0]
     return _LayerNorm.apply(x, weight, bias, eps, chosen)
 
 
-def _require_floating(op: str, x: Tensor) -> None:
-    if not x.is_floating_point():
-        raise TypeError(f"{op}: x must be floating point, got {x.dtype}")
+def _require_channels(op: str, x: Tensor) -> None:
+    checks.require_floating(op, "x", x)
     if x.ndim == 0:
         raise ValueError(f"{op}: x must have at least one dimension")
+
+
+def _has_simple_rows(tensor: Tensor) -> bool:
+    return tensor.is_contiguous() or row_strides(tensor) is not None
 
 
 def _accumulated(gate: Tensor | None, x: Tensor) -> Tensor | None:
@@ -146,11 +164,11 @@ class _GatedResidual(torch.autograd.Function):
     def forward(ctx, x: Tensor, y: Tensor, gate: Tensor, kernel: str) -> Tensor:
         ctx.save_for_backward(y, gate)
         ctx.kernel = kernel
-        return OPS["gated_residual_forward"](x, y, gate, kernel)
+        return contract.gated_residual_forward(x, y, gate, kernel)
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        d_y, d_gate = OPS["gated_residual_backward"](d_out, *ctx.saved_tensors, ctx.kernel)
+        d_y, d_gate = contract.gated_residual_backward(d_out, *ctx.saved_tensors, ctx.kernel)
         return d_out, d_y, d_gate, None
 
 
@@ -159,12 +177,12 @@ class _GatedActivation(torch.autograd.Function):
     def forward(ctx, x: Tensor, gate: Tensor | None, activation: str, kernel: str) -> Tensor:
         ctx.save_for_backward(x, gate)
         ctx.options = (activation, kernel)
-        return OPS["gated_activation_forward"](x, gate, activation, kernel)
+        return contract.gated_activation_forward(x, gate, activation, kernel)
 
     @staticmethod
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, gate = ctx.saved_tensors
-        d_x, d_gate = OPS["gated_activation_backward"](d_out, x, gate, *ctx.options)
+        d_x, d_gate = contract.gated_activation_backward(d_out, x, gate, *ctx.options)
         return d_x, None if gate is None else d_gate, None, None
 
 
@@ -173,7 +191,7 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kernel: str
     ) -> Tensor:
-        out, mean, rstd = OPS["layer_norm_forward"](x, weight, bias, eps, kernel)
+        out, mean, rstd = contract.layer_norm_forward(x, weight, bias, eps, kernel)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.options = (bias is not None, kernel)
         return out
@@ -182,7 +200,7 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         has_bias, kernel = ctx.options
-        d_x, d_weight, d_bias = OPS["layer_norm_backward"](
+        d_x, d_weight, d_bias = contract.layer_norm_backward(
             d_out, x, weight, mean, rstd, has_bias, kernel
         )
         return (

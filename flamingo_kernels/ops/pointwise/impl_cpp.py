@@ -13,7 +13,6 @@ from flamingo_kernels._cpp import pointwise
 
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    _require_rows("gated_residual", x=x, y=y)
     return pointwise.gated_residual_forward(x, y, gate.contiguous())
 
 
@@ -21,9 +20,7 @@ def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Ten
     return pointwise.gated_residual_backward(_with_rows(d_out), y, gate.contiguous())
 
 
-def gated_activation_forward(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    _require_rows("gated_activation", x=x)
-    return pointwise.gated_activation_forward(x, gate, activation)
+gated_activation_forward = pointwise.gated_activation_forward
 
 
 def gated_activation_backward(
@@ -36,7 +33,6 @@ def gated_activation_backward(
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _require_rows("layer_norm", x=x)
     return pointwise.layer_norm_forward(x, _accumulated(weight, x), _accumulated(bias, x), eps)
 
 
@@ -53,15 +49,6 @@ def layer_norm_backward(
         nothing if d_weight is None else d_weight.to(dtype),
         nothing.clone() if d_bias is None else d_bias.to(dtype),
     )
-
-
-def _require_rows(op: str, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if pointwise.row_strides(tensor) is None:
-            raise ValueError(
-                f"{op}: the cpp kernel reads a last stride of 1 and up to two strides of rows; "
-                f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
-            )
 
 
 def _with_rows(d_out: Tensor) -> Tensor:

@@ -1,0 +1,51 @@
+"""Checks of configuration fields; every error names ``Class.field`` and the value."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+
+def is_integer(value: object) -> bool:
+    """Whether ``value`` is an int that is not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_number(value: object) -> bool:
+    """Whether ``value`` is an int or float that is not a bool."""
+    return isinstance(value, float) or is_integer(value)
+
+
+# Annotations that are checked, as they are written.
+_HOLDS = {
+    "int": is_integer,
+    "int | None": lambda value: value is None or is_integer(value),
+    "float": is_number,
+    "bool": lambda value: isinstance(value, bool),
+    "str": lambda value: isinstance(value, str),
+    "dict[str, Any]": lambda value: isinstance(value, dict),
+    "tuple[int, ...]": lambda value: isinstance(value, tuple) and all(map(is_integer, value)),
+}
+
+
+def check_types(config: Any) -> None:
+    """Raise TypeError unless the plain fields of a dataclass hold what they are annotated with."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type in _HOLDS and not _HOLDS[field.type](value):
+            raise TypeError(
+                f"{type(config).__name__}.{field.name} must be {field.type}, got {value!r}"
+            )
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ValueError unless these fields are None or above 0, each of them if it is a tuple."""
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, tuple):
+            labelled = [(f"{name}[{i}]", part) for i, part in enumerate(value)]
+        else:
+            labelled = [(name, value)]
+        for label, part in labelled:
+            if part is not None and not part > 0:
+                raise ValueError(f"{type(config).__name__}.{label} must be positive, got {part}")
