@@ -1,0 +1,1 @@
+"""Side-by-side measurements of the kernels and of what people use instead; see README.md."""

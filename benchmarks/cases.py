@@ -1,0 +1,272 @@
+"""What is measured: shapes as data. Nothing here allocates a tensor.
+
+B rows, T text tokens, I images, H heads, D head dim, R latents per image, N media items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+
+DTYPES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("even", "uneven", "late", "decode")
+
+
+@dataclass(frozen=True)
+class MediaShape:
+    """``media_cross_attention``; ``layout`` says where the <image> tokens stand.
+
+    ``even``: equal segments; ``uneven``: random places, the first at 0; ``late``: equal segments
+    after a first half that sees no image; ``decode``: one token after all images. With
+    ``last_group`` images come in adjacent pairs.
+    """
+
+    batch: int = 1
+    tokens: int = 2048
+    images: int = 8
+    heads: int = 8
+    head_dim: int = 64
+    latents: int = 64
+    attend: str = "last"
+    layout: str = "even"
+
+    @property
+    def label(self) -> str:
+        text = (
+            f"B{self.batch} T{self.tokens} I{self.images} H{self.heads} D{self.head_dim} "
+            f"R{self.latents}"
+        )
+        extra = [self.attend] if self.attend != "last" else []
+        extra += [self.layout] if self.layout != "even" else []
+        return " ".join([text, *extra])
+
+
+@dataclass(frozen=True)
+class LatentShape:
+    """``latent_attention``: ``latents`` queries of N items on ``features`` keys and themselves."""
+
+    items: int = 1
+    features: int = 256
+    heads: int = 8
+    head_dim: int = 64
+    latents: int = 64
+
+    @property
+    def label(self) -> str:
+        return f"N{self.items} M{self.features} H{self.heads} D{self.head_dim} L{self.latents}"
+
+
+@dataclass(frozen=True)
+class PointwiseShape:
+    """Rows times channels; ``activation`` for ``gated_activation`` only."""
+
+    rows: int = 2048
+    channels: int = 2048
+    activation: str = ""
+
+    @property
+    def label(self) -> str:
+        return " ".join(filter(None, (f"{self.rows}x{self.channels}", self.activation)))
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """One gated cross-attention block; a decode step has ``tokens=1`` and ``layout="decode"``."""
+
+    media: MediaShape
+    dim: int = 2048
+    dim_visual: int = 1024
+
+    @property
+    def label(self) -> str:
+        return f"{self.media.label} dim{self.dim}/{self.dim_visual}"
+
+
+@dataclass(frozen=True)
+class ResamplerShape:
+    """A Perceiver Resampler with OpenFlamingo's options on N images or clips."""
+
+    items: int = 1
+    frames: int = 1
+    positions: int = 256
+    dim: int = 1024
+    depth: int = 6
+    heads: int = 8
+    head_dim: int = 64
+
+    @property
+    def label(self) -> str:
+        return (
+            f"N{self.items} F{self.frames} S{self.positions} H{self.heads} D{self.head_dim} "
+            f"dim{self.dim} depth{self.depth}"
+        )
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The whole model: a training step, or the decode step after a prompt with ``images``."""
+
+    model: str = "tiny"
+    batch: int = 1
+    tokens: int = 256
+    images: int = 5
+
+    @property
+    def label(self) -> str:
+        return f"{self.model} B{self.batch} T{self.tokens} I{self.images}"
+
+
+Shape = MediaShape | LatentShape | PointwiseShape | BlockShape | ResamplerShape | ModelShape
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of a table. Cases of one ``group`` are measured in the same alternated rounds."""
+
+    op: str
+    shape: Shape
+    dtype: str = "float32"
+    quick: bool = False
+    training: bool = True
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    sweeps: tuple[str, ...] = ()  # the log-log plots this case is a point of
+    group: str = ""
+    only_in_sweeps: bool = field(default=False, compare=False)
+
+    @property
+    def key(self) -> str:
+        """Unique name: op/shape/dtype."""
+        return f"{self.op}/{self.shape.label}/{self.dtype}"
+
+
+def _media() -> Iterator[Case]:
+    op = "media_cross_attention"
+    for dtype in ("float32", "bfloat16"):
+        for batch in (1, 4):
+            for images in (8, 32):
+                quick = batch == 1 and (images == 8 or dtype == "float32")
+                yield Case(op, MediaShape(batch, images=images), dtype, quick)
+        yield Case(op, MediaShape(8, 256, 5), dtype)
+        yield Case(op, MediaShape(1, heads=32, head_dim=128), dtype, devices=("cpu",))
+    for shape in (  # PERFORMANCE: training, IDEFICS-9B, Flamingo-80B
+        MediaShape(32, 256, 5),
+        MediaShape(8, heads=32, head_dim=128),
+        MediaShape(4, images=16, heads=64, head_dim=128),
+    ):
+        yield Case(op, shape, "bfloat16", quick=shape.batch == 32, devices=("cuda",))
+    for dtype in ("float32", "bfloat16"):
+        base = MediaShape()
+        for shape in (
+            replace(base, layout="uneven"),
+            replace(base, layout="late"),
+            replace(base, attend="last_group"),
+            replace(base, attend="previous"),
+        ):
+            yield Case(op, shape, dtype)
+        for images in (1, 8, 33):
+            shape = MediaShape(tokens=1, images=images, layout="decode")
+            yield Case(op, shape, dtype, training=False, group=f"{op} decode {dtype}")
+
+
+def _media_sweeps() -> Iterator[Case]:
+    op = "media_cross_attention"
+    points = {
+        "tokens": [MediaShape(tokens=t) for t in (256, 512, 1024, 2048, 4096, 8192)],
+        "images": [MediaShape(images=i) for i in (1, 2, 4, 8, 16, 32, 64)],
+        "batch": [MediaShape(batch=b) for b in (1, 2, 4, 8)],
+    }
+    yield from _sweep(op, points)
+
+
+def _latent() -> Iterator[Case]:
+    op = "latent_attention"
+    for dtype in ("float32", "bfloat16"):
+        for features in (256, 1024, 8192):
+            for heads, head_dim in ((8, 64), (16, 96)):
+                quick = features == 1024 and heads == 8 and dtype == "float32"
+                yield Case(op, LatentShape(1, features, heads, head_dim), dtype, quick)
+        yield Case(op, LatentShape(8, 256), dtype)
+    for shape in (
+        LatentShape(160, 256),
+        LatentShape(64, 257, 16, 96),
+        LatentShape(4, 2048, 16, 96),
+        LatentShape(4, 8192, 16, 96),
+    ):
+        yield Case(op, shape, "bfloat16", quick=shape.items == 160, devices=("cuda",))
+    points = {
+        "frames": [LatentShape(features=256 * f) for f in (1, 2, 4, 8, 16, 32)],
+        "batch": [LatentShape(items=n) for n in (1, 2, 4, 8, 16)],
+    }
+    yield from _sweep(op, points)
+
+
+def _sweep(op: str, points: dict[str, list[Shape]]) -> Iterator[Case]:
+    for sweep, shapes in points.items():
+        for shape in shapes:
+            for dtype, device in (("float32", "cpu"), ("bfloat16", "cuda")):
+                yield Case(
+                    op, shape, dtype, sweeps=(sweep,), devices=(device,), only_in_sweeps=True
+                )
+
+
+def _pointwise() -> Iterator[Case]:
+    for dtype in ("float32", "bfloat16"):
+        yield Case("layer_norm", PointwiseShape(2048, 2048), dtype, quick=dtype == "float32")
+        yield Case("gated_residual", PointwiseShape(2048, 2048), dtype)
+        for activation in ("gelu", "squared_relu", "relu"):
+            yield Case("gated_activation", PointwiseShape(2048, 8192, activation), dtype)
+
+
+def _modules() -> Iterator[Case]:
+    for dtype in ("float32", "bfloat16"):
+        for images in (1, 8, 33):
+            yield Case(
+                "block",
+                BlockShape(MediaShape(tokens=1, images=images, layout="decode")),
+                dtype,
+                quick=dtype == "float32" and images != 8,
+                training=False,
+                group=f"block decode {dtype}",
+            )
+        yield Case("block", BlockShape(MediaShape(tokens=512, images=5)), dtype)
+        # As wide as heads x head dim, text as wide as media: where every peer fits.
+        square = MediaShape(tokens=512, images=8, heads=16)
+        yield Case("block", BlockShape(square, 1024, 1024), dtype)
+        yield Case("resampler", ResamplerShape(items=4), dtype)
+        yield Case("resampler", ResamplerShape(frames=8), dtype)
+
+
+def _models() -> Iterator[Case]:
+    for model in ("tiny", "medium"):
+        yield Case("model_training", ModelShape(model, 2, 256, 5))
+        for images in (1, 8, 33):
+            yield Case(
+                "model_decode",
+                ModelShape(model, 1, 128, images),
+                quick=model == "tiny" and images != 8,
+                training=False,
+                group=f"model decode {model}",
+            )
+
+
+def _merge(cases: Iterable[Case]) -> list[Case]:
+    """One case per key, in order; a shape that is both listed and in sweeps is measured once."""
+    merged: dict[str, Case] = {}
+    for case in cases:
+        known = merged.get(case.key)
+        if known is None:
+            merged[case.key] = case
+        else:
+            merged[case.key] = replace(
+                known,
+                quick=known.quick or case.quick,
+                devices=tuple(dict.fromkeys(known.devices + case.devices)),
+                sweeps=tuple(dict.fromkeys(known.sweeps + case.sweeps)),
+                only_in_sweeps=known.only_in_sweeps and case.only_in_sweeps,
+            )
+    return list(merged.values())
+
+
+CASES = _merge([*_media(), *_latent(), *_modules(), *_models(), *_pointwise(), *_media_sweeps()])
+OPS = tuple(dict.fromkeys(case.op for case in CASES))
+SWEEPS = tuple(dict.fromkeys(sweep for case in CASES for sweep in case.sweeps))

@@ -1,0 +1,131 @@
+"""Who is measured. A peer is a function ``setup(problem) -> Implementation``.
+
+A peer that cannot run a problem raises :class:`UnavailableError` with the reason, which the report
+shows; any other error while setting up or checking is shown as the reason as well.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.problems import Leaves, Problem
+
+
+class UnavailableError(Exception):
+    """This peer cannot run this problem; the message is the reason."""
+
+
+@dataclass
+class Implementation:
+    """A peer ready to be called.
+
+    Attributes
+    ----------
+    forward : callable
+        The measured call; records a graph when grad mode is on.
+    leaves : dict
+        Tensors that the backward gives gradients for.
+    backend : str
+        What really runs, as far as it can be found out.
+    no_backward : str
+        Why there is no backward; empty if there is one.
+    prepare : callable, optional
+        Work done once per step rather than per layer (a block mask); measured apart.
+    before : callable, optional
+        Runs untimed before every forward.
+    rename : callable, optional
+        Gradients by the names of ``leaves`` -> by the names of the problem, for the gate only.
+    exact : callable, optional
+        The gate's truth where this peer computes another function than the reference.
+    ours : bool
+        One of this library's kernels: held to its own budget.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: Leaves
+    backend: str = ""
+    no_backward: str = ""
+    prepare: Callable[[], object] | None = None
+    before: Callable[[], object] | None = None
+    rename: Callable[[Leaves], Leaves] | None = None
+    exact: Callable[[], Any] | None = None
+    ours: bool = False
+
+    def backward(self, out: Tensor, seed: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Gradients of the leaves; frees the graph."""
+        return torch.autograd.grad(out, tuple(self.leaves.values()), seed, allow_unused=True)
+
+    def results(self, problem: Problem) -> Leaves:
+        """``out`` and, where there is a backward, all gradients."""
+        if self.before:
+            self.before()
+        if self.no_backward or not problem.case.training:
+            with torch.no_grad():
+                return {"out": self.forward()}
+        out = self.forward()
+        found = zip(self.leaves, self.backward(out, problem.seed), strict=True)
+        gradients = {name: value for name, value in found if value is not None}
+        return {"out": out.detach(), **(self.rename(gradients) if self.rename else gradients)}
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A name, the ops it is compared on, and how to set it up."""
+
+    name: str
+    ops: tuple[str, ...]
+    setup: Callable[[Problem], Implementation]
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    compiled: bool = False  # takes seconds to compile for every shape: left out of sweeps
+    quick: bool = True  # part of the quick suite
+
+
+REGISTRY: dict[str, Peer] = {}
+_MODULES = ("ours", "attention", "segments", "modules", "models")
+
+
+def peer(name: str, *ops: str, **options: Any) -> Callable:
+    """Register ``setup`` under ``name`` for ``ops``."""
+
+    def register(setup: Callable[[Problem], Implementation]) -> Callable:
+        assert name not in REGISTRY, name
+        REGISTRY[name] = Peer(name, ops, setup, **options)
+        return setup
+
+    return register
+
+
+@functools.cache
+def load_all() -> dict[str, Peer]:
+    """All peers by name, the library's own first."""
+    for module in _MODULES:
+        importlib.import_module(f"benchmarks.peers.{module}")
+    return REGISTRY
+
+
+def peers_for(op: str, device: str, names: list[str] | None = None) -> list[Peer]:
+    """Peers of an op on a kind of device; ValueError for an unknown name."""
+    known = load_all()
+    unknown = sorted(set(names or ()) - set(known))
+    if unknown:
+        raise ValueError(f"unknown peers {', '.join(unknown)}; known: {', '.join(known)}")
+    return [
+        p
+        for p in known.values()
+        if op in p.ops and device in p.devices and (not names or p.name in names)
+    ]
+
+
+def require(module: str, package: str | None = None) -> Any:
+    """Import an optional package or say that it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UnavailableError(f"{package or module} is not installed ({error})") from None

@@ -1,0 +1,232 @@
+"""Peers on whole key sets: OpenFlamingo's code, flamingo-pytorch, SDPA, FlexAttention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.peers import Implementation, UnavailableError, peer, require
+from benchmarks.problems import Leaves, Problem, concatenated, textbook_pointwise
+from tests.peers import open_flamingo_helpers
+
+MEDIA, LATENT = "media_cross_attention", "latent_attention"
+_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def compiled(function: Callable) -> Callable:
+    """A fresh ``torch.compile`` of ``function`` for exactly these shapes."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def helpers() -> object:
+    """OpenFlamingo's own module code."""
+    try:
+        return open_flamingo_helpers()
+    except Exception as error:
+        raise UnavailableError(f"open-flamingo's code does not import: {error}") from None
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    """Their attention without norm and projections: it then maps q and [k | v] to the output."""
+    module.norm = module.to_q = module.to_kv = module.to_out = nn.Identity()
+    return module
+
+
+def _their_attention(problem: Problem, module_class: type, options: dict, compile: bool):
+    shape = problem.case.shape
+    if shape.attend == "last_group":
+        raise UnavailableError("has no attend mode last_group")
+    module = _bare(
+        module_class(
+            dim=shape.heads * shape.head_dim,
+            dim_head=shape.head_dim,
+            heads=shape.heads,
+            only_attend_immediate_media=shape.attend == "last",
+            **options,
+        )
+    )
+    leaves = {"q": problem.leaves["q"].detach(), "kv": problem.fixed["fused"].detach().clone()}
+    if problem.case.training:
+        leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items()}
+    cached = {"use_cached_media": True} if shape.layout == "decode" else {}
+    call = compiled(module) if compile else module
+
+    def forward() -> Tensor:
+        out = call(
+            leaves["q"].flatten(2),
+            leaves["kv"].flatten(3),
+            media_locations=problem.fixed["locations"],
+            **cached,
+        )
+        return out.unflatten(-1, (shape.heads, shape.head_dim))
+
+    def rename(gradients: Leaves) -> Leaves:
+        d_kv = gradients["kv"]
+        return {"q": gradients["q"], "k": d_kv[..., 0, :, :], "v": d_kv[..., 1, :, :]}
+
+    return Implementation(
+        forward, leaves, backend="inductor" if compile else "eager", rename=rename
+    )
+
+
+def _open_flamingo(compile: bool, problem: Problem) -> Implementation:
+    if problem.case.op == LATENT:
+        return _open_flamingo_latent(compile, problem)
+    module_class = helpers().MaskedCrossAttention
+    return _their_attention(problem, module_class, {"dim_visual": 1}, compile)
+
+
+def _open_flamingo_latent(compile: bool, problem: Problem) -> Implementation:
+    """The formula of OpenFlamingo's PerceiverAttention; its projections cannot be cut out."""
+    scale = problem.case.shape.head_dim**-0.5
+
+    def attention(leaves: Leaves) -> Tensor:
+        k, v = concatenated(leaves)
+        q, k, v = (t.transpose(1, 2) for t in (leaves["q"], k, v))
+        similarity = torch.einsum("... i d, ... j d -> ... i j", q * scale, k)
+        similarity = similarity - similarity.amax(dim=-1, keepdim=True).detach()
+        out = torch.einsum("... i j, ... j d -> ... i d", similarity.softmax(dim=-1), v)
+        return out.transpose(1, 2).contiguous()
+
+    call = compiled(attention) if compile else attention
+    return Implementation(
+        lambda: call(problem.leaves), problem.leaves, "inductor" if compile else "eager"
+    )
+
+
+peer("openflamingo", MEDIA, LATENT)(functools.partial(_open_flamingo, False))
+peer("openflamingo-compile", MEDIA, LATENT, compiled=True, quick=False)(
+    functools.partial(_open_flamingo, True)
+)
+
+
+@peer("flamingo-pytorch", MEDIA)
+def _flamingo_pytorch(problem: Problem) -> Implementation:
+    if problem.case.shape.layout == "decode":
+        raise UnavailableError("has no cached decoding")
+    package = require("flamingo_pytorch", "flamingo-pytorch")
+    module_class = package.flamingo_pytorch.MaskedCrossAttention
+    return _their_attention(problem, module_class, {}, compile=False)
+
+
+def _sdpa(backend: str, problem: Problem) -> Implementation:
+    """Boolean mask over all keys, made once per step."""
+    shape, leaves = problem.case.shape, problem.leaves
+
+    def mask() -> tuple[Tensor, Tensor | None]:
+        visible = problem.fixed["spans"].visible(shape.images)
+        nothing = ~visible.any(-1)
+        # A fully masked softmax row is NaN: let it see everything, then drop it.
+        allowed = visible | nothing[..., None]
+        allowed = allowed.repeat_interleave(shape.latents, dim=-1)[:, None]
+        return allowed, nothing[..., None, None] if bool(nothing.any()) else None
+
+    allowed, nothing = mask()
+    context = functools.partial(sdpa_kernel, _BACKENDS[backend]) if backend else nullcontext
+
+    def transposed() -> list[Tensor]:
+        q, k, v = leaves.values()
+        return [t.transpose(1, 2) for t in (q, k.flatten(1, 2), v.flatten(1, 2))]
+
+    def forward() -> Tensor:
+        with context():
+            out = F.scaled_dot_product_attention(*transposed(), attn_mask=allowed)
+        out = out.transpose(1, 2)
+        return out if nothing is None else out.masked_fill(nothing, 0)
+
+    chosen = backend or sdpa_choice(*transposed(), allowed)
+    return Implementation(forward, leaves, f"sdpa {chosen}", prepare=mask)
+
+
+def sdpa_choice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:
+    """The backend that SDPA picks for these tensors."""
+    try:
+        return SDPBackend(torch._fused_sdp_choice(q, k, v, mask)).name.lower()
+    except Exception as error:
+        return f"unknown ({type(error).__name__})"
+
+
+peer("sdpa-mask", MEDIA)(functools.partial(_sdpa, ""))
+for _name in _BACKENDS:
+    peer(f"sdpa-mask-{_name}", MEDIA, devices=("cuda",))(functools.partial(_sdpa, _name))
+
+
+@peer("sdpa-concat", LATENT)
+def _sdpa_concat(problem: Problem) -> Implementation:
+    """SDPA on concatenated keys; the concatenation is part of the call."""
+    leaves = problem.leaves
+
+    def transposed() -> list[Tensor]:
+        return [t.transpose(1, 2) for t in (leaves["q"], *concatenated(leaves))]
+
+    return Implementation(
+        lambda: F.scaled_dot_product_attention(*transposed()).transpose(1, 2),
+        leaves,
+        f"sdpa {sdpa_choice(*transposed())}",
+    )
+
+
+def _flex(block_size: tuple[int, int] | None, problem: Problem) -> Implementation:
+    """FlexAttention with a block mask made once per step."""
+    flex = require("torch.nn.attention.flex_attention")
+    shape, leaves, spans = problem.case.shape, problem.leaves, problem.fixed["spans"]
+    latents, first, last = shape.latents, spans.first, spans.last
+
+    def visible(b, h, token, key):
+        item = key // latents
+        return (item >= first[b, token]) & (item <= last[b, token])
+
+    def make_mask() -> object:
+        sizes = {} if block_size is None else {"BLOCK_SIZE": block_size}
+        keys = shape.images * latents
+        return flex.create_block_mask(
+            visible, shape.batch, None, shape.tokens, keys, device=problem.device, **sizes
+        )
+
+    block_mask = make_mask()
+    on_cpu = problem.device.type == "cpu"
+    options = {"kernel_options": {"BLOCK_N": 64}} if block_size and not on_cpu else {}
+    call = compiled(flex.flex_attention)
+    if on_cpu:  # it refuses tensors that require grad, even in no_grad mode
+        leaves = {name: leaf.detach() for name, leaf in leaves.items()}
+
+    def forward() -> Tensor:
+        q, k, v = leaves.values()
+        q, k, v = (t.transpose(1, 2) for t in (q, k.flatten(1, 2), v.flatten(1, 2)))
+        return call(q, k, v, block_mask=block_mask, **options).transpose(1, 2)
+
+    no_backward = "FlexAttention has no CPU backward" if on_cpu else ""
+    return Implementation(
+        forward, leaves, "flex inductor", no_backward=no_backward, prepare=make_mask
+    )
+
+
+peer("flex", MEDIA, compiled=True)(functools.partial(_flex, None))
+peer("flex-64", MEDIA, compiled=True, quick=False)(functools.partial(_flex, (128, 64)))
+
+
+@peer(
+    "torch-compile", "layer_norm", "gated_residual", "gated_activation", compiled=True, quick=False
+)
+def _compiled_pointwise(problem: Problem) -> Implementation:
+    call = compiled(lambda leaves: textbook_pointwise(problem.case, leaves))
+    return Implementation(lambda: call(problem.leaves), problem.leaves, "inductor")
+
+
+@peer("eager", "layer_norm", "gated_residual", "gated_activation")
+def _eager_pointwise(problem: Problem) -> Implementation:
+    return Implementation(
+        lambda: textbook_pointwise(problem.case, problem.leaves), problem.leaves, "eager"
+    )

@@ -1,0 +1,54 @@
+"""The whole model with each kernel: a training step, a decoding step."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from benchmarks.module_problems import make_model, parameters_of
+from benchmarks.peers import Implementation, peer
+from benchmarks.peers.ours import kernels_used
+from benchmarks.problems import Problem
+
+TRAINING, DECODE = "model_training", "model_decode"
+
+
+def _setup(kernel: str, problem: Problem) -> Implementation:
+    model = make_model(problem, kernel)
+    ids, pixels = problem.fixed["input_ids"], problem.fixed["pixel_values"]
+    backend = kernels_used(kernel, problem)
+    if problem.case.op == TRAINING:
+        model.train()
+        return Implementation(
+            lambda: model(ids, pixels, labels=ids).loss, parameters_of(model), backend, ours=True
+        )
+    model.eval().requires_grad_(False)
+    with torch.no_grad():
+        prompt = model(ids[:, :-1], pixels, use_cache=True).cache
+    everything = torch.arange(ids.shape[0], device=ids.device)
+    fresh = [prompt]
+
+    def copy_cache() -> None:
+        fresh[0] = prompt.select_rows(everything)  # a step extends its cache in place
+
+    def step() -> Tensor:
+        return model(ids[:, -1:], cache=fresh[0], use_cache=True).logits
+
+    return Implementation(step, {}, backend, before=copy_cache, ours=True)
+
+
+for _kernel in ("cpp", "triton", "auto", "torch"):
+    _devices = {"cpp": ("cpu",), "triton": ("cuda",)}.get(_kernel, ("cpu", "cuda"))
+    peer(f"model-{_kernel}", TRAINING, DECODE, devices=_devices)(functools.partial(_setup, _kernel))
+
+
+def _recompute(problem: Problem) -> Implementation:
+    """No cache: the whole text and all images again for every token."""
+    model = make_model(problem, "torch").eval().requires_grad_(False)
+    ids, pixels = problem.fixed["input_ids"], problem.fixed["pixel_values"]
+    return Implementation(lambda: model(ids, pixels).logits[:, -1:], {}, "torch, no cache")
+
+
+peer("model-no-cache", DECODE)(_recompute)

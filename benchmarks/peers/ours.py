@@ -1,0 +1,70 @@
+"""This library's kernels: the ops through the public functions, and what ``auto`` takes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor
+
+from benchmarks.peers import Implementation, UnavailableError, peer
+from benchmarks.problems import Problem
+from flamingo_kernels import ops
+from flamingo_kernels.ops import dispatch
+
+OPS = dispatch.OPS
+
+
+def _call(problem: Problem, kernel: str) -> Callable[[], Tensor]:
+    op, leaves = problem.case.op, tuple(problem.leaves.values())
+    if op == "media_cross_attention":
+        return lambda: ops.media_cross_attention(*leaves, problem.fixed["spans"], kernel=kernel)
+    if op == "gated_activation":
+        activation = problem.case.shape.activation
+        return lambda: ops.gated_activation(*leaves, activation, kernel=kernel)
+    function = getattr(ops, op)
+    return lambda: function(*leaves, kernel=kernel)
+
+
+def _setup(kernel: str, problem: Problem) -> Implementation:
+    first = next(iter(problem.leaves.values()))
+    head_dim = first.shape[-1] if first.ndim == 4 else None
+
+    def reasons(needs_grad: bool) -> list[str]:
+        call = dispatch.Call(problem.device.type, problem.dtype, needs_grad, head_dim)
+        return dispatch.unsupported_reasons(problem.case.op, kernel, call)
+
+    if reasons(needs_grad=False):
+        raise UnavailableError("; ".join(reasons(needs_grad=False)))
+    return Implementation(
+        _call(problem, kernel),
+        problem.leaves,
+        backend=backend(kernel),
+        no_backward="; ".join(reasons(needs_grad=True)),
+        ours=True,
+    )
+
+
+def backend(kernel: str) -> str:
+    """The kernel, and for the native library the instruction set it runs."""
+    if kernel != "cpp":
+        return kernel
+    from flamingo_kernels._cpp import library
+
+    return f"cpp {library.selected_instruction_set()}"
+
+
+def kernels_used(kernel: str, problem: Problem) -> str:
+    """Which kernels a module runs: for ``auto``, what it takes for each op."""
+    if kernel != "auto":
+        return backend(kernel)
+    call = dispatch.Call(problem.device.type, problem.dtype, problem.case.training)
+    taken: dict[str, list[str]] = {}
+    for op in OPS:
+        taken.setdefault(backend(dispatch.choose(op, "auto", call)), []).append(op)
+    return "; ".join(f"{name}: {', '.join(ops)}" for name, ops in taken.items())
+
+
+for _kernel in ("cpp", "triton", "torch"):
+    _devices = {"cpp": ("cpu",), "triton": ("cuda",), "torch": ("cpu", "cuda")}[_kernel]
+    peer(f"ours-{_kernel}", *OPS, devices=_devices)(functools.partial(_setup, _kernel))

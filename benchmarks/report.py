@@ -1,0 +1,80 @@
+"""Markdown, plots and one HTML page from result files; one folder per device and commit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import page, plots, results, tables
+from benchmarks.results import Record
+from benchmarks.tables import Table
+
+
+def load(paths: list[Path] | None) -> dict[tuple[str, str, str], list[Record]]:
+    """Lines by (device, commit, dirty digest), the newest measurement of each case and peer.
+
+    Without paths: for every device the file that was written last.
+
+    Raises
+    ------
+    ValueError
+        No results, or a broken file.
+    """
+    if paths is None:
+        folders = [f for f in sorted(results.RESULTS.glob("*")) if f.is_dir()]
+        found = [sorted(f.glob("*.jsonl"), key=lambda p: p.stat().st_mtime)[-1:] for f in folders]
+        files = [file for group in found for file in group]
+    else:
+        files = []
+        for path in paths:
+            files += sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"no such result file: {file}")
+        for record in results.read(file):
+            key = (record["device"], record["commit"], record["dirty"])
+            groups.setdefault(key, []).append(record)
+    if not groups:
+        raise ValueError(f"no results in {', '.join(map(str, paths or [results.RESULTS]))}")
+    return {key: results.newest(records) for key, records in groups.items()}
+
+
+def write(paths: list[Path] | None, output: Path) -> list[Path]:
+    """Write report.md, index.html and pictures below ``output``; returns the pages."""
+    pages = []
+    for (device, commit, dirty), records in load(paths).items():
+        folder = output / device / (commit[:12] + (f"-{dirty}" if dirty else ""))
+        folder.mkdir(parents=True, exist_ok=True)
+        found = tables.all_tables(records)
+        pictures = plots.write(records, folder)
+        markdown = folder / "report.md"
+        markdown.write_text(_markdown(records, found, [p.name for p in pictures]))
+        html = folder / "index.html"
+        html.write_text(page.render(records, found, pictures))
+        pages += [markdown, html]
+    return pages
+
+
+def _markdown(records: list[Record], found: list[Table], pictures: list[str]) -> str:
+    lines = [f"# Benchmarks on {records[-1]['device_name']}", ""]
+    lines += [f"- {line}" for line in tables.environment_lines(records)]
+    missing = tables.unmeasured(records)
+    if missing:
+        lines += ["", f"Not measured in these files: {len(missing)} cases of the full suite."]
+    lines += ["", *(f"![{name}]({name})" for name in pictures)]
+    for table in found:
+        lines += ["", f"## {table.title}", ""]
+        if table.note:
+            lines += [table.note, ""]
+        lines += markdown_table(table)
+    if missing:
+        lines += ["", "## Cases of the full suite without a figure", ""]
+        lines += [f"- {key}" for key in missing]
+    return "\n".join(lines) + "\n"
+
+
+def markdown_table(table: Table) -> list[str]:
+    """Lines of a Markdown table."""
+    rows = [table.columns, ["---"] * len(table.columns)]
+    rows += [[cell.text.replace("|", "\\|") for cell in row] for row in table.rows]
+    return ["| " + " | ".join(row) + " |" for row in rows]

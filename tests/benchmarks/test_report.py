@@ -1,0 +1,125 @@
+"""Tables, plots, the page, the comparison, the command line."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as command_line
+from benchmarks import compare, page, plots, report, results, tables
+from benchmarks.cases import OPS
+from tests.benchmarks.lines import fixture_records, write_lines
+
+
+def test_report_has_tables_plots_and_a_page(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "in" / "a.jsonl", fixture_records())
+    pages = report.write([path], tmp_path / "out")
+    assert [p.name for p in pages] == ["report.md", "index.html"]
+    markdown, html = (p.read_text() for p in pages)
+    assert "| B1 T2048 I8 H8 D64 R64, float32 | ours-cpp | 8 | 1.00 | 4.00 |" in markdown
+    assert "a\\|b" in markdown and "| red |" in markdown
+    assert html.count("<table>") == html.count("</table>") == markdown.count("\n## ") - 1
+    assert "http://" not in re.sub(r"base64,[^\"]+", "", html) and "https://" not in html
+    names = {p.stem for p in pages[0].parent.glob("*.svg")}
+    assert names == {p.stem for p in pages[0].parent.glob("*.png")}
+    for wanted in (
+        "speed-up-media_cross_attention-forward",
+        "memory-media_cross_attention",
+        "scaling-media_cross_attention-images-forward",
+        "roofline-float32",
+    ):
+        assert wanted in names
+        assert f"{wanted}.svg" in markdown
+
+
+def test_losses_are_shown_like_wins() -> None:
+    (table,) = (
+        tables.ratio_table(fixture_records(slower=0.5), "media_cross_attention", phase)
+        for phase in ("forward",)
+    )
+    assert [row[-1].text for row in table.rows] == ["0.50"] * 3
+
+
+def test_commits_are_never_mixed(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    write_lines(folder / "a.jsonl", fixture_records("a" * 40))
+    write_lines(folder / "b.jsonl", fixture_records("b" * 40, slower=9.0))
+    pages = report.write([folder], tmp_path / "out")
+    assert len(pages) == 4 and len({p.parent for p in pages}) == 2
+    assert "9.00" not in pages[0].read_text() and "9.00" in pages[2].read_text()
+
+
+def test_the_newest_measurement_wins_and_other_runs_are_marked() -> None:
+    old, new = fixture_records(), fixture_records(run_id="r2", slower=2.0)
+    only = [r for r in new if r["peer"] == "sdpa-mask"]
+    kept = results.newest([*old, *only])
+    table = tables.ratio_table(kept, "media_cross_attention", "forward")
+    assert [row[-1].text for row in table.rows] == ["2.00*"] * 3
+
+
+def test_report_without_results(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no results in"):
+        report.write([tmp_path], tmp_path / "out")
+    with pytest.raises(ValueError, match="no such result file"):
+        report.write([tmp_path / "missing.jsonl"], tmp_path / "out")
+
+
+def test_page_escapes_and_sorts_by_value() -> None:
+    cells = [[tables.text("<b>"), tables.number(12.0)], [tables.text("x"), tables.number(None)]]
+    html = page.render(fixture_records(), [tables.Table("t", ["a", "b"], cells)], [])
+    assert "&lt;b&gt;" in html and "<b>" not in html
+    assert 'data-value="12.0"' in html
+
+
+def test_growth_of_decoding() -> None:
+    records = []
+    for record in fixture_records():
+        if record["status"] == "ok" and record["phase"] == "forward":
+            records.append({**record, "group": "decode"})
+    table = tables.growth_table(records)
+    assert [row[-1].text for row in table.rows] == ["4.00", "4.00"]
+
+
+def test_plots_of_nothing(tmp_path: Path) -> None:
+    assert plots.write([], tmp_path) == []
+
+
+def test_changes_beyond_noise() -> None:
+    def line(median: float, spread: float) -> dict:
+        return {
+            **fixture_records()[0],
+            "median_s": median,
+            "q20_s": median - spread,
+            "q80_s": median + spread,
+        }
+
+    (clear,) = compare.changes([line(1.0, 0.01)], [line(1.2, 0.01)], 0.05)
+    assert clear.beyond_noise and clear.ratio == pytest.approx(1.2)
+    (noisy,) = compare.changes([line(1.0, 0.2)], [line(1.2, 0.2)], 0.05)
+    (small,) = compare.changes([line(1.0, 0.001)], [line(1.02, 0.001)], 0.05)
+    assert not noisy.beyond_noise and not small.beyond_noise
+    text = list(compare.lines([clear, noisy], "main"))
+    assert text[1].startswith("!") and text[-1].startswith("1 regressions and 0 improvements")
+    assert compare.changes([], [line(1.0, 0.1)], 0.05) == []
+
+
+def test_compare_measures_our_kernels_by_default() -> None:
+    given = argparse.Namespace(
+        peers=[], suite="quick", ops=[], cases="x", device=None, budget_minutes=4
+    )
+    arguments = compare.run_arguments(given)
+    assert "ours-cpp" in arguments and "openflamingo" not in arguments
+    assert arguments[-2:] == ["--budget-minutes", "1.0"]
+
+
+def test_command_line(capsys) -> None:
+    assert command_line.main(["run", "--device", "cpu", "--list", "--cases", "^block/"]) == 0
+    assert "block/" in capsys.readouterr().out
+    assert command_line.main(["run", "--device", "cpu", "--list", "--ops", "x"]) == 2
+    assert "unknown ops x" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command_line.main(["run", "--shard", "two"])
+    assert set(OPS) >= {"media_cross_attention", "latent_attention", "block", "resampler"}
