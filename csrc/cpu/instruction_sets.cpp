@@ -54,7 +54,8 @@ uint32_t detect() {
     return sets;
 }
 
-constexpr uint32_t compiled = FLAMINGO_PORTABLE | FLAMINGO_AVX2 | FLAMINGO_AVX512;
+constexpr uint32_t compiled =
+    FLAMINGO_PORTABLE | FLAMINGO_AVX2 | FLAMINGO_AVX512 | FLAMINGO_AVX512_BF16;
 
 #else
 

@@ -21,12 +21,14 @@ FLAMINGO_DECLARE_KERNELS(portable)
 #if defined(FLAMINGO_X86_64)
 FLAMINGO_DECLARE_KERNELS(avx2)
 FLAMINGO_DECLARE_KERNELS(avx512)
+FLAMINGO_DECLARE_KERNELS(avx512_bf16)
 #endif
 
 // Calls kernel(arguments...) of the instruction set asked for.
 #if defined(FLAMINGO_X86_64)
 #define FLAMINGO_RUN_KERNEL(set, kernel, ...)                                                      \
-    ((set) >= FLAMINGO_AVX512 ? flamingo::avx512::kernel(__VA_ARGS__)                              \
+    ((set) == FLAMINGO_AVX512_BF16 ? flamingo::avx512_bf16::kernel(__VA_ARGS__)                    \
+     : (set) == FLAMINGO_AVX512 ? flamingo::avx512::kernel(__VA_ARGS__)                            \
      : (set) == FLAMINGO_AVX2 ? flamingo::avx2::kernel(__VA_ARGS__)                                \
                               : flamingo::portable::kernel(__VA_ARGS__))
 #else

@@ -141,9 +141,7 @@ class PerceiverResampler(nn.Module):
             raise ValueError(f"{op}: features have no frames: shape {tuple(x.shape)}")
         lengths = None
         if num_frames is not None:
-            checks.require_counts(
-                op, "num_frames", num_frames, "[B, I]", (batch, media), x, 1, frames
-            )
+            checks.require_counts(op, "num_frames", num_frames, (batch, media), x, 1, frames)
             real = torch.arange(frames, device=x.device) < num_frames[..., None]
             x = x.masked_fill(~real[..., None, None], 0)
             lengths = (num_frames.long() * positions).flatten()

@@ -66,7 +66,6 @@ def require_counts(
     op: str,
     name: str,
     counts: Tensor,
-    layout: str,
     shape: tuple[int, ...],
     device_of: Tensor,
     low: int,
@@ -79,7 +78,7 @@ def require_counts(
     if not isinstance(counts, Tensor) or counts.dtype not in INTEGERS:
         raise TypeError(f"{op}: {name} must be an integer tensor, got {kind(counts)}")
     if counts.shape != shape:
-        raise ValueError(f"{op}: {name} must be {layout} = {shape}, got {tuple(counts.shape)}")
+        raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(counts.shape)}")
     if counts.device != device_of.device:
         raise ValueError(f"{op}: {name} is on {counts.device}, the input on {device_of.device}")
     if torch.compiler.is_compiling() or type(counts) is not Tensor or not counts.is_cpu:
@@ -157,4 +156,4 @@ def latent_attention(
     _require_shape(op, "k_latents", k_latents, q.shape, "q")
     _require_shape(op, "v_latents", v_latents, q.shape, "q")
     if lengths is not None:
-        require_counts(op, "lengths", lengths, "[N]", (items,), q, 0, k_media.shape[1])
+        require_counts(op, "lengths", lengths, (items,), q, 0, k_media.shape[1])

@@ -216,3 +216,35 @@ def test_a_rejected_call_says_why() -> None:
     item = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"query heads is not a multiple .* \(status 3\)"):
         attention.media_attention_forward(q, kv, kv, item, item, None, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", library.usable_instruction_sets()[:-1])
+def test_ops_in_every_other_instruction_set(name: str) -> None:
+    """The op tests run with the best set; here with each of the others that this machine has."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpp", "tests/ops"],
+        cwd=ROOT,
+        env={**os.environ, "FLAMINGO_CPU_ISA": name},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert run.returncode == 0, run.stdout[-2000:]
+
+
+def test_offsets_beyond_two_to_the_31_elements() -> None:
+    """Batch strides of more than 2^31 elements: memory that is reserved but not touched."""
+    far = 2**31 + 64
+    reserved = torch.empty(far + 2**12, dtype=torch.bfloat16)
+    q = reserved.as_strided((2, 3, 2, 16), (far, 32, 16, 1))
+    kv = reserved.as_strided((2, 1, 5, 2, 16), (far, 160, 32, 16, 1), 2**11)
+    for view in (q, kv):
+        view.copy_(torch.randn(view.shape))
+    item = torch.zeros(2, 3, dtype=torch.int32)
+    out = attention.media_attention_forward(q, kv, kv, item, item, None, 0.3)
+    near = [t.contiguous() for t in (q, kv, kv)]
+    assert torch.equal(out, attention.media_attention_forward(*near, item, item, None, 0.3))
+    gradients = attention.media_attention_backward(out, q, kv, kv, item, item, None, 0.3)
+    expected = attention.media_attention_backward(out, *near, item, item, None, 0.3)
+    assert all(map(torch.equal, gradients, expected))

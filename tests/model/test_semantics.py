@@ -36,11 +36,14 @@ def test_point_1_media_index_ignores_padding(side: str) -> None:
         assert torch.equal(spans.last[row, batch.positions(row)], alone.last[0])
 
 
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
 @pytest.mark.parametrize("assign", ["previous", "next"])
 @pytest.mark.parametrize("attend", ATTEND_MODES)
-def test_points_2_and_13_whole_model_equals_reference(attend: str, assign: str) -> None:
+def test_points_2_and_13_whole_model_equals_reference(
+    attend: str, assign: str, kernel: str
+) -> None:
     """Loss, logits and every gradient, in every attend mode and both training assignments."""
-    model, oracle = with_reference(make_model(attend=attend).double())
+    model, oracle = with_reference(make_model(kernel, attend=attend).double())
     batch = ragged_batch("left")
     arguments = {**batch.arguments(), "labels": batch.input_ids, "assign": assign}
     arguments["pixel_values"] = arguments["pixel_values"].double()

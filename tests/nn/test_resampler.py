@@ -24,7 +24,7 @@ def small(**options) -> PerceiverResampler:
         (FEATURES, [[3, 3]], TypeError, "num_frames must be an integer tensor, got list"),
         (FEATURES, torch.ones(1, 2), TypeError, "integer tensor, got torch.float32"),
         (FEATURES, torch.ones(1, 2).bool(), TypeError, "integer tensor, got torch.bool"),
-        (FEATURES, torch.ones(2).long(), ValueError, r"must be \[B, I\] = \(1, 2\), got \(2,\)"),
+        (FEATURES, torch.ones(2).long(), ValueError, r"must have shape \(1, 2\), got \(2,\)"),
         (FEATURES, torch.tensor([[3, 0]]), ValueError, r"num_frames holds 0, outside 1\.\.3"),
         (FEATURES, torch.tensor([[4, 3]]), ValueError, r"num_frames holds 4, outside 1\.\.3"),
         (FEATURES, torch.ones(1, 2, device="meta").int(), ValueError, "on meta, the input on cpu"),

@@ -149,7 +149,7 @@ def test_a_clip_equals_itself_padded(kernel: str, dtype: torch.dtype) -> None:
         (2, lambda t: t[:, :3], ValueError, r"v_media has shape \(2, 3, 2, 8\), expected"),
         (3, lambda t: t[:, :3], ValueError, r"k_latents has shape \(2, 3, 2, 8\), expected"),
         (4, lambda t: t.double(), TypeError, "one dtype"),
-        (5, lambda t: t[:1], ValueError, r"lengths must be \[N\] = \(2,\), got \(1,\)"),
+        (5, lambda t: t[:1], ValueError, r"lengths must have shape \(2,\), got \(1,\)"),
         (5, lambda t: t.to("meta"), ValueError, "lengths is on meta, the input on cpu"),
         (5, lambda t: t.float(), TypeError, "lengths must be an integer tensor, got torch.float32"),
         (5, lambda t: t.bool(), TypeError, "lengths must be an integer tensor, got torch.bool"),

@@ -3,7 +3,7 @@
 
 #include <stdlib.h>
 
-#include "tile.h"
+#include "bfloat16_tile.h"
 
 namespace {
 
@@ -111,6 +111,36 @@ template <typename Real> struct KeyBlock {
             v_transposed = scratch.take<Real>(head_dim * round_up(most_keys, lanes<Real>));
         }
     }
+
+#if defined(FLAMINGO_BFLOAT16_DOT)
+    // For pair_product: k_transposed as [(D + 1) / 2, padded_keys] pairs without the scale, v as
+    // [(keys + 1) / 2, padded_dim] pairs.
+    void pack_pairs(Rows<const bfloat16> k_rows, Rows<const bfloat16> v_rows, int64_t count,
+                    int64_t head_dim) {
+        keys = count;
+        padded_keys = round_up(count, lanes<float>);
+        pair *to = reinterpret_cast<pair *>(k_transposed);
+        for (int64_t d = 0; d < head_dim; d += 2) {
+            for (int64_t i = 0; i < count; ++i) {
+                const bfloat16 second = d + 1 < head_dim ? k_rows[i][d + 1] : bfloat16{0};
+                to[d / 2 * padded_keys + i] = make_pair(k_rows[i][d], second);
+            }
+            for (int64_t i = count; i < padded_keys; ++i) {
+                to[d / 2 * padded_keys + i] = 0;
+            }
+        }
+        to = reinterpret_cast<pair *>(v);
+        for (int64_t i = 0; i < count; i += 2) {
+            for (int64_t d = 0; d < head_dim; ++d) {
+                const bfloat16 second = i + 1 < count ? v_rows[i + 1][d] : bfloat16{0};
+                to[i / 2 * padded_dim + d] = make_pair(v_rows[i][d], second);
+            }
+            for (int64_t d = head_dim; d < padded_dim; ++d) {
+                to[i / 2 * padded_dim + d] = 0;
+            }
+        }
+    }
+#endif
 
     template <typename T>
     void pack(Rows<const T> k_rows, Rows<const T> v_rows, int64_t count, int64_t head_dim,

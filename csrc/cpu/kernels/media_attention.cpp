@@ -111,23 +111,79 @@ template <typename T, typename Real> struct Media {
         }
     }
 
+    // The two products of forward_one_block, in the type of accumulation.
+    template <typename Storage, typename = void> struct TileProducts {
+        const Media &m;
+        KeyBlock<Real> &keys;
+        Attended &a;
+
+        TileProducts(const Media &media, const Chunk &c, int64_t kv_head, KeyBlock<Real> &block,
+                     Attended &attended)
+            : m(media), keys(block), a(attended) {
+            m.pack(keys, c.row, c.first, 0, kv_head);
+        }
+        void scores(Rows<const T> q, int64_t count) {
+            product<Real>(count, keys.padded_keys, m.p.head_dim, m.as_left(q, count, a.q),
+                          keys.k_transposed, keys.padded_keys, a.weights, keys.padded_keys, false);
+        }
+        void values(int64_t count) {
+            product<Real>(count, m.padded_dim, keys.keys, {a.weights, keys.padded_keys, 1}, keys.v,
+                          m.padded_dim, a.out, m.padded_dim, false);
+        }
+    };
+#if defined(FLAMINGO_BFLOAT16_DOT)
+    // By dot products of bfloat16 pairs: exact products, and weights rounded to bfloat16 as in every
+    // flash attention.
+    template <typename Unused> struct TileProducts<bfloat16, Unused> {
+        const Media &m;
+        KeyBlock<float> &keys;
+        Attended &a;
+        const int64_t dim_pairs = (m.p.head_dim + 1) / 2;
+
+        TileProducts(const Media &media, const Chunk &c, int64_t kv_head, KeyBlock<float> &block,
+                     Attended &attended)
+            : m(media), keys(block), a(attended) {
+            keys.pack_pairs(media_rows<const bfloat16>(m.p.k, c.row, c.first, 0, kv_head),
+                            media_rows<const bfloat16>(m.p.v, c.row, c.first, 0, kv_head),
+                            m.p.latents, m.p.head_dim);
+        }
+        void scores(Rows<const bfloat16> q, int64_t count) {
+            pair *rows = reinterpret_cast<pair *>(a.q);
+            for (int64_t r = 0; r < count; ++r) {
+                pair_row(q[r], m.p.head_dim, rows + r * dim_pairs);
+            }
+            pair_product(count, keys.padded_keys, dim_pairs, rows, dim_pairs,
+                         reinterpret_cast<const pair *>(keys.k_transposed), keys.padded_keys,
+                         a.weights, keys.padded_keys, false);
+            for (int64_t r = 0; r < count; ++r) {
+                scale_row(a.weights + r * keys.padded_keys, keys.padded_keys, m.scale);
+            }
+        }
+        void values(int64_t count) {
+            for (int64_t r = 0; r < count; ++r) {
+                narrow_to_pairs(a.weights + r * keys.padded_keys, keys.keys);
+            }
+            pair_product(count, m.padded_dim, (keys.keys + 1) / 2,
+                         reinterpret_cast<const pair *>(a.weights), keys.padded_keys,
+                         reinterpret_cast<const pair *>(keys.v), m.padded_dim, a.out, m.padded_dim,
+                         false);
+        }
+    };
+#endif
     // One block holds all that the chunk sees: a tile of rows goes from q to out within the cache.
     void forward_one_block(const Chunk &c, int64_t kv_head, KeyBlock<Real> &keys,
                            Attended &a) const {
-        pack(keys, c.row, c.first, 0, kv_head);
+        TileProducts<T> products(*this, c, kv_head, keys, a);
         for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
             for (int64_t t = c.begin; t < c.end; t += tile_rows) {
                 const int64_t count = smaller(tile_rows, c.end - t);
-                const Left<Real> q = as_left(text_rows<const T>(p.q, c.row, t, h), count, a.q);
-                product<Real>(count, keys.padded_keys, p.head_dim, q, keys.k_transposed,
-                              keys.padded_keys, a.weights, keys.padded_keys, false);
+                products.scores(text_rows<const T>(p.q, c.row, t, h), count);
                 for (int64_t r = 0; r < count; ++r) {
                     a.states[r] = RowState<Real>::empty();
                     soften_row(a.weights + r * keys.padded_keys, keys.keys, keys.padded_keys,
                                &a.states[r]);
                 }
-                product<Real>(count, padded_dim, keys.keys, {a.weights, keys.padded_keys, 1},
-                              keys.v, padded_dim, a.out, padded_dim, false);
+                products.values(count);
                 const Rows<T> out = text_rows<T>(p.out, c.row, t, h);
                 for (int64_t r = 0; r < count; ++r) {
                     narrow_row(a.out + r * padded_dim, gate / a.states[r].total, out[r],

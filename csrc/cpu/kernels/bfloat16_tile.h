@@ -1,0 +1,128 @@
+// Products of bfloat16 tiles in fp32, two neighbours of the inner dimension at a time.
+//
+// With AVX-512 BF16 a step is one instruction; without it (FLAMINGO_BFLOAT16_DOT set by hand, for tests)
+// the same sum by shifts and fp32 multiply-adds.
+#pragma once
+
+#include "tile.h"
+
+#if defined(FLAMINGO_BFLOAT16_DOT)
+
+namespace {
+
+// Two bfloat16 in one 32-bit lane, the first in the low half.
+typedef uint32_t pair __attribute__((may_alias));
+typedef uint32_t pair_vector __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
+typedef uint32_t unaligned_pairs
+    __attribute__((vector_size(FLAMINGO_VECTOR_BYTES), aligned(4), may_alias));
+
+inline vec<float> add_pair_products(vec<float> sum, uint32_t left, pair_vector right) {
+    const pair_vector spread = left - pair_vector{};
+#if defined(__AVX512BF16__)
+    return (vec<float>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)spread, (__m512bh)right);
+#else
+    sum += (vec<float>)(spread << 16) * (vec<float>)(right << 16);
+    return sum + (vec<float>)(spread & 0xffff0000u) * (vec<float>)(right & 0xffff0000u);
+#endif
+}
+
+// As product_tile: C[ROWS, VECTORS * lanes] (+)= A[ROWS, 2 depth] B[2 depth, VECTORS * lanes], A as rows
+// of pairs, B as [depth, columns] pairs.
+template <int ROWS, int VECTORS>
+inline void pair_product_tile(int64_t depth, const pair *a, int64_t a_row,
+                              const pair *__restrict b, int64_t b_row, float *__restrict c,
+                              int64_t c_row, bool accumulate) {
+    vec<float> sum[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; ++j) {
+            sum[i][j] = accumulate ? load(c + i * c_row + j * lanes<float>) : vec<float>{};
+        }
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        pair_vector right[VECTORS];
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; ++j) {
+            right[j] = *reinterpret_cast<const unaligned_pairs *>(b + j * lanes<float>);
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 8
+            for (int j = 0; j < VECTORS; ++j) {
+                sum[i][j] = add_pair_products(sum[i][j], a[i * a_row + k], right[j]);
+            }
+        }
+        b += b_row;
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 8
+        for (int j = 0; j < VECTORS; ++j) {
+            store(c + i * c_row + j * lanes<float>, sum[i][j]);
+        }
+    }
+}
+
+template <int ROWS>
+inline void pair_product_rows(int64_t depth, const pair *a, int64_t a_row, const pair *b,
+                              int64_t b_row, float *c, int64_t c_row, int64_t columns,
+                              bool accumulate) {
+    constexpr int64_t wide = tile_vectors * lanes<float>;
+    int64_t j = 0;
+    for (; j + wide <= columns; j += wide) {
+        pair_product_tile<ROWS, tile_vectors>(depth, a, a_row, b + j, b_row, c + j, c_row,
+                                              accumulate);
+    }
+    for (; j < columns; j += lanes<float>) {
+        pair_product_tile<ROWS, 1>(depth, a, a_row, b + j, b_row, c + j, c_row, accumulate);
+    }
+}
+
+// At most tile_rows rows.
+inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const pair *a,
+                         int64_t a_row, const pair *b, int64_t b_row, float *c, int64_t c_row,
+                         bool accumulate) {
+    switch (rows) {
+    case 1:
+        return pair_product_rows<1>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
+    case 2:
+        return pair_product_rows<2>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
+    case 3:
+        return pair_product_rows<3>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
+    case 4:
+        return pair_product_rows<4>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
+    case 5:
+        return pair_product_rows<5>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
+    default:
+        return pair_product_rows<tile_rows>(depth, a, a_row, b, b_row, c, c_row, columns,
+                                            accumulate);
+    }
+}
+
+inline uint32_t make_pair(bfloat16 first, bfloat16 second) {
+    return uint32_t(first.bits) | uint32_t(second.bits) << 16;
+}
+
+// to[(size + 1) / 2]: a row of `size` values.
+inline void pair_row(const bfloat16 *from, int64_t size, pair *to) {
+    for (int64_t i = 0; i < size; i += 2) {
+        to[i / 2] = make_pair(from[i], i + 1 < size ? from[i + 1] : bfloat16{0});
+    }
+}
+// The same from fp32, in place: a pair is written behind the values it is made of.
+inline void narrow_to_pairs(float *row, int64_t size) {
+    pair *to = reinterpret_cast<pair *>(row);
+    for (int64_t i = 0; i < size; i += 2) {
+        bfloat16 first, second = {0};
+        narrow(row[i], &first);
+        if (i + 1 < size) {
+            narrow(row[i + 1], &second);
+        }
+        to[i / 2] = make_pair(first, second);
+    }
+}
+
+} // namespace
+
+#endif
