@@ -74,7 +74,7 @@ def kernel_lines() -> Iterator[str]:
             elif training:
                 verdict = "inference only: " + "; ".join(training)
             else:
-                verdict = "yes"
+                verdict = f"yes ({dispatch.CAPABILITIES[op, kernel].limits()})"
             yield f"{op:<24}{kernel:<9}{verdict}"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
+from flamingo_kernels import _triton
 from flamingo_kernels._cpp import library
 
 # In order of preference for kernel="auto".
@@ -24,10 +25,6 @@ OPS = (
 
 class KernelUnavailableError(RuntimeError):
     """The kernel asked for cannot run this call; the message lists why, and which kernels can."""
-
-
-def _always() -> str | None:
-    return None
 
 
 class Call(NamedTuple):
@@ -49,12 +46,12 @@ class Capability:
     head_dims: range | None = None  # None: any
     any_stride: bool = True
     backward: bool = True
-    unavailable: Callable[[], str | None] = _always  # reason the kernel cannot run here at all
+    unavailable: Callable[[Call], str | None] = lambda call: None  # why it cannot run here at all
 
     def reasons(self, call: Call) -> list[str]:
         """Why the kernel cannot run ``call``; empty if it can."""
         reasons = []
-        missing = self.unavailable()
+        missing = self.unavailable(call)
         if missing:
             reasons.append(missing)
         if self.device_types is not None and call.device_type not in self.device_types:
@@ -77,6 +74,14 @@ class Capability:
             reasons.append("has no backward and a gradient is needed")
         return reasons
 
+    def limits(self) -> str:
+        """What the kernel takes, in words."""
+        dtypes = "any floating dtype" if self.dtypes is None else _names(self.dtypes)
+        dims = ""
+        if self.head_dims is not None:
+            dims = f"; head dims {self.head_dims.start} to {self.head_dims.stop - 1}"
+        return f"{dtypes}{dims}; {'any strides' if self.any_stride else 'unit last stride'}"
+
 
 _CPU = frozenset({"cpu"})
 _FLOATS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
@@ -84,12 +89,34 @@ _CPP = Capability(
     device_types=_CPU,
     dtypes=_FLOATS,
     any_stride=False,
-    unavailable=library.unavailable_reason,
+    unavailable=lambda call: library.unavailable_reason(),
+)
+
+
+def _triton_reason(call: Call) -> str | None:
+    reason = _triton.unavailable_reason(call.device_type)
+    if reason is None and call.device_type == "cpu" and call.dtype == torch.bfloat16:
+        return "Triton's interpreter computes bfloat16 products wrongly"
+    if reason is None and call.device_type != "cpu" and call.dtype == torch.float64:
+        return "there are no float64 Triton kernels for a GPU"
+    return reason
+
+
+_TRITON = Capability(
+    device_types=frozenset({"cuda", "cpu"}),
+    dtypes=_FLOATS,
+    any_stride=False,
+    unavailable=_triton_reason,
 )
 
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     **{(op, "torch"): Capability() for op in OPS},
     **{(op, "cpp"): _CPP for op in OPS},
+    **{(op, "triton"): _TRITON for op in OPS[2:]},
+    **{
+        (op, "triton"): replace(_TRITON, head_dims=range(1, _triton.MAX_HEAD_DIM + 1))
+        for op in OPS[:2]
+    },
 }
 
 
@@ -127,7 +154,9 @@ def _choose(op: str, kernel: str, call: Call) -> str:
     check_kernel_name(kernel)
     reasons = {name: unsupported_reasons(op, name, call) for name in KERNELS}
     able = [name for name in KERNELS if not reasons[name]]
-    candidates = KERNELS if kernel == "auto" else (kernel,)
+    # On the CPU Triton means its interpreter, which is for tests: only when asked for.
+    automatic = KERNELS[1:] if call.device_type == "cpu" else KERNELS
+    candidates = automatic if kernel == "auto" else (kernel,)
     for name in candidates:
         if name in able:
             return name

@@ -1,0 +1,325 @@
+"""Compile every kernel with its shipped launch configs for several architectures, without a GPU.
+
+``python -m flamingo_kernels._triton.aot`` runs the launchers of ``ops/*/impl_triton.py`` on meta
+tensors, compiles what they would launch, and reads registers, spills and shared memory from the
+result. It fails on a spill, on shared memory over the limit, and on an attention kernel in 16 bits
+without tensor-core instructions. ``--output`` writes the table as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from flamingo_kernels._triton.launch import Launch, recording
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+HEAD_DIMS = (16, 32, 64, 128)
+ATTENTION = re.compile("^(media|latent)_(?!plan|combine)")
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a kernel may use; sizes in bytes, per multiprocessor (compute unit on AMD)."""
+
+    target: GPUTarget
+    shared_per_program: int
+    shared: int
+    warps: int
+    tensor_core: str  # pattern of the instructions
+
+    @property
+    def is_amd(self) -> bool:
+        return self.target.backend == "hip"
+
+
+KIB = 1024
+ARCHITECTURES = {
+    "sm_80": Architecture(GPUTarget("cuda", 80, 32), 163 * KIB, 164 * KIB, 64, r"mma\.sync"),
+    "sm_86": Architecture(GPUTarget("cuda", 86, 32), 99 * KIB, 100 * KIB, 48, r"mma\.sync"),
+    "sm_90": Architecture(GPUTarget("cuda", 90, 32), 227 * KIB, 228 * KIB, 64, r"(wg)?mma[._]"),
+    "sm_100": Architecture(
+        GPUTarget("cuda", 100, 32), 227 * KIB, 228 * KIB, 64, r"tcgen05\.mma|mma\.sync"
+    ),
+    "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KIB, 64 * KIB, 32, r"v_mfma"),
+}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one compiled kernel uses."""
+
+    kernel: str
+    label: str
+    architecture: str
+    tiles: str
+    warps: int
+    stages: int
+    registers: int  # per thread
+    spill: int  # bytes of stack per thread on NVIDIA, spilled registers on AMD
+    shared: int  # bytes
+    tensor_cores: bool | None  # None: not asked for
+
+    @property
+    def occupancy(self) -> int:
+        """Programs per multiprocessor that registers, shared memory and warp slots allow."""
+        machine = ARCHITECTURES[self.architecture]
+        if machine.is_amd:  # four SIMDs of 512 registers a lane, at most 8 waves each
+            waves = min(8, 512 // max(-(-self.registers // 8) * 8, 8))
+            by_registers = 4 * waves // self.warps
+        else:
+            by_registers = 65536 // (-(-max(self.registers, 1) // 8) * 8 * 32 * self.warps)
+        by_shared = machine.shared // (self.shared + KIB) if self.shared else machine.warps
+        return min(by_registers, by_shared, machine.warps // self.warps, 32)
+
+    def problems(self) -> list[str]:
+        """Reasons not to ship this config."""
+        limit = ARCHITECTURES[self.architecture].shared_per_program
+        found = []
+        if self.spill:
+            found.append(f"spills ({self.spill})")
+        if self.shared > limit:
+            found.append(f"{self.shared} bytes of shared memory, the limit is {limit}")
+        if self.tensor_cores is False:
+            found.append("no tensor-core instruction")
+        return found
+
+
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def media_calls(dtype: torch.dtype, head_dim: int, latents: int, group: int = 1) -> None:
+    """Forward and both backwards of media attention, on views of fused projections."""
+    op = import_module("flamingo_kernels.ops.media_attention.impl_triton")
+    q, d_out = (meta(2, 4096, 8, head_dim, dtype=dtype) for _ in range(2))
+    k, v = meta(2, 5, latents, 2, 8 // group, head_dim, dtype=dtype).unbind(3)
+    first, last = (meta(2, 4096, dtype=torch.int32) for _ in range(2))
+    gate = meta(1, dtype=torch.float32)
+    for single_item in (True, False):
+        rest = (q, k, v, first, last, gate, head_dim**-0.5, single_item)
+        op.forward(*rest)
+        op.backward(d_out, *rest)
+
+
+def latent_calls(dtype: torch.dtype, head_dim: int) -> None:
+    """Forward, split and not, and backward of latent attention with lengths."""
+    op = import_module("flamingo_kernels.ops.latent_attention.impl_triton")
+    lengths = meta(2, dtype=torch.int32)
+    for keys in (256, 8192):
+        q, k_latents, v_latents, d_out = (meta(2, 64, 8, head_dim, dtype=dtype) for _ in range(4))
+        k, v = meta(2, keys, 2, 8, head_dim, dtype=dtype).unbind(2)
+        inputs = (q, k, v, k_latents, v_latents, lengths)
+        out, lse = op.forward(*inputs, head_dim**-0.5)
+        op.backward(d_out, *inputs, out, lse, head_dim**-0.5)
+
+
+def pointwise_calls(dtype: torch.dtype, channels: int) -> None:
+    """Every pointwise kernel, with scalar and vector gates and each activation."""
+    op = import_module("flamingo_kernels.ops.pointwise.impl_triton")
+    x, d_out = (meta(8192, channels, dtype=dtype) for _ in range(2))
+    weight = meta(channels, dtype=dtype)
+    for gate in (meta(1, dtype=torch.float32), meta(channels, dtype=torch.float32)):
+        op.gated_residual_forward(x, d_out, gate)
+        op.gated_residual_backward(d_out, x, gate)
+    for activation in ("gelu", "squared_relu", "relu"):
+        gate = meta(1, dtype=torch.float32)
+        op.gated_activation_forward(x, gate, activation)
+        op.gated_activation_backward(d_out, x, gate, activation)
+    _, mean, rstd = op.layer_norm_forward(x, weight, weight, 1e-5)
+    op.layer_norm_backward(d_out, x, weight, mean, rstd, True)
+
+
+def cases() -> Iterator[tuple[str, Callable[[], None]]]:
+    """(label, calls) that between them use every shipped config."""
+    for name, dtype in DTYPES.items():
+        # fp16 has the tiles of bf16: one head dim shows that it compiles.
+        for head_dim in HEAD_DIMS if name != "fp16" else (64,):
+            for latents in (64, 128):
+                yield (
+                    f"{name} D{head_dim} R{latents}",
+                    lambda d=dtype, h=head_dim, r=latents: media_calls(d, h, r),
+                )
+            yield f"{name} D{head_dim}", lambda d=dtype, h=head_dim: latent_calls(d, h)
+        yield f"{name} D64 R64 G4", lambda d=dtype: media_calls(d, 64, 64, group=4)
+        for channels in (1024, 2048, 4096, 8192):
+            yield f"{name} C{channels}", lambda d=dtype, c=channels: pointwise_calls(d, c)
+
+
+def record(
+    architecture: str, pattern: str = "", selected: Iterable[tuple[str, Callable[[], None]]] = ()
+) -> list[tuple[str, Launch]]:
+    """Distinct launches of ``selected`` cases (all by default) whose label or kernel matches."""
+    found: dict[str, tuple[str, Launch]] = {}
+    for label, calls in selected or cases():
+        with recording(architecture) as recorder:
+            calls()
+        for launch in recorder.launches:
+            name = launch.kernel.fn.__name__
+            if re.search(pattern, f"{label} {name}"):
+                found.setdefault(str((name, launch.config, _specialised(launch))), (label, launch))
+    return list(found.values())
+
+
+def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[int]]:
+    """Signature, constants and indices of arguments known to be multiples of 16, as at run time."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: list[int] = []
+    for i, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        constant = parameter.is_constexpr or value is None
+        if not constant and isinstance(value, Tensor):
+            signature[parameter.name] = POINTERS[value.dtype]
+            aligned.append(i)
+        elif constant or value == 1:
+            signature[parameter.name] = "constexpr"
+            constants[parameter.name] = value
+        else:
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                aligned.append(i)
+    return signature, constants, aligned
+
+
+def compile_launch(label: str, launch: Launch, architecture: str) -> Result:
+    """Compile one launch for ``architecture`` and read what it uses."""
+    machine = ARCHITECTURES[architecture]
+    signature, constants, aligned = _specialised(launch)
+    source = ASTSource(
+        fn=launch.kernel,
+        signature=signature,
+        constexprs=constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    options = {"num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    compiled = triton.compile(source, target=machine.target, options=options)
+    if machine.is_amd:
+        text = compiled.asm["amdgcn"]
+        # vgpr_count holds the accumulation registers too.
+        registers = _number(r"\.vgpr_count:\s+(\d+)", text)
+        spill = _number(r"\.vgpr_spill_count:\s+(\d+)", text)
+        spill += _number(r"\.sgpr_spill_count:\s+(\d+)", text)
+    else:
+        text = compiled.asm["ptx"]
+        registers, spill = _cubin_usage(compiled.asm["cubin"])
+    name = launch.kernel.fn.__name__
+    wants_tensor_cores = bool(ATTENTION.match(name)) and not label.startswith("fp32")
+    return Result(
+        kernel=name,
+        label=label,
+        architecture=architecture,
+        tiles=_tiles(constants),
+        warps=launch.config.num_warps,
+        stages=launch.config.num_stages,
+        registers=registers,
+        spill=spill,
+        shared=compiled.metadata.shared,
+        tensor_cores=bool(re.search(machine.tensor_core, text)) if wants_tensor_cores else None,
+    )
+
+
+def _cubin_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack per thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [str(tool), "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    usage = done.stdout + done.stderr
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"{pattern!r} is not in the compiler's output")
+    return int(match.group(1))
+
+
+def _tiles(constants: dict[str, Any]) -> str:
+    names = {"BLOCK_T": "rows", "BLOCK_L": "rows", "BLOCK_R": "keys", "BLOCK_K": "keys"}
+    parts = [f"{constants[key]} {what}" for key, what in names.items() if key in constants]
+    extra = [constants[key] for key in ("ACTIVATION",) if key in constants]
+    flags = [key.lower() for key in ("ONE_TILE", "IS_SPLIT", "VECTOR") if constants.get(key)]
+    return ", ".join([*parts, *extra, *flags])
+
+
+HEADER = (
+    "| kernel | case | arch | tile | warps | stages | registers | spill | shared KB | programs |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
+def row(result: Result) -> str:
+    """One line of the Markdown table."""
+    return (
+        f"| {result.kernel.removesuffix('_kernel')} | {result.label} | {result.architecture} "
+        f"| {result.tiles} | {result.warps} | {result.stages} | {result.registers} "
+        f"| {result.spill} | {result.shared / KIB:.1f} | {result.occupancy} |"
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Command line; 1 where a kernel fails a check."""
+    parser = argparse.ArgumentParser(prog="python -m flamingo_kernels._triton.aot")
+    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--only", default="", help="regular expression over case and kernel name")
+    parser.add_argument("--output", type=Path, help="write the table here, as Markdown")
+    options = parser.parse_args(arguments)
+    if type(tl.sum).__name__ == "InterpretedFunction":
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+
+    results, failures = [], 0
+    work = [(arch, *item) for arch in options.arch for item in record(arch, options.only)]
+    print(HEADER)
+    for i, (architecture, label, launch) in enumerate(work):
+        result = compile_launch(label, launch, architecture)
+        results.append(result)
+        problems = result.problems()
+        failures += bool(problems)
+        print(row(result) + (f" FAILED: {'; '.join(problems)}" if problems else ""), flush=True)
+        print(f"[{i + 1}/{len(work)}]", end="\r", file=sys.stderr, flush=True)
+    print(f"\n{len(results)} compiled, {failures} failed", file=sys.stderr)
+    if options.output:
+        lines = [
+            "# Compiled kernels",
+            "",
+            f"Written by `python -m flamingo_kernels._triton.aot`, Triton {triton.__version__}. "
+            "Compiled, not run: not measured on a GPU. The last column is the number of programs "
+            "that fit a multiprocessor at once.",
+            "",
+            HEADER,
+            *map(row, results),
+        ]
+        options.output.write_text("\n".join(lines) + "\n")
+    return min(failures, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

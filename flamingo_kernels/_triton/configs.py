@@ -1,0 +1,262 @@
+"""Launch configurations as data, keyed on kernel, padded head dim, keys, dtype size, architecture.
+
+None was timed: not measured on a GPU. Each is the first of its kernel's candidates, in the order
+of preference that ``_ORDER`` explains, that compiles without a spill and within the shared memory
+(``python -m flamingo_kernels._triton.aot`` checks all of them again).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile sizes and compiler options of one kernel."""
+
+    rows: int  # query rows of a tile
+    keys: int  # keys of a tile
+    num_warps: int
+    num_stages: int
+    reason: str
+
+
+# Kernels without a matrix product; any architecture.
+PLAN = LaunchConfig(256, 64, 4, 1, "a tile of 256 tokens by 64 media slots, 128 values a thread")
+SUM_ONE = LaunchConfig(1024, 1, 4, 1, "a single sum: one program")
+SUM_TALL = LaunchConfig(32, 64, 4, 1, "many terms: 32 at a time, columns of 256 bytes of fp32")
+SUM_WIDE = LaunchConfig(1, 1024, 4, 1, "few terms: 8 values a thread")
+COMBINE = LaunchConfig(16, 1, 4, 1, "16 latents by the head dim: at most 16 values a thread")
+POINTWISE = LaunchConfig(1, 1024, 4, 1, "8 values a thread fill 16-byte loads of 16-bit values")
+
+INTERPRETER = "interpreter"
+# Without entries of its own, an architecture uses those of one with no more shared memory.
+_FAMILIES = {
+    "sm_80": "sm_80",
+    "sm_87": "sm_80",
+    "sm_90": "sm_90",
+    "sm_100": "sm_100",
+    "sm_103": "sm_100",
+    INTERPRETER: "sm_90",
+}
+
+_ORDER = {
+    "media_forward": "memory-bound: 64 rows, then as many programs at once as registers allow",
+    "media_backward": "64 rows over four warps; 128 over eight where a tile of 64 spills",
+    "media_rows_backward": "64 rows, two stages: a row loops over many keys",
+    "media_keys_backward": "64 rows, two stages: a block of keys loops over many rows",
+    "latent_forward": "all 64 latents in one tile, so each key is read once; most stages that fit",
+    "latent_backward": "all 64 latents in one tile, so dK and dV are final; then larger key blocks",
+}
+
+# (rows, warps, stages) by architecture; the key is (kernel, head dim, keys, bytes of a value).
+_TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
+    ("media_forward", 64, 64, 2): {
+        "sm_80": (64, 4, 2), "sm_86": (64, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 2),
+    },
+    ("media_forward", 64, 128, 2): {
+        "sm_80": (64, 4, 2), "sm_86": (64, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 2),
+    },
+    ("media_forward", 128, 64, 2): {
+        "sm_80": (64, 4, 2), "sm_86": (64, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 2),
+    },
+    ("media_forward", 128, 128, 2): {
+        "sm_80": (32, 4, 2), "sm_86": (32, 4, 2), "sm_90": (64, 4, 1), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 1),
+    },
+    ("media_backward", 64, 64, 2): {
+        "sm_80": (64, 4, 2), "sm_86": (64, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 2),
+    },
+    ("media_backward", 64, 128, 2): {
+        "sm_80": (128, 8, 1), "sm_86": (64, 8, 1), "sm_90": (32, 4, 1), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 2),
+    },
+    ("media_backward", 128, 64, 2): {
+        "sm_80": (64, 8, 1), "sm_86": (64, 8, 1), "sm_90": (128, 8, 1), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 2),
+    },
+    # Not on sm_86 and gfx942, whose shared memory or registers are too few.
+    ("media_backward", 128, 128, 2): {
+        "sm_80": (64, 8, 1), "sm_90": (32, 8, 1), "sm_100": (32, 8, 1),
+    },
+    ("media_rows_backward", 64, 64, 2): {
+        "sm_80": (64, 4, 2), "sm_86": (64, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 2),
+    },
+    ("media_rows_backward", 128, 64, 2): {
+        "sm_80": (32, 4, 2), "sm_86": (32, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "gfx942": (64, 4, 2),
+    },
+    ("media_keys_backward", 64, 64, 2): {
+        "sm_80": (64, 4, 2), "sm_86": (64, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "gfx942": (32, 4, 1),
+    },
+    ("media_keys_backward", 128, 64, 2): {
+        "sm_80": (64, 8, 1),
+        "sm_86": (64, 8, 1),
+        "sm_90": (64, 8, 2),
+        "sm_100": (64, 4, 2),
+        "gfx942": (32, 4, 1),
+    },
+    ("latent_forward", 64, 64, 2): {
+        "sm_80": (64, 4, 3), "sm_86": (64, 4, 3), "sm_90": (64, 4, 3), "sm_100": (64, 4, 3),
+        "gfx942": (64, 4, 3),
+    },
+    ("latent_forward", 128, 64, 2): {
+        "sm_80": (64, 4, 3), "sm_86": (64, 4, 3), "sm_90": (64, 4, 3), "sm_100": (64, 4, 3),
+        "gfx942": (64, 4, 2),
+    },
+    ("latent_backward", 64, 64, 2): {
+        "sm_80": (64, 8, 1),
+        "sm_90": (64, 4, 2),
+        "gfx942": (64, 4, 1),
+    },
+    ("latent_backward", 64, 32, 2): {
+        "sm_86": (64, 8, 1),
+        "sm_100": (64, 4, 2),
+    },
+    ("latent_backward", 128, 64, 2): {"sm_80": (64, 8, 2), "sm_100": (64, 8, 2)},
+    ("latent_backward", 128, 32, 2): {
+        "sm_86": (64, 8, 1), "sm_90": (64, 8, 2), "gfx942": (64, 4, 1),
+    },
+
+    # fp32: products of three TF32 ones on NVIDIA need room for both halves of each value.
+    ("media_forward", 64, 64, 4): {
+        "sm_80": (32, 4, 1), "sm_86": (32, 4, 1), "sm_90": (64, 4, 1), "sm_100": (64, 4, 1),
+        "gfx942": (32, 4, 1),
+    },
+    ("media_forward", 64, 128, 4): {
+        "sm_80": (32, 8, 1),
+        "sm_86": (32, 8, 1),
+        "sm_90": (32, 8, 1),
+    },
+    ("media_forward", 128, 64, 4): {
+        "sm_80": (32, 8, 1),
+        "sm_86": (32, 8, 1),
+        "sm_90": (16, 8, 1),
+        "sm_100": (16, 8, 1),
+        "gfx942": (16, 4, 1),
+    },
+    ("media_backward", 64, 64, 4): {
+        "sm_80": (32, 8, 1),
+        "sm_90": (32, 4, 1),
+        "sm_100": (16, 8, 1),
+        "gfx942": (32, 4, 1),
+    },
+    ("media_backward", 64, 128, 4): {"sm_90": (16, 8, 1)},
+    ("media_backward", 128, 64, 4): {"sm_90": (16, 8, 1)},
+    ("latent_forward", 64, 32, 4): {
+        "sm_80": (64, 8, 2),
+        "sm_86": (64, 8, 2),
+        "sm_90": (64, 4, 2),
+        "sm_100": (64, 4, 1),
+        "gfx942": (64, 4, 1),
+    },
+    ("latent_forward", 128, 32, 4): {
+        "sm_80": (32, 8, 1),
+        "sm_86": (32, 8, 1),
+        "sm_90": (32, 8, 1),
+        "sm_100": (32, 8, 1),
+        "gfx942": (32, 4, 1),
+    },
+    ("latent_backward", 64, 16, 4): {
+        "sm_90": (64, 8, 1),
+        "sm_100": (64, 8, 1),
+    },
+    ("latent_backward", 128, 16, 4): {
+        "sm_80": (32, 8, 1),
+        "sm_86": (16, 8, 1),
+        "sm_90": (32, 8, 1),
+        "sm_100": (32, 8, 1),
+        "gfx942": (16, 4, 1),
+    },
+    ("media_keys_backward", 32, 64, 2): {
+        "sm_80": (64, 4, 1),
+        "sm_86": (64, 4, 1),
+    },
+    ("media_rows_backward", 64, 64, 4): {
+        "sm_80": (32, 8, 1),
+        "sm_86": (32, 8, 1),
+        "sm_90": (32, 8, 1),
+        "sm_100": (32, 8, 1),
+        "gfx942": (32, 4, 1),
+    },
+    ("media_rows_backward", 128, 64, 4): {
+        "sm_80": (16, 8, 1),
+        "sm_86": (16, 8, 1),
+        "sm_90": (16, 8, 1),
+        "sm_100": (16, 8, 1),
+        "gfx942": (16, 4, 1),
+    },
+    ("media_keys_backward", 64, 64, 4): {
+        "sm_80": (16, 4, 1),
+        "sm_86": (16, 4, 1),
+        "sm_90": (32, 8, 1),
+        "sm_100": (32, 8, 1),
+        "gfx942": (16, 4, 1),
+    },
+    ("media_keys_backward", 128, 16, 4): {
+        "sm_80": (32, 8, 1),
+        "sm_86": (32, 8, 1),
+        "sm_90": (32, 8, 1),
+        "sm_100": (32, 8, 1),
+        "gfx942": (16, 4, 1),
+    },
+    ("latent_backward", 64, 32, 4): {
+        "sm_80": (32, 4, 1),
+        "sm_86": (32, 4, 1),
+        "gfx942": (32, 4, 1),
+    },
+    ("media_forward", 16, 128, 2): {"sm_80": (64, 8, 1), "sm_86": (64, 8, 1)},
+}  # fmt: skip
+
+
+def family(architecture: str) -> str:
+    """The architecture whose entries ``architecture`` uses."""
+    if architecture.startswith("gfx"):
+        return "gfx942"
+    return _FAMILIES.get(architecture, "sm_86")
+
+
+def lookup(
+    kernel: str, head_dim: int, itemsize: int, architecture: str, keys: int = 64
+) -> LaunchConfig | None:
+    """The config shipped for a kernel, or None where a tile of ``keys`` keys does not fit.
+
+    Parameters
+    ----------
+    kernel : str
+        Name less ``_kernel``.
+    head_dim : int
+        Padded to a power of two; without an entry, that of the next larger one is used.
+    itemsize : int
+        Bytes of a value: 2 or 4. The interpreter takes the tiles of 2 for every dtype.
+    architecture : str
+        ``"sm_90"``, ``"gfx942"``, ``"interpreter"``.
+    keys : int
+        The padded number of latents of an item, for the kernels whose tile may hold one: up to
+        64, or up to 128. The others loop over the largest key block that there is an entry for.
+    """
+    if architecture == INTERPRETER:
+        itemsize = 2
+    holds_item = kernel in ("media_forward", "media_backward")
+    sizes = (64 if keys <= 64 else 128,) if holds_item else (64, 32, 16)
+    dims = (dim for dim in (16, 32, 64, 128) if dim >= head_dim)
+    for dim, size in itertools.product(dims, sizes):
+        tile = _TILES.get((kernel, dim, size, itemsize), {}).get(family(architecture))
+        if tile is not None:
+            rows, warps, stages = tile
+            return LaunchConfig(rows, size, warps, stages, _ORDER[kernel])
+    return None
+
+
+def layer_norm(block_c: int) -> LaunchConfig:
+    """Config for rows of ``block_c`` values, a power of two."""
+    rows = max(1, 1024 // block_c)
+    warps = min(max(block_c // 512, 4), 16)
+    return LaunchConfig(rows, block_c, warps, 1, "16 values of a row in each thread up to 8192")

@@ -1,0 +1,163 @@
+"""Launching kernels on the device of their tensors, or recording launches without a device.
+
+The ahead-of-time check (:mod:`flamingo_kernels._triton.aot`) records what the launchers of
+``ops/*/impl_triton.py`` do with meta tensors, so it compiles what runs and not a copy of it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from flamingo_kernels._triton import MAX_HEAD_DIM, configs
+from flamingo_kernels._triton.configs import LaunchConfig
+from flamingo_kernels._triton.reduce import sum_partials_kernel
+
+# Programs that keep an H200 (132 multiprocessors) busy: about two each. Work is split along keys or
+# rows, at the price of partial sums, until there are so many.
+TARGET_PROGRAMS = 256
+
+
+@dataclass
+class Launch:
+    """One kernel launch: what to compile and with which options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    config: LaunchConfig
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Recorder:
+    """Launches made under :func:`recording`, for the architecture given."""
+
+    architecture: str
+    launches: list[Launch] = field(default_factory=list)
+
+
+_RECORDER: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextmanager
+def recording(architecture: str) -> Iterator[Recorder]:
+    """Make :func:`launch` record instead of run, with the configs of ``architecture``."""
+    recorder = Recorder(architecture)
+    token = _RECORDER.set(recorder)
+    try:
+        yield recorder
+    finally:
+        _RECORDER.reset(token)
+
+
+def launch(kernel: Any, grid: Sequence[int], config: LaunchConfig, **arguments: Any) -> None:
+    """Run ``kernel`` over ``grid``, which may be empty, on the device of its tensors."""
+    if 0 in grid:
+        return
+    recorder = _RECORDER.get()
+    if recorder is not None:
+        recorder.launches.append(Launch(kernel, tuple(grid), config, arguments))
+        return
+    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[tuple(grid)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def architecture(tensor: Tensor) -> str:
+    """``"sm_90"``, ``"gfx942"`` and the like, or ``"interpreter"``."""
+    recorder = _RECORDER.get()
+    if recorder is not None:
+        return recorder.architecture
+    if tensor.device.type == "cpu":
+        return configs.INTERPRETER
+    return _device_architecture(tensor.device.index)
+
+
+@functools.cache
+def _device_architecture(index: int | None) -> str:
+    properties = torch.cuda.get_device_properties(index)
+    name = getattr(properties, "gcnArchName", "")
+    if name.startswith("gfx"):
+        return name.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums: fp32, or fp64 for fp64 inputs."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
+    """:func:`accumulator` as a Triton type."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The power of two that holds ``size``, at least the side of a tensor-core tile."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+def unit_last_stride(tensor: Tensor) -> Tensor:
+    """``tensor`` itself wherever its last dimension is dense: any other strides are taken."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def strides(name: str, tensor: Tensor, letters: str) -> dict[str, int]:
+    """``{"stride_qb": ...}`` for the leading dimensions named by ``letters``."""
+    return {f"stride_{name}{letter}": tensor.stride(i) for i, letter in enumerate(letters)}
+
+
+def require_head_dim(op: str, q: Tensor) -> None:
+    """Raise ValueError for head dims that no tile holds."""
+    if q.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{op}: the Triton kernels take head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]}; "
+            'kernel="torch" takes any'
+        )
+
+
+def reduce_partials(partials: Tensor, out: Tensor, gate: Tensor | None = None) -> None:
+    """Sum ``partials`` [count, *out.shape], contiguous, into ``out`` in a fixed order.
+
+    With ``gate``, of the shape of ``out``, the sums are gradients of its tanh, ``out`` its own.
+    """
+    if out.numel() == 1:
+        config = configs.SUM_ONE
+    else:
+        config = configs.SUM_TALL if partials.shape[0] > 16 else configs.SUM_WIDE
+    launch(
+        sum_partials_kernel,
+        (-(-out.numel() // config.keys),),
+        config,
+        partials=partials,
+        gate=gate,
+        out=out,
+        COUNT=partials.shape[0],
+        SIZE=out.numel(),
+        BLOCK_ROWS=config.rows,
+        BLOCK=config.keys,
+    )
+
+
+def gate_gradient(partials: Tensor, gate: Tensor) -> Tensor:
+    """Gradient of ``gate`` from the sum of ``partials`` [count, gate.numel()], of its tanh's."""
+    d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    reduce_partials(partials, d_gate, gate.contiguous())
+    return d_gate
+
+
+def dot_precision(tensor: Tensor) -> str:
+    """How fp32 products are formed: 16-bit and fp64 ones ignore it.
+
+    NVIDIA has no fp32 tensor cores; three TF32 products recover fp32's precision on its tensor
+    cores, and leave the kernels free of the thousands of unrolled fused multiply-adds of "ieee".
+    """
+    return "tf32x3" if architecture(tensor).startswith("sm_") else "ieee"

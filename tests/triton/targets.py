@@ -1,0 +1,26 @@
+"""Where and in which precisions the kernel tests run: the interpreter, or a GPU if there is one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+
+# The interpreter computes bf16 products wrongly, and a GPU has no fp64 kernels.
+_INTERPRETED = (torch.float32, torch.float16, torch.float64)
+_COMPILED = (torch.bfloat16, torch.float16, torch.float32)
+
+gpu = (pytest.mark.gpu, pytest.mark.skipif(not HAS_GPU, reason="needs a GPU"))
+interpreted = pytest.mark.skipif(HAS_GPU, reason="the kernels are compiled in this process")
+
+
+def _name(device: str, dtype: torch.dtype) -> str:
+    return f"{device}-{str(dtype).removeprefix('torch.')}"
+
+
+TARGETS = [
+    *(pytest.param("cpu", d, marks=interpreted, id=_name("cpu", d)) for d in _INTERPRETED),
+    *(pytest.param("cuda", d, marks=gpu, id=_name("cuda", d)) for d in _COMPILED),
+]
+ONE_TARGET = [TARGETS[0], TARGETS[3]]

@@ -1,0 +1,242 @@
+"""Triton's media attention against the fp64 reference, in the interpreter or on a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from flamingo_kernels.ops import MediaSpans
+from flamingo_kernels.ops.media_attention.api import _MediaCrossAttention
+from tests.budgets import assert_within_budget, attention_terms
+from tests.cases import MediaCase, media_case
+from tests.ops.test_media_attention import NAMES, exact, gradients, plain_pytorch
+from tests.triton.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
+
+# latents, head dim, query and key/value heads: tiles full and not, both backwards, grouped queries.
+SHAPES = [
+    {"latents": 1, "head_dim": 16, "heads": 2, "kv_heads": 2},
+    {"latents": 7, "head_dim": 24, "heads": 4, "kv_heads": 1},
+    {"latents": 64, "head_dim": 64, "heads": 2, "kv_heads": 1},
+    {"latents": 65, "head_dim": 40, "heads": 2, "kv_heads": 2},
+    {"latents": 130, "head_dim": 96, "heads": 1, "kv_heads": 1},
+    {"latents": 64, "head_dim": 128, "heads": 1, "kv_heads": 1, "gated": False},
+]
+
+
+@pytest.fixture
+def implementation(monkeypatch: pytest.MonkeyPatch):
+    """The launchers, with chunks so short that a few tokens need partial sums."""
+    from flamingo_kernels.ops.media_attention import impl_triton
+
+    monkeypatch.setattr(impl_triton, "SHORTEST_CHUNK", 16)
+    monkeypatch.setattr(impl_triton, "LONGEST_CHUNK", 16)
+    return impl_triton
+
+
+def on(device: str, case: MediaCase) -> MediaCase:
+    spans = replace(case.spans, first=case.spans.first.to(device), last=case.spans.last.to(device))
+    gate = None if case.gate is None else case.gate.detach().to(device)
+    q, k, v = (t.detach().to(device) for t in (case.q, case.k, case.v))
+    return MediaCase(q, k, v, spans, gate)
+
+
+def run(case: MediaCase) -> Tensor:
+    """The op past its dispatch, which knows nothing of the interpreter of this process."""
+    gate = case.gate
+    if gate is not None:
+        gate = gate.to(torch.promote_types(case.q.dtype, torch.float32))
+    spans = case.spans
+    scale = case.q.shape[-1] ** -0.5
+    return _MediaCrossAttention.apply(
+        case.q, case.k, case.v, spans.first, spans.last, gate, scale, spans.single_item, "triton"
+    )
+
+
+def check(case: MediaCase, dtype: torch.dtype) -> None:
+    """Output and all gradients within budget, exact zeros where SEMANTICS 3 asks for them."""
+    case.require_grad()
+    seed = torch.randn(case.q.shape).to(case.q.device)
+    out = run(case)
+    ours = gradients(out, case, seed)
+    plain_case = case.to(dtype).require_grad()
+    plain_out = plain_pytorch(plain_case)
+    plain = gradients(plain_out, plain_case, seed)
+    exact_case = on("cpu", case).to(torch.float64).require_grad()
+    exact_out = exact(exact_case)
+    true = gradients(exact_out, exact_case, seed.cpu())
+
+    terms = attention_terms(case.q, case.k, case.v, case.q.shape[-1] ** -0.5, seed)
+    assert_within_budget(out, plain_out, exact_out, dtype, terms=terms["out"])
+    for name, *triple in zip(NAMES, ours, plain, true, strict=False):
+        assert_within_budget(*triple, dtype, gradient=True, terms=terms[name], what=name)
+    visible = case.spans.visible(case.k.shape[1])
+    sees_nothing, unseen = ~visible.any(-1), ~visible.any(1)
+    assert not out[sees_nothing].any() and not ours[0][sees_nothing].any()
+    assert not ours[1][unseen].any() and not ours[2][unseen].any()
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+@pytest.mark.parametrize("attend", ["last", "previous", "last_group"])
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"R{s['latents']}-D{s['head_dim']}")
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_within_budget(implementation, shape: dict, attend: str, device: str, dtype: torch.dtype):
+    """SEMANTICS 3, 5 and 17; slots that nothing sees and fresh memory hold NaN."""
+    check(on(device, media_case(dtype, tokens=37, attend=attend, **shape)), dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+@pytest.mark.parametrize("single_item", [True, False])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_ranges_in_any_order(implementation, single_item: bool, device: str, dtype: torch.dtype):
+    """Interleaved items overflow the chunk list that increasing ranges need; gaps hold NaN."""
+    case = media_case(dtype, tokens=40, media=7, latents=5, heads=2, head_dim=8, nan=False)
+    first = torch.randint(-2, 8, case.spans.shape, dtype=torch.int32)
+    first[first == 4] = 3  # nothing sees item 4
+    last = first if single_item else first + torch.randint(0, 2, first.shape, dtype=torch.int32)
+    last = torch.where((first == 3) & (last == 4), 3, last)
+    case.spans = MediaSpans(first, last, single_item)
+    unseen = ~case.spans.visible(7).any(1)
+    assert unseen[:, 4].all()
+    case.k[unseen] = case.v[unseen] = float("nan")
+    check(on(device, case), dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+@pytest.mark.parametrize("single_item", [True, False])
+@pytest.mark.parametrize("shape", [{"tokens": 0}, {"batch": 0}, {"media": 0}])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_sizes_of_zero(shape: dict, single_item: bool, device: str, dtype: torch.dtype) -> None:
+    case = on(device, media_case(dtype, **shape))
+    case.spans = replace(case.spans, single_item=single_item)
+    case.require_grad()
+    out = run(case)
+    assert out.shape == case.q.shape and not out.any()
+    for gradient in gradients(out, case, torch.ones_like(out)):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize(("device", "dtype"), ONE_TARGET)
+def test_strides(implementation, device: str, dtype: torch.dtype) -> None:
+    """Views of one projection, and of a wider buffer, give the same bits; so do copies."""
+    case = on(device, media_case(dtype, heads=4, kv_heads=4, head_dim=8, nan=False))
+    fused = torch.stack((case.k, case.v), 3)  # [B, I, R, 2, H, D]
+    wide = torch.full((*case.q.shape[:3], 16), float("nan"), dtype=dtype, device=device)
+    wide[..., 4:12] = case.q
+    keys = fused[:, :, :, 0].transpose(3, 4).contiguous().transpose(3, 4)
+    strided = MediaCase(wide[..., 4:12], keys, fused[:, :, :, 1], case.spans, case.gate)
+    assert strided.q.stride(-1) == 1 and strided.k.stride(-1) != 1
+    seed = torch.randn(case.q.shape).to(device)
+    results = []
+    swapped = seed.transpose(0, 1).contiguous().transpose(0, 1)
+    for one, one_seed in ((case, seed), (strided, swapped)):
+        one.require_grad()
+        out = run(one)
+        results.append([out, *gradients(out, one, one_seed)])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("device", "dtype"), ONE_TARGET)
+def test_row_bits_do_not_depend_on_the_batch(device: str, dtype: torch.dtype) -> None:
+    case = on(device, media_case(dtype, batch=3, nan=False))
+    together = run(case)
+    for row in range(3):
+        spans = MediaSpans(
+            case.spans.first[row : row + 1], case.spans.last[row : row + 1], single_item=True
+        )
+        q, k, v = (t[row : row + 1] for t in (case.q, case.k, case.v))
+        assert torch.equal(run(MediaCase(q, k, v, spans, case.gate)), together[row : row + 1])
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+def test_same_bits_twice(implementation, device: str, dtype: torch.dtype) -> None:
+    case = on(device, media_case(dtype, tokens=40, heads=2)).require_grad()
+    seed = torch.randn(case.q.shape).to(device)
+    first, second = ([run(case), *gradients(run(case), case, seed)] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.skipif(HAS_GPU, reason="fp64 is for the interpreter")
+@pytest.mark.parametrize("attend", ["last", "previous"])
+def test_gradcheck(attend: str) -> None:
+    case = media_case(
+        tokens=4, media=2, latents=2, heads=2, head_dim=2, attend=attend, nan=False, seed=3
+    )
+    case.require_grad()
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, gate: run(MediaCase(q, k, v, case.spans, gate)),
+        case.tensors(),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize(("device", "dtype"), ONE_TARGET)
+@pytest.mark.parametrize("value", [0.0, 1e-4, 20.0])
+def test_gates_at_the_ends(value: float, device: str, dtype: torch.dtype) -> None:
+    """tanh keeps its relative precision near 0, and a gate of 0 has a gradient."""
+    case = media_case(dtype, nan=False)
+    case.gate = torch.full((1,), value, dtype=dtype)
+    check(on(device, case), dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), ONE_TARGET)
+def test_chunks_cover_each_token_once(implementation, device: str, dtype: torch.dtype) -> None:
+    tokens, media, chunk = 70, 4, 16
+    index = torch.tensor([-1] * 5 + [0] * 40 + [2] * 16 + [3] * 9, dtype=torch.int32)
+    spans = MediaSpans.from_media_index(index[None].to(device))
+    slots = media + 2 * -(-tokens // chunk) + 1
+    segments, chunks, places = implementation._plan(
+        spans.first, spans.last, media, chunk, slots, 2 * tokens // chunk
+    )
+    assert segments[0].tolist() == [[5, 45], [70, 0], [45, 61], [61, 70], [0, 5]]
+    used = [entry for entry in chunks[0].tolist() if entry[0] >= 0]
+    assert used == [
+        [0, 5, 21, 0], [0, 21, 37, 1], [0, 37, 45, 2], [1, 70, 0, -1], [2, 45, 61, -1],
+        [3, 61, 70, -1], [4, 0, 5, -1],
+    ]  # fmt: skip
+    assert places[0].tolist()[0] == [0, 3] and [n for _, n in places[0].tolist()] == [3, 0, 0, 0]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="one is enough, without 4 GiB of GPU memory")
+def test_offsets_past_32_bits() -> None:
+    """A token stride of more than 2**31 elements; untouched pages cost no memory."""
+    case = media_case(torch.float16, batch=1, tokens=2, heads=2, head_dim=16, nan=False)
+    stride = 2**31 + 32
+    far = torch.empty(stride + 32, dtype=torch.float16)
+    far = far.as_strided((1, 2, 2, 16), (0, stride, 16, 1))
+    far.copy_(case.q)
+    spread = MediaCase(far, case.k, case.v, case.spans, case.gate)
+    assert torch.equal(run(spread), run(case))
+    seed = torch.randn(case.q.shape)
+    pairs = (gradients(run(c.require_grad()), c, seed) for c in (case, spread))
+    assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
+
+
+def test_head_dim_over_the_limit() -> None:
+    with pytest.raises(ValueError, match=r"head dims up to 128, got 130; kernel=\"torch\""):
+        run(media_case(torch.float32, head_dim=130))
+
+
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu)])
+@pytest.mark.parametrize("attend", ["last", "previous"])
+def test_graph_capture_and_streams(attend: str, dtype: torch.dtype) -> None:
+    """No host synchronisation: forward and backward replay from a captured graph."""
+    case = on("cuda", media_case(dtype, tokens=300, latents=64, head_dim=64, attend=attend))
+    case.require_grad()
+    seed = torch.randn(case.q.shape, device="cuda")
+    expected = [run(case), *gradients(run(case), case, seed)]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        aside = [run(case), *gradients(run(case), case, seed)]
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [run(case), *gradients(run(case), case, seed)]
+    graph.replay()
+    torch.cuda.synchronize()
+    for results in (aside, captured):
+        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
