@@ -126,15 +126,6 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
     },
 
     # fp32: products of three TF32 ones on NVIDIA need room for both halves of each value.
-    ("media_forward", 64, 64, 4): {
-        "sm_80": (32, 4, 1), "sm_86": (32, 4, 1), "sm_90": (64, 4, 1), "sm_100": (64, 4, 1),
-        "gfx942": (32, 4, 1),
-    },
-    ("media_forward", 64, 128, 4): {
-        "sm_80": (32, 8, 1),
-        "sm_86": (32, 8, 1),
-        "sm_90": (32, 8, 1),
-    },
     ("media_forward", 128, 64, 4): {
         "sm_80": (32, 8, 1),
         "sm_86": (32, 8, 1),
@@ -148,25 +139,13 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
         "sm_100": (16, 8, 1),
         "gfx942": (32, 4, 1),
     },
-    ("media_backward", 64, 128, 4): {"sm_90": (16, 8, 1)},
     ("media_backward", 128, 64, 4): {"sm_90": (16, 8, 1)},
-    ("latent_forward", 64, 32, 4): {
-        "sm_80": (64, 8, 2),
-        "sm_86": (64, 8, 2),
-        "sm_90": (64, 4, 2),
-        "sm_100": (64, 4, 1),
-        "gfx942": (64, 4, 1),
-    },
     ("latent_forward", 128, 32, 4): {
         "sm_80": (32, 8, 1),
         "sm_86": (32, 8, 1),
         "sm_90": (32, 8, 1),
         "sm_100": (32, 8, 1),
         "gfx942": (32, 4, 1),
-    },
-    ("latent_backward", 64, 16, 4): {
-        "sm_90": (64, 8, 1),
-        "sm_100": (64, 8, 1),
     },
     ("latent_backward", 128, 16, 4): {
         "sm_80": (32, 8, 1),
@@ -193,13 +172,6 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
         "sm_100": (16, 8, 1),
         "gfx942": (16, 4, 1),
     },
-    ("media_keys_backward", 64, 64, 4): {
-        "sm_80": (16, 4, 1),
-        "sm_86": (16, 4, 1),
-        "sm_90": (32, 8, 1),
-        "sm_100": (32, 8, 1),
-        "gfx942": (16, 4, 1),
-    },
     ("media_keys_backward", 128, 16, 4): {
         "sm_80": (32, 8, 1),
         "sm_86": (32, 8, 1),
@@ -207,12 +179,30 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
         "sm_100": (32, 8, 1),
         "gfx942": (16, 4, 1),
     },
+    ("media_forward", 16, 128, 2): {"sm_80": (64, 8, 1), "sm_86": (64, 8, 1)},
+    ("media_keys_backward", 64, 64, 4): {
+        "sm_90": (32, 8, 1), "sm_100": (32, 8, 1), "gfx942": (16, 4, 1),
+    },
+    ("media_keys_backward", 64, 32, 4): {
+        "sm_80": (32, 8, 1), "sm_86": (32, 8, 1),
+    },
     ("latent_backward", 64, 32, 4): {
-        "sm_80": (32, 4, 1),
-        "sm_86": (32, 4, 1),
+        "sm_80": (32, 4, 1), "gfx942": (32, 4, 1),
+    },
+    ("latent_backward", 64, 16, 4): {
+        "sm_86": (32, 8, 1), "sm_90": (64, 8, 1), "sm_100": (64, 8, 1),
+    },
+    ("media_forward", 64, 64, 4): {
+        "sm_80": (32, 4, 1), "sm_86": (32, 4, 1), "sm_90": (32, 4, 1), "sm_100": (32, 4, 1),
         "gfx942": (32, 4, 1),
     },
-    ("media_forward", 16, 128, 2): {"sm_80": (64, 8, 1), "sm_86": (64, 8, 1)},
+    ("latent_forward", 64, 32, 4): {
+        "sm_80": (32, 8, 1), "sm_86": (32, 8, 1), "sm_90": (64, 4, 2), "sm_100": (64, 4, 1),
+        "gfx942": (64, 4, 1),
+    },
+    ("media_rows_backward", 32, 64, 2): {
+        "sm_100": (64, 4, 1),
+    },
 }  # fmt: skip
 
 

@@ -105,6 +105,15 @@ def padded(size: int, least: int = 16) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
+def padded_head_dim(q: Tensor) -> int:
+    """Width of the tiles of ``q``; padding is masked, so it costs no bytes.
+
+    fp32 tiles narrower than 64 spill on NVIDIA: TF32 products of so few columns repeat registers.
+    """
+    narrowest = 64 if q.element_size() == 4 and architecture(q).startswith("sm_") else 16
+    return padded(q.shape[-1], narrowest)
+
+
 def unit_last_stride(tensor: Tensor) -> Tensor:
     """``tensor`` itself wherever its last dimension is dense: any other strides are taken."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()

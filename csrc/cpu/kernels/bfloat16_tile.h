@@ -26,20 +26,13 @@ inline vec<float> add_pair_products(vec<float> sum, uint32_t left, pair_vector r
 #endif
 }
 
-// As product_tile: C[ROWS, VECTORS * lanes] (+)= A[ROWS, 2 depth] B[2 depth, VECTORS * lanes], A as rows
+// As product_tile: C[ROWS, VECTORS * lanes] = A[ROWS, 2 depth] B[2 depth, VECTORS * lanes], A as rows
 // of pairs, B as [depth, columns] pairs.
 template <int ROWS, int VECTORS>
 inline void pair_product_tile(int64_t depth, const pair *a, int64_t a_row,
                               const pair *__restrict b, int64_t b_row, float *__restrict c,
-                              int64_t c_row, bool accumulate) {
-    vec<float> sum[ROWS][VECTORS];
-#pragma GCC unroll 8
-    for (int i = 0; i < ROWS; ++i) {
-#pragma GCC unroll 8
-        for (int j = 0; j < VECTORS; ++j) {
-            sum[i][j] = accumulate ? load(c + i * c_row + j * lanes<float>) : vec<float>{};
-        }
-    }
+                              int64_t c_row) {
+    vec<float> sum[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < depth; ++k) {
         pair_vector right[VECTORS];
 #pragma GCC unroll 8
@@ -66,37 +59,30 @@ inline void pair_product_tile(int64_t depth, const pair *a, int64_t a_row,
 
 template <int ROWS>
 inline void pair_product_rows(int64_t depth, const pair *a, int64_t a_row, const pair *b,
-                              int64_t b_row, float *c, int64_t c_row, int64_t columns,
-                              bool accumulate) {
+                              int64_t b_row, float *c, int64_t c_row, int64_t columns) {
     constexpr int64_t wide = tile_vectors * lanes<float>;
     int64_t j = 0;
     for (; j + wide <= columns; j += wide) {
-        pair_product_tile<ROWS, tile_vectors>(depth, a, a_row, b + j, b_row, c + j, c_row,
-                                              accumulate);
+        pair_product_tile<ROWS, tile_vectors>(depth, a, a_row, b + j, b_row, c + j, c_row);
     }
     for (; j < columns; j += lanes<float>) {
-        pair_product_tile<ROWS, 1>(depth, a, a_row, b + j, b_row, c + j, c_row, accumulate);
+        pair_product_tile<ROWS, 1>(depth, a, a_row, b + j, b_row, c + j, c_row);
     }
 }
 
-// At most tile_rows rows.
-inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const pair *a,
-                         int64_t a_row, const pair *b, int64_t b_row, float *c, int64_t c_row,
-                         bool accumulate) {
-    switch (rows) {
-    case 1:
-        return pair_product_rows<1>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
-    case 2:
-        return pair_product_rows<2>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
-    case 3:
-        return pair_product_rows<3>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
-    case 4:
-        return pair_product_rows<4>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
-    case 5:
-        return pair_product_rows<5>(depth, a, a_row, b, b_row, c, c_row, columns, accumulate);
-    default:
-        return pair_product_rows<tile_rows>(depth, a, a_row, b, b_row, c, c_row, columns,
-                                            accumulate);
+// C[rows, columns] = A B, with A as rows of `depth` pairs and B as [depth, columns] pairs.
+inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const pair *a, int64_t a_row,
+                         const pair *b, int64_t b_row, float *c, int64_t c_row) {
+    int64_t i = 0;
+    for (; i + tile_rows <= rows; i += tile_rows) {
+        pair_product_rows<tile_rows>(depth, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row,
+                                     columns);
+    }
+    for (; i + 2 <= rows; i += 2) {
+        pair_product_rows<2>(depth, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row, columns);
+    }
+    for (; i < rows; ++i) {
+        pair_product_rows<1>(depth, a + i * a_row, a_row, b, b_row, c + i * c_row, c_row, columns);
     }
 }
 

@@ -10,6 +10,9 @@ using flamingo::MediaPlan;
 
 // Multiply-adds below which one thread is faster than waking the others.
 constexpr int64_t parallel_work = 1 << 17;
+// Rows whose scores are computed before any of their values: keys and values take turns in the first
+// level of cache, which does not hold both.
+constexpr int64_t stretch = 4 * tile_rows;
 
 // q, out and their gradients: the head's vectors of consecutive tokens.
 template <typename T>
@@ -61,22 +64,22 @@ template <typename T, typename Real> struct Media {
     struct Attended {
         RowState<Real> *states;
         Real *q, *out;     // [group * longest, padded_dim]
-        Real *weights;     // [tile_rows, padded keys]
+        Real *weights;     // [stretch, padded keys]
         Real *row;         // [padded_dim]
 
         static int64_t bytes(const Media &m, int64_t longest) {
-            const int64_t rows = bigger(m.group * longest, tile_rows);
+            const int64_t rows = bigger(m.group * longest, stretch);
             return Scratch::bytes_of<RowState<Real>>(rows) +
                    2 * Scratch::bytes_of<Real>(rows * m.padded_dim) +
-                   Scratch::bytes_of<Real>(tile_rows * round_up(m.most_keys, lanes<Real>)) +
+                   Scratch::bytes_of<Real>(stretch * round_up(m.most_keys, lanes<Real>)) +
                    Scratch::bytes_of<Real>(m.padded_dim);
         }
         Attended(Scratch &scratch, const Media &m, int64_t longest) {
-            const int64_t rows = bigger(m.group * longest, tile_rows);
+            const int64_t rows = bigger(m.group * longest, stretch);
             states = scratch.take<RowState<Real>>(rows);
             q = scratch.take<Real>(rows * m.padded_dim);
             out = scratch.take<Real>(rows * m.padded_dim);
-            weights = scratch.take<Real>(tile_rows * round_up(m.most_keys, lanes<Real>));
+            weights = scratch.take<Real>(stretch * round_up(m.most_keys, lanes<Real>));
             row = scratch.take<Real>(m.padded_dim);
         }
     };
@@ -154,7 +157,7 @@ template <typename T, typename Real> struct Media {
             }
             pair_product(count, keys.padded_keys, dim_pairs, rows, dim_pairs,
                          reinterpret_cast<const pair *>(keys.k_transposed), keys.padded_keys,
-                         a.weights, keys.padded_keys, false);
+                         a.weights, keys.padded_keys);
             for (int64_t r = 0; r < count; ++r) {
                 scale_row(a.weights + r * keys.padded_keys, keys.padded_keys, m.scale);
             }
@@ -165,8 +168,7 @@ template <typename T, typename Real> struct Media {
             }
             pair_product(count, m.padded_dim, (keys.keys + 1) / 2,
                          reinterpret_cast<const pair *>(a.weights), keys.padded_keys,
-                         reinterpret_cast<const pair *>(keys.v), m.padded_dim, a.out, m.padded_dim,
-                         false);
+                         reinterpret_cast<const pair *>(keys.v), m.padded_dim, a.out, m.padded_dim);
         }
     };
 #endif
@@ -175,8 +177,11 @@ template <typename T, typename Real> struct Media {
                            Attended &a) const {
         TileProducts<T> products(*this, c, kv_head, keys, a);
         for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-            for (int64_t t = c.begin; t < c.end; t += tile_rows) {
-                const int64_t count = smaller(tile_rows, c.end - t);
+            for (int64_t t = c.begin; t < c.end; t += stretch) {
+                const int64_t count = smaller(stretch, c.end - t);
+                const int64_t next = smaller(stretch, c.end - t - count);
+                prefetch_rows(text_rows<const T>(p.q, c.row, t + count, h), next);
+                prefetch_rows(text_rows<const T>(p.out, c.row, t, h), count);
                 products.scores(text_rows<const T>(p.q, c.row, t, h), count);
                 for (int64_t r = 0; r < count; ++r) {
                     a.states[r] = RowState<Real>::empty();
@@ -189,6 +194,15 @@ template <typename T, typename Real> struct Media {
                     narrow_row(a.out + r * padded_dim, gate / a.states[r].total, out[r],
                                p.head_dim);
                 }
+            }
+        }
+    }
+    // A head's rows lie apart by all heads, where the processor does not look ahead by itself.
+    void prefetch_rows(Rows<const T> rows, int64_t count) const {
+        for (int64_t r = 0; r < count; ++r) {
+            const char *row = reinterpret_cast<const char *>(rows[r]);
+            for (int64_t byte = 0; byte < p.head_dim * int64_t(sizeof(T)); byte += 64) {
+                __builtin_prefetch(row + byte);
             }
         }
     }

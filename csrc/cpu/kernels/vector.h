@@ -34,19 +34,30 @@ template <typename Real> inline vec<Real> broadcast(Real value) { return value -
 template <typename Real> inline vec<Real> largest(vec<Real> a, vec<Real> b) {
     return a > b ? a : b;
 }
+// Reductions by halves: lanes i and i + step, for step = lanes / 2 ... 1.
 template <typename Real> inline Real sum_of(vec<Real> value) {
-    Real total = 0;
-    for (int i = 0; i < lanes<Real>; ++i) {
-        total += value[i];
+#pragma GCC unroll 8
+    for (int step = lanes<Real> / 2; step > 0; step /= 2) {
+        vec<Real> other = {};
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes<Real>; ++i) {
+            other[i] = value[i ^ step];
+        }
+        value += other;
     }
-    return total;
+    return value[0];
 }
 template <typename Real> inline Real largest_of(vec<Real> value) {
-    Real result = value[0];
-    for (int i = 1; i < lanes<Real>; ++i) {
-        result = value[i] > result ? value[i] : result;
+#pragma GCC unroll 8
+    for (int step = lanes<Real> / 2; step > 0; step /= 2) {
+        vec<Real> other = {};
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes<Real>; ++i) {
+            other[i] = value[i ^ step];
+        }
+        value = largest<Real>(value, other);
     }
-    return result;
+    return value[0];
 }
 
 inline int64_t round_up(int64_t value, int64_t multiple) {

@@ -21,6 +21,7 @@ from flamingo_kernels._triton.launch import (
     dot_precision,
     launch,
     padded,
+    padded_head_dim,
     reduce_partials,
     require_head_dim,
     strides,
@@ -151,7 +152,7 @@ def _blocks(arguments: dict[str, Any]) -> int:
 
 def _config(kernel: str, q: Tensor) -> LaunchConfig:
     require_head_dim("latent_attention", q)
-    return configs.lookup(kernel, padded(q.shape[-1]), q.element_size(), architecture(q))
+    return configs.lookup(kernel, padded_head_dim(q), q.element_size(), architecture(q))
 
 
 def _arguments(
@@ -189,7 +190,7 @@ def _arguments(
         "D": head_dim,
         "BLOCK_L": min(padded(latents), config.rows),
         "BLOCK_K": config.keys,
-        "BLOCK_D": padded(head_dim),
+        "BLOCK_D": padded_head_dim(q),
         "ACC": triton_accumulator(q.dtype),
         "PRECISION": dot_precision(q),
     }

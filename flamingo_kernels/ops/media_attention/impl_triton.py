@@ -21,6 +21,7 @@ from flamingo_kernels._triton.launch import (
     gate_gradient,
     launch,
     padded,
+    padded_head_dim,
     reduce_partials,
     require_head_dim,
     strides,
@@ -268,7 +269,7 @@ def _gradients(*tensors: Tensor) -> list[Tensor]:
 def _config(kernel: str, q: Tensor, latents: int = 64) -> LaunchConfig | None:
     require_head_dim("media_cross_attention", q)
     return configs.lookup(
-        kernel, padded(q.shape[-1]), q.element_size(), architecture(q), padded(latents)
+        kernel, padded_head_dim(q), q.element_size(), architecture(q), padded(latents)
     )
 
 
@@ -307,7 +308,7 @@ def _arguments(
         "D": head_dim,
         "BLOCK_T": min(padded(tokens * group), config.rows),
         "BLOCK_R": min(padded(latents), config.keys),
-        "BLOCK_D": padded(head_dim),
+        "BLOCK_D": padded_head_dim(q),
         "ACC": triton_accumulator(q.dtype),
         "PRECISION": dot_precision(q),
     }
