@@ -8,11 +8,13 @@ STAMP := $(VENV)/.installed
 demo: build
 	$(BIN)/python -m flamingo_kernels demo
 
+# Triton is interpreted or not for a whole process: its tests have one of their own.
 test: build native-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --ignore=tests/triton
+	$(BIN)/python -m pytest -q tests/triton
 
 test-fast: build
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -m "not slow" --ignore=tests/triton
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

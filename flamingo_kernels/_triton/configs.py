@@ -197,7 +197,7 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
         "gfx942": (32, 4, 1),
     },
     ("latent_forward", 64, 32, 4): {
-        "sm_80": (32, 8, 1), "sm_86": (32, 8, 1), "sm_90": (64, 4, 2), "sm_100": (64, 4, 1),
+        "sm_80": (32, 8, 1), "sm_86": (32, 8, 1), "sm_90": (64, 4, 2), "sm_100": (32, 8, 1),
         "gfx942": (64, 4, 1),
     },
     ("media_rows_backward", 32, 64, 2): {

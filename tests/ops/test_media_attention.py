@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch._dynamo.testing
 from hypothesis import given
 
 from flamingo_kernels.ops import MediaSpans, media_cross_attention
@@ -172,7 +171,9 @@ def test_opcheck(kernel: str) -> None:
 @pytest.mark.parametrize("kernel", sorted({k for k, _ in TRAINING}))
 def test_compile_fullgraph(kernel: str) -> None:
     """Forward and backward in one graph each, at most two over many lengths."""
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    from torch._dynamo.testing import CompileCounterWithBackend  # imports Triton
+
+    counter = CompileCounterWithBackend("aot_eager")
 
     def run_both(function, tokens: int) -> list[torch.Tensor]:
         case = media_case(torch.float32, tokens=tokens, nan=False, kv_heads=4).require_grad()
