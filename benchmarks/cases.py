@@ -166,6 +166,8 @@ def _media() -> Iterator[Case]:
         for images in (1, 8, 33):
             shape = MediaShape(tokens=1, images=images, layout="decode")
             yield Case(op, shape, dtype, training=False, group=f"{op} decode {dtype}")
+    # Nothing to compute: what a call costs.
+    yield Case(op, MediaShape(1, 1, 1, 1, 8, 1, layout="decode"), quick=True, training=False)
 
 
 def _media_sweeps() -> Iterator[Case]:

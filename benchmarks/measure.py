@@ -6,6 +6,7 @@ graph and then the backward; it gives ``backward`` and ``forward_backward``.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import statistics
 import time
@@ -38,6 +39,23 @@ class Effort:
 
 QUICK = Effort()
 FULL = Effort(rounds=5, seconds=0.1, min_samples=2)
+
+
+def keep_freed_memory() -> str:
+    """Let the C library keep what a call frees, for all that is measured after; says what was done.
+
+    By default glibc hands the top of its heap back after a call and the next call faults it in
+    again, page by page: up to half of the time of a backward. A training process, with other
+    tensors above, seldom sees that.
+    """
+    trim_threshold, mmap_threshold, bytes_kept = -1, -3, 2**30
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError):
+        return "the C library's default"
+    if not (mallopt(trim_threshold, bytes_kept) and mallopt(mmap_threshold, bytes_kept)):
+        return "the C library's default"
+    return "glibc, freed memory kept"
 
 
 @dataclass

@@ -113,6 +113,7 @@ def run(options: Options, cases: list[Case] | None = None) -> Path:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device")
     environment = results.environment(options.device)
+    environment["allocator"] = measure.keep_freed_memory()
     folder = options.output or results.RESULTS
     if environment["dirty"] and not options.output and not options.allow_dirty:
         raise ValueError(

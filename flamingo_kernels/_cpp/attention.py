@@ -22,9 +22,12 @@ _ABSENT = (0, 0, 0, 0, 0)
 
 
 def _describe(tensor: Tensor) -> tuple[int, ...]:
-    """Address and four strides of a tensor of 4 or 5 dimensions; the last stride is 1."""
-    strides = tensor.stride()[:-1]
-    return (tensor.data_ptr(), *strides) if len(strides) == 4 else (tensor.data_ptr(), *strides, 0)
+    """Address and four strides of a tensor of 4 or 5 dimensions; the last one, 1, is not used."""
+    return (tensor.data_ptr(), *tensor.stride()[:4])
+
+
+def _new(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -41,7 +44,7 @@ def media_attention_forward(
     scale: float,
 ) -> Tensor:
     """``flamingo_media_attention_forward``: out [B, T, H, D], contiguous."""
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = _new(q)
     tensors = (*_describe(q), *_describe(k), *_describe(v), *_describe(out), *_ABSENT * 4)
     _call_media(
         "flamingo_media_attention_forward",
@@ -65,7 +68,7 @@ def media_attention_backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``flamingo_media_attention_backward``: dq, dk, dv contiguous; dgate empty without a gate."""
-    d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
+    d_q, d_k, d_v = (_new(t) for t in (q, k, v))
     d_gate = torch.zeros(0, dtype=q.dtype) if gate is None else torch.zeros_like(gate)
     tensors = [*_describe(q), *_describe(k), *_describe(v), *_ABSENT]
     for tensor in (d_out, d_q, d_k, d_v):
@@ -124,7 +127,7 @@ def latent_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """``flamingo_latent_attention_forward``: out [N, L, H, D] and lse [N, H, L], contiguous."""
     items, latents, heads, _ = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = _new(q)
     accumulation = torch.promote_types(q.dtype, torch.float32)
     lse = torch.empty((items, heads, latents), dtype=accumulation)
     inputs = (q, k_media, v_media, k_latents, v_latents, out)
@@ -154,7 +157,7 @@ def latent_attention_backward(
 ) -> tuple[Tensor, ...]:
     """``flamingo_latent_attention_backward``: gradients of the five inputs, contiguous."""
     inputs = (q, k_media, v_media, k_latents, v_latents)
-    gradients = tuple(torch.empty(t.shape, dtype=t.dtype) for t in inputs)
+    gradients = tuple(_new(t) for t in inputs)
     _call_latent(
         "flamingo_latent_attention_backward",
         [value for t in (*inputs, out, d_out, *gradients) for value in _describe(t)],

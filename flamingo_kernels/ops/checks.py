@@ -33,7 +33,7 @@ def require_rank(op: str, name: str, tensor: Tensor, layout: str) -> None:
 def require_alike(op: str, names: str, *tensors: Tensor) -> None:
     """All tensors share one device and one dtype."""
     device, dtype = tensors[0].device, tensors[0].dtype
-    for tensor in tensors:
+    for tensor in tensors[1:]:
         if tensor.device != device:
             found = ", ".join(str(t.device) for t in tensors)
             raise ValueError(f"{op}: {names} must be on one device, got {found}")

@@ -141,8 +141,8 @@ def choose(op: str, kernel: str, call: Call) -> str:
     return _cached_choice(op, kernel, *call)
 
 
-def _cached_choice(op: str, kernel: str, *call: object) -> str:
-    return _choose(op, kernel, Call(*call))
+def _cached_choice(*call: object) -> str:
+    return _choose(*call)
 
 
 # What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo.
@@ -150,8 +150,9 @@ _cached_choice._dynamo_marked_constant = True
 
 
 @cache
-def _choose(op: str, kernel: str, call: Call) -> str:
+def _choose(op: str, kernel: str, *properties: object) -> str:
     check_kernel_name(kernel)
+    call = Call(*properties)
     reasons = {name: unsupported_reasons(op, name, call) for name in KERNELS}
     able = [name for name in KERNELS if not reasons[name]]
     # On the CPU Triton means its interpreter, which is for tests: only when asked for.
@@ -175,7 +176,7 @@ def check_kernel_name(kernel: str) -> None:
 
 def has_unit_stride(tensor: torch.Tensor) -> bool:
     """The values of the last dimension adjoin."""
-    return tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
+    return tensor.ndim == 0 or tensor.stride()[-1] == 1 or tensor.shape[-1] <= 1
 
 
 def choose_for(
@@ -190,23 +191,22 @@ def choose_for(
     ``plain`` tells whether compiled kernels of the op take a tensor's strides.
     """
     first = tensors[0]
-    plain_strides = all(tensor is None or plain(tensor) for tensor in tensors)
+    plain_strides = True
+    for tensor in tensors:  # a loop: a generator would take longer than the rest
+        if tensor is not None and not plain(tensor):
+            plain_strides = False
     return _cached_choice(
-        op,
-        kernel,
-        first.device.type,
-        first.dtype,
-        needs_grad(*tensors),
-        head_dim,
-        plain_strides,
+        op, kernel, first.device.type, first.dtype, needs_grad(*tensors), head_dim, plain_strides
     )
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
     """Whether autograd will ask for a gradient of any of the tensors."""
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _names(values: frozenset) -> str:

@@ -3,6 +3,8 @@
 
 #include <stdlib.h>
 
+#include <algorithm>
+
 #include "bfloat16_tile.h"
 
 namespace {
@@ -11,6 +13,9 @@ namespace {
 constexpr int64_t key_block = 128;
 // Query rows whose scores are held at once in a backward: all latents of a published resampler.
 constexpr int64_t score_rows = 64;
+// Rows whose scores are computed before any of their values: the products of keys and of values take turns
+// in the first level of cache, which does not hold both.
+constexpr int64_t stretch = 4 * tile_rows;
 // Up to so many rows, packing keys costs more than it saves.
 constexpr int64_t few_rows = 3;
 
@@ -66,21 +71,21 @@ void pack_rows(Rows<const T> from, int64_t count, int64_t size, Real factor, Rea
     }
 }
 
-// to[size, padded]: the transpose of from[count, row_size], columns from `count` on zero.
+// to[row_size, padded]: the transpose of from[count, row_size], columns from `count` on zero; row_size and
+// padded are multiples of the vector length.
 template <typename Real>
-void transpose(const Real *from, int64_t row_size, int64_t count, int64_t size, Real *to,
-               int64_t padded) {
-    constexpr int64_t step = 8;
-    for (int64_t d0 = 0; d0 < size; d0 += step) {
-        const int64_t d1 = smaller(d0 + step, size);
-        for (int64_t i = 0; i < count; ++i) {
-            for (int64_t d = d0; d < d1; ++d) {
-                to[d * padded + i] = from[i * row_size + d];
+void transpose(const Real *from, int64_t row_size, int64_t count, Real *to, int64_t padded) {
+    for (int64_t i = 0; i < padded; i += lanes<Real>) {
+        for (int64_t d = 0; d < row_size; d += lanes<Real>) {
+            vec<Real> square[lanes<Real>];
+#pragma GCC unroll 16
+            for (int64_t j = 0; j < lanes<Real>; ++j) {
+                square[j] = i + j < count ? load(from + (i + j) * row_size + d) : vec<Real>{};
             }
-        }
-        for (int64_t d = d0; d < d1; ++d) {
-            for (int64_t i = count; i < padded; ++i) {
-                to[d * padded + i] = 0;
+            transpose_square<Real>(square);
+#pragma GCC unroll 16
+            for (int64_t j = 0; j < lanes<Real>; ++j) {
+                store(to + (d + j) * padded + i, square[j]);
             }
         }
     }
@@ -93,12 +98,12 @@ template <typename Real> struct KeyBlock {
     int64_t padded_dim = 0;
     Real *k = nullptr;            // [keys, padded_dim], times the scale
     Real *v = nullptr;            // [keys, padded_dim]
-    Real *k_transposed = nullptr; // [D, padded_keys], times the scale
-    Real *v_transposed = nullptr; // [D, padded_keys]; the backward only
+    Real *k_transposed = nullptr; // [padded_dim, padded_keys], times the scale
+    Real *v_transposed = nullptr; // [padded_dim, padded_keys]; the backward only
 
     static int64_t bytes(int64_t most_keys, int64_t head_dim, bool backward) {
         const int64_t rows = most_keys * round_up(head_dim, lanes<Real>);
-        const int64_t columns = head_dim * round_up(most_keys, lanes<Real>);
+        const int64_t columns = round_up(head_dim, lanes<Real>) * round_up(most_keys, lanes<Real>);
         return 2 * Scratch::bytes_of<Real>(rows) +
                (backward ? 2 : 1) * Scratch::bytes_of<Real>(columns);
     }
@@ -106,9 +111,9 @@ template <typename Real> struct KeyBlock {
         padded_dim = round_up(head_dim, lanes<Real>);
         k = scratch.take<Real>(most_keys * padded_dim);
         v = scratch.take<Real>(most_keys * padded_dim);
-        k_transposed = scratch.take<Real>(head_dim * round_up(most_keys, lanes<Real>));
+        k_transposed = scratch.take<Real>(padded_dim * round_up(most_keys, lanes<Real>));
         if (backward) {
-            v_transposed = scratch.take<Real>(head_dim * round_up(most_keys, lanes<Real>));
+            v_transposed = scratch.take<Real>(padded_dim * round_up(most_keys, lanes<Real>));
         }
     }
 
@@ -149,9 +154,9 @@ template <typename Real> struct KeyBlock {
         padded_keys = round_up(count, lanes<Real>);
         pack_rows(k_rows, count, head_dim, scale, k, padded_dim);
         pack_rows(v_rows, count, head_dim, Real(1), v, padded_dim);
-        transpose(k, padded_dim, count, head_dim, k_transposed, padded_keys);
+        transpose(k, padded_dim, count, k_transposed, padded_keys);
         if (v_transposed) {
-            transpose(v, padded_dim, count, head_dim, v_transposed, padded_keys);
+            transpose(v, padded_dim, count, v_transposed, padded_keys);
         }
     }
 };
@@ -164,29 +169,40 @@ template <typename Real> struct RowState {
     Real log_sum() const { return top + logarithm(total); }
 };
 
-// scores[padded] -> weights relative to the new maximum; columns from `keys` on become 0. Returns the
-// factor by which what was summed so far shrinks.
+// scores[rows, padded] -> weights relative to each row's new maximum; columns from `keys` on become 0.
+// `shrinks`, if given, receive the factors by which what was summed so far shrinks. Maxima come first, all
+// of them: rows do not wait for each other's.
 template <typename Real>
-inline Real soften_row(Real *scores, int64_t keys, int64_t padded, RowState<Real> *state) {
-    for (int64_t j = keys; j < padded; ++j) {
-        scores[j] = -Real(INFINITY);
+inline void soften_rows(Real *scores, int64_t rows, int64_t keys, int64_t padded,
+                        RowState<Real> *states, Real *shrinks) {
+    for (int64_t r = 0; r < rows; ++r) {
+        Real *row = scores + r * padded;
+        for (int64_t j = keys; j < padded; ++j) {
+            row[j] = -Real(INFINITY);
+        }
+        vec<Real> top = load(row);
+        for (int64_t j = lanes<Real>; j < padded; j += lanes<Real>) {
+            top = largest<Real>(top, load(row + j));
+        }
+        RowState<Real> &state = states[r];
+        const Real new_top = std::max(largest_of<Real>(top), state.top);
+        if (shrinks) {
+            shrinks[r] = state.total > 0 ? exponential(state.top - new_top) : Real(0);
+            state.total *= shrinks[r];
+        }
+        state.top = new_top;
     }
-    vec<Real> top = load(scores);
-    for (int64_t j = lanes<Real>; j < padded; j += lanes<Real>) {
-        top = largest<Real>(top, load(scores + j));
+    for (int64_t r = 0; r < rows; ++r) {
+        Real *row = scores + r * padded;
+        const Real top = states[r].top;
+        vec<Real> total = {};
+        for (int64_t j = 0; j < padded; j += lanes<Real>) {
+            const vec<Real> weight = exponential(load(row + j) - top);
+            total += weight;
+            store(row + j, weight);
+        }
+        states[r].total += sum_of<Real>(total);
     }
-    Real new_top = largest_of<Real>(top);
-    new_top = new_top > state->top ? new_top : state->top;
-    const Real shrink = state->total > 0 ? exponential(state->top - new_top) : Real(0);
-    vec<Real> total = {};
-    for (int64_t j = 0; j < padded; j += lanes<Real>) {
-        const vec<Real> weight = exponential(load(scores + j) - new_top);
-        total += weight;
-        store(scores + j, weight);
-    }
-    state->total = state->total * shrink + sum_of<Real>(total);
-    state->top = new_top;
-    return shrink;
 }
 
 // scores[padded] -> final weights exp(score - log_sum); columns from `keys` on become 0.
@@ -219,6 +235,20 @@ inline void score_gradient_row(const Real *weights, Real *d_weights, int64_t pad
     }
 }
 
+// Weights of one row before their division by `total` -> final weights, and d_weights -> the gradients of
+// the scores, times `factor`. Returns delta, the weighted sum of d_weights.
+template <typename Real>
+inline Real finish_row(Real *weights, Real *d_weights, int64_t padded, Real total, Real factor) {
+    const Real inverse = 1 / total;
+    const Real delta = weighted_sum(weights, d_weights, padded) * inverse;
+    for (int64_t j = 0; j < padded; j += lanes<Real>) {
+        const vec<Real> weight = load(weights + j) * inverse;
+        store(weights + j, weight);
+        store(d_weights + j, factor * weight * (load(d_weights + j) - delta));
+    }
+    return delta;
+}
+
 template <typename Real> inline void scale_row(Real *row, int64_t padded, Real factor) {
     for (int64_t d = 0; d < padded; d += lanes<Real>) {
         store(row + d, load(row + d) * factor);
@@ -226,24 +256,23 @@ template <typename Real> inline void scale_row(Real *row, int64_t padded, Real f
 }
 
 // Query rows attend to one more block of keys. q[rows, padded_dim] is packed, out[rows, padded_dim]
-// holds weighted sums of values relative to each row's state; `weights` has room for tile_rows rows.
+// holds weighted sums of values relative to each row's state; `weights` has room for a stretch of rows.
 template <typename Real>
 void attend_block(const KeyBlock<Real> &block, int64_t head_dim, const Real *q, int64_t rows,
                   RowState<Real> *states, Real *out, Real *weights, bool first_block) {
-    for (int64_t i = 0; i < rows; i += tile_rows) {
-        const int64_t count = smaller(tile_rows, rows - i);
-        Real *out_tile = out + i * block.padded_dim;
+    for (int64_t i = 0; i < rows; i += stretch) {
+        const int64_t count = smaller(stretch, rows - i);
+        Real *out_rows = out + i * block.padded_dim;
+        Real shrinks[stretch];
         product<Real>(count, block.padded_keys, head_dim, {q + i * block.padded_dim, block.padded_dim, 1},
                       block.k_transposed, block.padded_keys, weights, block.padded_keys, false);
-        for (int64_t r = 0; r < count; ++r) {
-            const Real shrink = soften_row(weights + r * block.padded_keys, block.keys,
-                                           block.padded_keys, &states[i + r]);
-            if (!first_block) {
-                scale_row(out_tile + r * block.padded_dim, block.padded_dim, shrink);
-            }
+        soften_rows(weights, count, block.keys, block.padded_keys, states + i,
+                    first_block ? nullptr : shrinks);
+        for (int64_t r = 0; r < count && !first_block; ++r) {
+            scale_row(out_rows + r * block.padded_dim, block.padded_dim, shrinks[r]);
         }
         product<Real>(count, block.padded_dim, block.keys, {weights, block.padded_keys, 1}, block.v,
-                      block.padded_dim, out_tile, block.padded_dim, !first_block);
+                      block.padded_dim, out_rows, block.padded_dim, !first_block);
     }
 }
 
@@ -264,7 +293,8 @@ void attend_unpacked(Rows<const T> k, Rows<const T> v, int64_t keys, int64_t hea
         }
         scores[j] = sum_of<Real>(sum) * scale;
     }
-    const Real shrink = soften_row(scores, keys, round_up(keys, lanes<Real>), state);
+    Real shrink;
+    soften_rows(scores, 1, keys, round_up(keys, lanes<Real>), state, &shrink);
     if (first_block) {
         for (int64_t d = 0; d < padded_dim; ++d) {
             out[d] = 0;

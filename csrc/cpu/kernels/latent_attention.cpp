@@ -1,4 +1,6 @@
 // Latent attention: the latents of a media item against its features and themselves.
+#include <algorithm>
+
 #include "../kernels.h"
 #include "attention.h"
 
@@ -46,14 +48,14 @@ template <typename T, typename Real> struct Latents {
             Scratch scratch(KeyBlock<Real>::bytes(most_keys, p.head_dim, false) +
                             Scratch::bytes_of<RowState<Real>>(p.latents) +
                             2 * Scratch::bytes_of<Real>(p.latents * padded_dim) +
-                            Scratch::bytes_of<Real>(tile_rows * round_up(most_keys, lanes<Real>)));
+                            Scratch::bytes_of<Real>(stretch * round_up(most_keys, lanes<Real>)));
             ok = scratch.ok();
             KeyBlock<Real> keys(scratch, most_keys, p.head_dim, false);
             RowState<Real> *states = scratch.template take<RowState<Real>>(p.latents);
             Real *q = scratch.template take<Real>(p.latents * padded_dim);
             Real *out = scratch.template take<Real>(p.latents * padded_dim);
             Real *weights =
-                scratch.template take<Real>(tile_rows * round_up(most_keys, lanes<Real>));
+                scratch.template take<Real>(stretch * round_up(most_keys, lanes<Real>));
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < tasks; ++task) {
                 if (!ok) {
@@ -62,9 +64,7 @@ template <typename T, typename Real> struct Latents {
                 const int64_t item = task / p.heads, head = task % p.heads;
                 pack_rows(rows_of<const T>(p.q, item, 0, head), p.latents, p.head_dim, Real(1), q,
                           padded_dim);
-                for (int64_t r = 0; r < p.latents; ++r) {
-                    states[r] = RowState<Real>::empty();
-                }
+                std::fill_n(states, p.latents, RowState<Real>::empty());
                 bool first_block = true;
                 for_each_block(item, [&](const flamingo_tensor &k, const flamingo_tensor &v,
                                          const flamingo_tensor &, const flamingo_tensor &,

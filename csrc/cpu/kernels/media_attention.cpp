@@ -1,4 +1,6 @@
 // Media attention: tokens against the latents of the media items of their range.
+#include <algorithm>
+
 #include "../kernels.h"
 #include "attention.h"
 
@@ -10,10 +12,6 @@ using flamingo::MediaPlan;
 
 // Multiply-adds below which one thread is faster than waking the others.
 constexpr int64_t parallel_work = 1 << 17;
-// Rows whose scores are computed before any of their values: keys and values take turns in the first
-// level of cache, which does not hold both.
-constexpr int64_t stretch = 4 * tile_rows;
-
 // q, out and their gradients: the head's vectors of consecutive tokens.
 template <typename T>
 Rows<T> text_rows(const flamingo_tensor &x, int64_t b, int64_t t, int64_t h) {
@@ -90,9 +88,7 @@ template <typename T, typename Real> struct Media {
             const Rows<const T> q = text_rows<const T>(p.q, c.row, c.begin, kv_head * group + g);
             pack_rows(q, length, p.head_dim, Real(1), a.q + g * length * padded_dim, padded_dim);
         }
-        for (int64_t r = 0; r < group * length; ++r) {
-            a.states[r] = RowState<Real>::empty();
-        }
+        std::fill_n(a.states, group * length, RowState<Real>::empty());
         const bool packed = group * length > few_rows;
         bool first_block = true;
         for (int64_t item = c.first; item <= c.last; ++item) {
@@ -183,11 +179,8 @@ template <typename T, typename Real> struct Media {
                 prefetch_rows(text_rows<const T>(p.q, c.row, t + count, h), next);
                 prefetch_rows(text_rows<const T>(p.out, c.row, t, h), count);
                 products.scores(text_rows<const T>(p.q, c.row, t, h), count);
-                for (int64_t r = 0; r < count; ++r) {
-                    a.states[r] = RowState<Real>::empty();
-                    soften_row(a.weights + r * keys.padded_keys, keys.keys, keys.padded_keys,
-                               &a.states[r]);
-                }
+                std::fill_n(a.states, count, RowState<Real>::empty());
+                soften_rows<Real>(a.weights, count, keys.keys, keys.padded_keys, a.states, nullptr);
                 products.values(count);
                 const Rows<T> out = text_rows<T>(p.out, c.row, t, h);
                 for (int64_t r = 0; r < count; ++r) {
@@ -306,15 +299,13 @@ template <typename T, typename Real> struct Media {
                                          text_rows<const T>(p.d_out, c.row, t, h),
                                          smaller(score_rows, c.end - t), p.head_dim);
                 queries.products(s.keys, p.head_dim);
+                RowState<Real> states[score_rows];
+                std::fill_n(states, queries.rows, RowState<Real>::empty());
+                soften_rows<Real>(queries.weights, queries.rows, s.keys.keys, padded_keys, states, nullptr);
                 for (int64_t r = 0; r < queries.rows; ++r) {
-                    Real *weights = queries.weights + r * padded_keys;
-                    Real *score_grads = queries.score_grads + r * padded_keys;
-                    RowState<Real> state = RowState<Real>::empty();
-                    soften_row(weights, s.keys.keys, padded_keys, &state);
-                    scale_row(weights, padded_keys, 1 / state.total);
-                    const Real delta = weighted_sum(weights, score_grads, padded_keys);
-                    d_gate += delta;
-                    score_gradient_row(weights, score_grads, padded_keys, delta, gate);
+                    d_gate += finish_row(queries.weights + r * padded_keys,
+                                         queries.score_grads + r * padded_keys, padded_keys,
+                                         states[r].total, gate);
                 }
                 queries.query_gradients(s.keys, s.d_q, false);
                 const Rows<T> d_q = text_rows<T>(p.d_q, c.row, t, h);

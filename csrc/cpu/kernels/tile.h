@@ -1,6 +1,8 @@
 // Matrix products of small tiles whose accumulators stay in registers.
 #pragma once
 
+#include <type_traits>
+
 #include "vector.h"
 
 namespace {
@@ -55,45 +57,45 @@ inline void product_tile(int64_t depth, Left<Real> left, const Real *__restrict 
     }
 }
 
-template <typename Real, int ROWS>
-inline void product_rows(int64_t depth, Left<Real> left, const Real *b, int64_t b_row, Real *c,
-                         int64_t c_row, int64_t columns, bool accumulate) {
-    constexpr int64_t wide = tile_vectors * lanes<Real>;
-    int64_t j = 0;
-    for (; j + wide <= columns; j += wide) {
-        product_tile<Real, ROWS, tile_vectors>(depth, left, b + j, b_row, c + j, c_row, accumulate);
+// C[rows, VECTORS * lanes] (+)= A[rows, depth] B[depth, VECTORS * lanes].
+template <typename Real, int VECTORS>
+inline void product_panel(int64_t rows, int64_t depth, Left<Real> left, const Real *b, int64_t b_row,
+                          Real *c, int64_t c_row, bool accumulate) {
+    int64_t i = 0;
+    const auto next = [&](auto count) {
+        product_tile<Real, decltype(count)::value, VECTORS>(
+            depth, {left.a + i * left.row, left.row, left.step}, b, b_row, c + i * c_row, c_row, accumulate);
+        i += decltype(count)::value;
+    };
+    while (i + tile_rows <= rows) {
+        next(std::integral_constant<int, tile_rows>{});
     }
-    for (; j < columns; j += lanes<Real>) {
-        product_tile<Real, ROWS, 1>(depth, left, b + j, b_row, c + j, c_row, accumulate);
+    switch (rows - i) {
+    case 1:
+        return next(std::integral_constant<int, 1>{});
+    case 2:
+        return next(std::integral_constant<int, 2>{});
+    case 3:
+        return next(std::integral_constant<int, 3>{});
+    case 4:
+        return next(std::integral_constant<int, 4>{});
+    case 5:
+        return next(std::integral_constant<int, 5>{});
     }
 }
 
-// C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns a multiple of the vector length.
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns a multiple of the vector length. A panel
+// of B stays in the first level of cache while all rows pass.
 template <typename Real>
 void product(int64_t rows, int64_t columns, int64_t depth, Left<Real> left, const Real *b,
              int64_t b_row, Real *c, int64_t c_row, bool accumulate) {
-    for (int64_t i = 0; i < rows; i += tile_rows) {
-        const Left<Real> part = {left.a + i * left.row, left.row, left.step};
-        Real *to = c + i * c_row;
-        switch (rows - i) {
-        case 1:
-            product_rows<Real, 1>(depth, part, b, b_row, to, c_row, columns, accumulate);
-            break;
-        case 2:
-            product_rows<Real, 2>(depth, part, b, b_row, to, c_row, columns, accumulate);
-            break;
-        case 3:
-            product_rows<Real, 3>(depth, part, b, b_row, to, c_row, columns, accumulate);
-            break;
-        case 4:
-            product_rows<Real, 4>(depth, part, b, b_row, to, c_row, columns, accumulate);
-            break;
-        case 5:
-            product_rows<Real, 5>(depth, part, b, b_row, to, c_row, columns, accumulate);
-            break;
-        default:
-            product_rows<Real, tile_rows>(depth, part, b, b_row, to, c_row, columns, accumulate);
-        }
+    constexpr int64_t wide = tile_vectors * lanes<Real>;
+    int64_t j = 0;
+    for (; j + wide <= columns; j += wide) {
+        product_panel<Real, tile_vectors>(rows, depth, left, b + j, b_row, c + j, c_row, accumulate);
+    }
+    for (; j < columns; j += lanes<Real>) {
+        product_panel<Real, 1>(rows, depth, left, b + j, b_row, c + j, c_row, accumulate);
     }
 }
 

@@ -7,6 +7,8 @@
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
+
+#include <utility>
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -58,6 +60,50 @@ template <typename Real> inline Real largest_of(vec<Real> value) {
         value = largest<Real>(value, other);
     }
     return value[0];
+}
+
+// Lanes of a and b at once: lane i of the result is lane from[i] of the two laid end to end.
+template <typename Real> struct lane_index;
+template <> struct lane_index<float> {
+    typedef int32_t type __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
+};
+template <> struct lane_index<double> {
+    typedef int64_t type __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
+};
+template <typename Real>
+inline vec<Real> shuffle(vec<Real> a, vec<Real> b, typename lane_index<Real>::type from) {
+#if defined(__clang__)
+    vec<Real> result;
+    for (int i = 0; i < lanes<Real>; ++i) {
+        result[i] = from[i] < lanes<Real> ? a[from[i]] : b[from[i] - lanes<Real>];
+    }
+    return result;
+#else
+    return __builtin_shuffle(a, b, from);
+#endif
+}
+
+// One step of transpose_square: rows i and i + STEP exchange the lanes that differ in STEP.
+template <typename Real, int STEP, size_t... LANE>
+inline void exchange(vec<Real> *rows, std::index_sequence<LANE...>) {
+    typedef typename lane_index<Real>::type index;
+    constexpr index upper = {(LANE & STEP ? lanes<Real> + int(LANE) - STEP : int(LANE))...};
+    constexpr index lower = {(LANE & STEP ? lanes<Real> + int(LANE) : int(LANE) + STEP)...};
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<Real>; ++i) {
+        if (!(i & STEP)) {
+            const vec<Real> a = rows[i], b = rows[i + STEP];
+            rows[i] = shuffle<Real>(a, b, upper);
+            rows[i + STEP] = shuffle<Real>(a, b, lower);
+        }
+    }
+}
+// Transposes lanes x lanes values: halves change places, then quarters, down to neighbours.
+template <typename Real, int STEP = lanes<Real> / 2> inline void transpose_square(vec<Real> *rows) {
+    exchange<Real, STEP>(rows, std::make_index_sequence<lanes<Real>>{});
+    if constexpr (STEP > 1) {
+        transpose_square<Real, STEP / 2>(rows);
+    }
 }
 
 inline int64_t round_up(int64_t value, int64_t multiple) {
@@ -142,28 +188,23 @@ inline void widen_row(const float16 *__restrict from, float *__restrict to, int6
 }
 #endif
 
-// exp(x) for x <= 0; exactly 0 below the smallest normal result. Error under 1 unit in the last place
-// of fp32: x = n ln 2 + r with |r| <= ln 2 / 2, the exponential of r by its Taylor polynomial.
+// exp(x) for x <= 0, within 1.3 units in the last place of fp32; exactly 0 below -88. x = n ln 2 + r with
+// |r| <= ln 2 / 2, and the minimax polynomial of Cephes' expf for r. At n = -127, the lowest there is,
+// the bits of 2^n come out as 0.
 inline vec<float> exponential(vec<float> x) {
     typedef int32_t integers __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
-    const vec<float> lowest = broadcast(-87.0f);
-    const integers underflow = x < lowest;
-    x = underflow ? lowest : x;
+    x = largest<float>(broadcast(-88.0f), x); // a NaN stays
     const float to_integer = 12582912.0f; // 1.5 * 2^23: adding it rounds to the nearest integer
     const vec<float> shifted = x * 1.44269504088896341f + to_integer;
     const vec<float> n = shifted - to_integer;
     vec<float> r = x - n * 0.693359375f;
     r = r - n * -2.12194440e-4f;
-    vec<float> p = broadcast(1.0f / 5040);
-    p = p * r + 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * (r * r) + (r + 1.0f);
-    const integers exponent = ((integers)shifted - 0x4b400000 + 127) << 23;
-    const vec<float> result = p * (vec<float>)exponent;
-    return underflow ? vec<float>{} : result;
+    const vec<float> square = r * r; // powers in pairs: a shorter chain than Horner's
+    vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * square + (r * 8.3334519073e-3f + 4.1665795894e-2f);
+    p = p * square + (r * 1.6666665459e-1f + 5.0000001201e-1f);
+    p = p * square + (r + 1.0f);
+    return p * (vec<float>)(((integers)shifted << 23) + 0x3f800000);
 }
 inline vec<double> exponential(vec<double> x) {
     for (int i = 0; i < lanes<double>; ++i) {
