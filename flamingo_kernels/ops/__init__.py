@@ -2,7 +2,7 @@
 
 from flamingo_kernels.ops.dispatch import KernelUnavailableError
 from flamingo_kernels.ops.latent_attention import latent_attention
-from flamingo_kernels.ops.media_attention import media_cross_attention
+from flamingo_kernels.ops.media_attention import media_cross_attention, plan_media_attention
 from flamingo_kernels.ops.pointwise import gated_activation, gated_residual, layer_norm
 from flamingo_kernels.ops.spans import MediaSpans
 
@@ -14,4 +14,5 @@ __all__ = [
     "latent_attention",
     "layer_norm",
     "media_cross_attention",
+    "plan_media_attention",
 ]
