@@ -7,7 +7,8 @@ The plan is one table, int32 [B, ENTRIES, 4], of which row b holds
 
 * I + 1 items: first token, one past the last, place of the first partial sum, how many there are.
   Item I stands for "sees nothing".
-* SLOTS chunks: item (-1: unused), first token, one past the last, place of its partial sum or -1.
+* chunks, at most SLOTS of them used: item, first token, one past the last, place of its partial sum
+  or -1. All -1 where unused.
 
 Two kernels: the second reads segments of other threads of the first, and a barrier inside one
 kernel orders writes to global memory on NVIDIA only.
@@ -64,6 +65,8 @@ def media_segments_kernel(
     p_item = plan + (i_b * ENTRIES + i_i) * 4
     tl.store(p_item, b_start, mask=i_i <= ITEMS)
     tl.store(p_item + 1, b_end, mask=i_i <= ITEMS)
+    tl.store(p_item + 2, i_i * 0, mask=i_i <= ITEMS)
+    tl.store(p_item + 3, i_i * 0, mask=i_i <= ITEMS)
 
 
 @triton.jit
@@ -114,9 +117,12 @@ def media_chunks_kernel(
             tl.store(p_slot + 3, tl.where(b_shared > 0, b_place + i_c, -1), mask=m_c)
         slot += tl.sum(b_count)
         place += tl.sum(b_shared)
-    for s_0 in tl.range(0, SLOTS, BLOCK_I):
+    entries = ENTRIES - ITEMS - 1
+    for s_0 in tl.range(0, entries, BLOCK_I):
         i_s = s_0 + tl.arange(0, BLOCK_I)
-        tl.store(p_chunks + i_s * 4, -1, mask=(i_s >= slot) & (i_s < SLOTS))
+        m_unused = (i_s >= slot) & (i_s < entries)
+        for field in tl.static_range(4):
+            tl.store(p_chunks + i_s * 4 + field, -1, mask=m_unused)
 
 
 @triton.jit
