@@ -51,12 +51,12 @@ class Bridge(nn.Module):
         return hidden
 
 
-def check_graphs(kernel: str) -> None:
-    """At most two graphs over 20 shapes; each fifth has the bits of eager execution."""
+def check_graphs(kernel: str, shapes: list[tuple[int, int, int]] = SHAPES) -> None:
+    """At most two graphs over the shapes; each fifth has the bits of eager execution."""
     torch.compiler.reset()
     bridge, counter = Bridge(kernel), GraphCounter()
     compiled = torch.compile(bridge, fullgraph=True, backend=counter)
-    for place, (batch, tokens, images) in enumerate(SHAPES):
+    for place, (batch, tokens, images) in enumerate(shapes):
         features = torch.randn(batch, images, 1, 4, 16, requires_grad=True)
         hidden = torch.randn(batch, tokens, 24, requires_grad=True)
         ids = torch.randint(0, IMAGE + 1, (batch, tokens))

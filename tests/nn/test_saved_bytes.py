@@ -6,8 +6,6 @@ are those of real models; that real tensors give the same count is checked at a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -61,15 +59,6 @@ def block_bytes(kind: type[nn.Module], dim: int, tokens: int, dtype: torch.dtype
         return block(x, media_kv=media_kv, spans=planned)
 
     return kept_bytes(block, run)
-
-
-@pytest.fixture
-def any_kernel_may_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Fake tensors run no kernel, so neither a GPU nor the native library is needed."""
-    monkeypatch.setattr(dispatch.Capability, "reasons", lambda self, call: [])
-    dispatch._choose.cache_clear()
-    yield
-    dispatch._choose.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.compiled import check_graphs
+from tests.compiled import SHAPES, check_graphs
 from tests.operators import check_operator, operator_calls
 from tests.triton.targets import HAS_GPU
 
@@ -16,5 +16,6 @@ def test_opcheck(name: str) -> None:
     check_operator(name, "triton")
 
 
-def test_at_most_two_graphs_over_20_shapes() -> None:
-    check_graphs("triton")
+def test_compiled_results() -> None:
+    """Static and dynamic shapes; tests/ops/test_compile.py counts the graphs of many more."""
+    check_graphs("triton", SHAPES[:2])
