@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint build native-test lock clean
+.PHONY: demo test test-fast lint aot build native-test lock clean
 
 demo: build
 	$(BIN)/python -m flamingo_kernels demo
@@ -19,6 +19,11 @@ test-fast: build
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Needs no GPU. Triton caches what it compiled, so that a second run is quick.
+aot: $(STAMP)
+	@echo "== compiling every Triton kernel for every architecture"
+	$(BIN)/python -m flamingo_kernels._triton.aot --output benchmarks/results/aot.md
 
 $(STAMP): requirements.lock requirements-peers.lock
 	@echo "== installing the pinned packages into $(VENV) (downloads on the first run)"

@@ -7,6 +7,9 @@ FLAMINGO_CPU_ISA
     example ``portable``. Default: the best one that this processor has and the library was built
     for. Read once, when the library is loaded; a name that cannot be used makes the library
     unavailable, with the reason.
+FLAMINGO_TRITON_CONFIGS
+    Path of a file of launch configurations that ``python -m flamingo_kernels._triton.tune`` wrote;
+    they take the place of the shipped ones of the same key. Read once, at the first launch.
 TRITON_INTERPRET
     ``1`` runs Triton kernels in Triton's interpreter, on the CPU. Triton reads it when a kernel's
     module is imported, so it has to be set before.
@@ -19,7 +22,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cpp_library_path", "cpu_isa", "triton_interpret"]
+__all__ = ["cpp_library_path", "cpu_isa", "triton_configs_path", "triton_interpret"]
 
 
 def cpp_library_path() -> Path | None:
@@ -31,6 +34,12 @@ def cpp_library_path() -> Path | None:
 def cpu_isa() -> str | None:
     """Name in FLAMINGO_CPU_ISA, or None where it is unset or empty; the library validates it."""
     return os.environ.get("FLAMINGO_CPU_ISA") or None
+
+
+def triton_configs_path() -> Path | None:
+    """Path in FLAMINGO_TRITON_CONFIGS, or None where it is unset or empty."""
+    value = os.environ.get("FLAMINGO_TRITON_CONFIGS")
+    return Path(value) if value else None
 
 
 def triton_interpret() -> bool:

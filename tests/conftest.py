@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from flamingo_kernels.ops import dispatch
+
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("repository")
 
@@ -25,3 +27,12 @@ def nan_filled_memory() -> Iterator[None]:
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def any_kernel_may_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For tests that run no kernel: they need neither a GPU nor the native library."""
+    monkeypatch.setattr(dispatch.Capability, "reasons", lambda self, call: [])
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()

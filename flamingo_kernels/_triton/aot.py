@@ -2,8 +2,10 @@
 
 ``python -m flamingo_kernels._triton.aot`` runs the launchers of ``ops/*/impl_triton.py`` on meta
 tensors, compiles what they would launch, and reads registers, spills and shared memory from the
-result. It fails on a spill, on shared memory over the limit, and on an attention kernel in 16 bits
-without tensor-core instructions. ``--output`` writes the table as Markdown.
+result. It fails on a spill, on shared memory over the limit, and on an attention kernel without
+tensor-core instructions. ``--output`` writes the table as Markdown, with the bytes that
+:mod:`flamingo_kernels._triton.traffic` counts. Triton keeps what it compiled in its own cache, so a
+second run takes seconds per architecture.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -26,11 +29,17 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from flamingo_kernels._triton import traffic
 from flamingo_kernels._triton.launch import Launch, recording
+from flamingo_kernels._triton.traffic import meta
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-HEAD_DIMS = (16, 32, 64, 128)
-ATTENTION = re.compile("^(media|latent)_(?!plan|combine)")
+# 96 leaves columns of its tile to mask, and so does 32 in fp32 on NVIDIA. fp16 has the tiles of
+# bf16, and items of 128 latents those of 64 in fp32: once each shows that they compile.
+HEAD_DIMS = {"bf16": (16, 32, 64, 96, 128), "fp16": (64,), "fp32": (32, 64, 128)}
+LATENTS = {"bf16": (64, 128), "fp16": (64,), "fp32": (64,)}
+CHANNELS = {"bf16": (1024, 2048, 4096, 8192), "fp16": (4096,), "fp32": (1024, 2048, 4096, 8192)}
+ATTENTION = re.compile("^(media|latent)_(forward|backward|rows|keys)")
 POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -67,24 +76,24 @@ ARCHITECTURES = {
     "gfx942": Architecture(GPUTarget("hip", "gfx942", 64), 64 * KIB, 64 * KIB, 32, r"v_mfma"),
 }
 
+# sm_86 has configs of its own too: ``--arch sm_86`` checks them.
+DEFAULT = ("sm_80", "sm_90", "sm_100", "gfx942")
+
 
 @dataclass(frozen=True)
 class Result:
     """What one compiled kernel uses."""
 
     kernel: str
-    label: str
     architecture: str
-    tiles: str
     warps: int
-    stages: int
     registers: int  # per thread
     spill: int  # bytes of stack per thread on NVIDIA, spilled registers on AMD
     shared: int  # bytes
-    tensor_cores: bool | None  # None: not asked for
+    tensor_cores: bool | None  # None: the kernel has no matrix product
 
     @property
-    def occupancy(self) -> int:
+    def programs(self) -> int:
         """Programs per multiprocessor that registers, shared memory and warp slots allow."""
         machine = ARCHITECTURES[self.architecture]
         if machine.is_amd:  # four SIMDs of 512 registers a lane, at most 8 waves each
@@ -94,6 +103,11 @@ class Result:
             by_registers = 65536 // (-(-max(self.registers, 1) // 8) * 8 * 32 * self.warps)
         by_shared = machine.shared // (self.shared + KIB) if self.shared else machine.warps
         return min(by_registers, by_shared, machine.warps // self.warps, 32)
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's warp slots that these programs fill."""
+        return self.programs * self.warps / ARCHITECTURES[self.architecture].warps
 
     def problems(self) -> list[str]:
         """Reasons not to ship this config."""
@@ -108,10 +122,6 @@ class Result:
         return found
 
 
-def meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def media_calls(dtype: torch.dtype, head_dim: int, latents: int, group: int = 1) -> None:
     """Forward and both backwards of media attention, on views of fused projections."""
     op = import_module("flamingo_kernels.ops.media_attention.impl_triton")
@@ -122,7 +132,7 @@ def media_calls(dtype: torch.dtype, head_dim: int, latents: int, group: int = 1)
     for single_item in (True, False):
         rest = (q, k, v, first, last, gate, head_dim**-0.5, single_item)
         op.forward(*rest)
-        op.backward(d_out, *rest)
+        op.backward(d_out, None, *rest)
 
 
 def latent_calls(dtype: torch.dtype, head_dim: int) -> None:
@@ -137,10 +147,10 @@ def latent_calls(dtype: torch.dtype, head_dim: int) -> None:
         op.backward(d_out, *inputs, out, lse, head_dim**-0.5)
 
 
-def pointwise_calls(dtype: torch.dtype, channels: int) -> None:
+def pointwise_calls(dtype: torch.dtype, channels: int, rows: int = 8192) -> None:
     """Every pointwise kernel, with scalar and vector gates and each activation."""
     op = import_module("flamingo_kernels.ops.pointwise.impl_triton")
-    x, d_out = (meta(8192, channels, dtype=dtype) for _ in range(2))
+    x, d_out = (meta(rows, channels, dtype=dtype) for _ in range(2))
     weight = meta(channels, dtype=dtype)
     for gate in (meta(1, dtype=torch.float32), meta(channels, dtype=torch.float32)):
         op.gated_residual_forward(x, d_out, gate)
@@ -156,17 +166,18 @@ def pointwise_calls(dtype: torch.dtype, channels: int) -> None:
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, calls) that between them use every shipped config."""
     for name, dtype in DTYPES.items():
-        # fp16 has the tiles of bf16: one head dim shows that it compiles.
-        for head_dim in HEAD_DIMS if name != "fp16" else (64,):
-            for latents in (64, 128):
+        for head_dim in HEAD_DIMS[name]:
+            for latents in LATENTS[name]:
                 yield (
                     f"{name} D{head_dim} R{latents}",
                     lambda d=dtype, h=head_dim, r=latents: media_calls(d, h, r),
                 )
             yield f"{name} D{head_dim}", lambda d=dtype, h=head_dim: latent_calls(d, h)
-        yield f"{name} D64 R64 G4", lambda d=dtype: media_calls(d, 64, 64, group=4)
-        for channels in (1024, 2048, 4096, 8192):
+        for channels in CHANNELS[name]:
             yield f"{name} C{channels}", lambda d=dtype, c=channels: pointwise_calls(d, c)
+    yield "fp32 D64 R128", lambda: media_calls(torch.float32, 64, 128)
+    yield "bf16 D64 R64 G4", lambda: media_calls(torch.bfloat16, 64, 64, group=4)
+    yield "bf16 C4096 past 32 bits", lambda: pointwise_calls(torch.bfloat16, 4096, rows=2**20)
 
 
 def record(
@@ -205,7 +216,7 @@ def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], list[i
     return signature, constants, aligned
 
 
-def compile_launch(label: str, launch: Launch, architecture: str) -> Result:
+def compile_launch(launch: Launch, architecture: str) -> Result:
     """Compile one launch for ``architecture`` and read what it uses."""
     machine = ARCHITECTURES[architecture]
     signature, constants, aligned = _specialised(launch)
@@ -227,14 +238,11 @@ def compile_launch(label: str, launch: Launch, architecture: str) -> Result:
         text = compiled.asm["ptx"]
         registers, spill = _cubin_usage(compiled.asm["cubin"])
     name = launch.kernel.fn.__name__
-    wants_tensor_cores = bool(ATTENTION.match(name)) and not label.startswith("fp32")
+    wants_tensor_cores = bool(ATTENTION.match(name))
     return Result(
         kernel=name,
-        label=label,
         architecture=architecture,
-        tiles=_tiles(constants),
         warps=launch.config.num_warps,
-        stages=launch.config.num_stages,
         registers=registers,
         spill=spill,
         shared=compiled.metadata.shared,
@@ -270,54 +278,91 @@ def _tiles(constants: dict[str, Any]) -> str:
     return ", ".join([*parts, *extra, *flags])
 
 
+def launch_columns(architecture: str, label: str, launch: Launch) -> str:
+    """The columns of the table that are known before compiling."""
+    config = launch.config
+    name = launch.kernel.fn.__name__.removesuffix("_kernel")
+    tiles = _tiles(_specialised(launch)[1])
+    return (
+        f"| {name} | {label} | {architecture} | {tiles} | {config.num_warps} | {config.num_stages} "
+    )
+
+
 HEADER = (
-    "| kernel | case | arch | tile | warps | stages | registers | spill | shared KB | programs |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| kernel | case | arch | tile | warps | stages | registers | spill | shared KB | programs "
+    "| occupancy |\n|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
-def row(result: Result) -> str:
+def row(columns: str, result: Result) -> str:
     """One line of the Markdown table."""
     return (
-        f"| {result.kernel.removesuffix('_kernel')} | {result.label} | {result.architecture} "
-        f"| {result.tiles} | {result.warps} | {result.stages} | {result.registers} "
-        f"| {result.spill} | {result.shared / KIB:.1f} | {result.occupancy} |"
+        f"{columns}| {result.registers} | {result.spill} | {result.shared / KIB:.1f} "
+        f"| {result.programs} | {result.occupancy:.0%} |"
+    )
+
+
+def page(rows: list[str]) -> str:
+    """The whole document."""
+    return "\n".join(
+        [
+            "# Triton kernels at compile time",
+            "",
+            f"Written by `make aot` with Triton {triton.__version__}; not edited by hand. Nothing "
+            "here was run or measured on a GPU.",
+            "",
+            "## Bytes moved",
+            "",
+            traffic.EXPLANATION,
+            "",
+            *traffic.table(),
+            "",
+            "## What each kernel uses",
+            "",
+            "Registers per thread (AMD: vector and accumulation registers), spills in bytes of "
+            "stack (AMD: registers), shared memory of a program, programs that fit a "
+            "multiprocessor at once, and the share of its warp slots that these fill.",
+            "",
+            HEADER,
+            *rows,
+            "",
+        ]
     )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Command line; 1 where a kernel fails a check."""
     parser = argparse.ArgumentParser(prog="python -m flamingo_kernels._triton.aot")
-    parser.add_argument("--arch", nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--arch", nargs="+", default=DEFAULT, choices=ARCHITECTURES)
     parser.add_argument("--only", default="", help="regular expression over case and kernel name")
     parser.add_argument("--output", type=Path, help="write the table here, as Markdown")
+    parser.add_argument(
+        "--list", action="store_true", help="print what would be compiled, compile nothing"
+    )
     options = parser.parse_args(arguments)
     if type(tl.sum).__name__ == "InterpretedFunction":
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
 
-    results, failures = [], 0
     work = [(arch, *item) for arch in options.arch for item in record(arch, options.only)]
-    print(HEADER)
+    rows, failures, start = [], 0, time.monotonic()
     for i, (architecture, label, launch) in enumerate(work):
-        result = compile_launch(label, launch, architecture)
-        results.append(result)
+        columns = launch_columns(architecture, label, launch)
+        if options.list:
+            print(columns)
+            continue
+        result = compile_launch(launch, architecture)
+        rows.append(row(columns, result))
         problems = result.problems()
         failures += bool(problems)
-        print(row(result) + (f" FAILED: {'; '.join(problems)}" if problems else ""), flush=True)
-        print(f"[{i + 1}/{len(work)}]", end="\r", file=sys.stderr, flush=True)
-    print(f"\n{len(results)} compiled, {failures} failed", file=sys.stderr)
+        if problems:
+            print(f"{rows[-1]} FAILED: {'; '.join(problems)}", flush=True)
+        progress = f"[{i + 1}/{len(work)}] {time.monotonic() - start:.0f} s, {failures} failed"
+        print(f"{progress}: {architecture} {result.kernel}", file=sys.stderr, flush=True)
+    if not options.list:
+        print(f"{len(rows)} compiled, {failures} failed", flush=True)
     if options.output:
-        lines = [
-            "# Compiled kernels",
-            "",
-            f"Written by `python -m flamingo_kernels._triton.aot`, Triton {triton.__version__}. "
-            "Compiled, not run: not measured on a GPU. The last column is the number of programs "
-            "that fit a multiprocessor at once.",
-            "",
-            HEADER,
-            *map(row, results),
-        ]
-        options.output.write_text("\n".join(lines) + "\n")
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(page(rows))
     return min(failures, 1)
 
 

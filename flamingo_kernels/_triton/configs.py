@@ -2,13 +2,25 @@
 
 None was timed: not measured on a GPU. Each is the first of its kernel's candidates, in the order
 of preference that ``_ORDER`` explains, that compiles without a spill and within the shared memory
-(``python -m flamingo_kernels._triton.aot`` checks all of them again).
+(``make aot`` checks all of them again). ``python -m flamingo_kernels._triton.tune`` measures on a
+GPU and writes a file that FLAMINGO_TRITON_CONFIGS puts in their place.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from flamingo_kernels import env
+
+Tile = tuple[int, int, int]  # rows, warps, stages
+Key = tuple[str, int, int, int]  # kernel, head dim, keys, bytes of a value
+Tiles = dict[Key, dict[str, Tile]]  # by architecture
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class LaunchConfig:
 
 
 # Kernels without a matrix product; any architecture.
-PLAN = LaunchConfig(256, 64, 4, 1, "a tile of 256 tokens by 64 media slots, 128 values a thread")
+PLAN = LaunchConfig(64, 32, 4, 1, "64 tokens by 32 media slots: more masks spill on gfx942")
 SUM_ONE = LaunchConfig(1024, 1, 4, 1, "a single sum: one program")
 SUM_TALL = LaunchConfig(32, 64, 4, 1, "many terms: 32 at a time, columns of 256 bytes of fp32")
 SUM_WIDE = LaunchConfig(1, 1024, 4, 1, "few terms: 8 values a thread")
@@ -50,8 +62,7 @@ _ORDER = {
     "latent_backward": "all 64 latents in one tile, so dK and dV are final; then larger key blocks",
 }
 
-# (rows, warps, stages) by architecture; the key is (kernel, head dim, keys, bytes of a value).
-_TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
+_TILES: Tiles = {
     ("media_forward", 64, 64, 2): {
         "sm_80": (64, 4, 2), "sm_86": (64, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
         "gfx942": (64, 4, 2),
@@ -61,11 +72,11 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
         "gfx942": (64, 4, 2),
     },
     ("media_forward", 128, 64, 2): {
-        "sm_80": (64, 4, 2), "sm_86": (64, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "sm_80": (64, 4, 1), "sm_86": (64, 4, 1), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
         "gfx942": (64, 4, 2),
     },
     ("media_forward", 128, 128, 2): {
-        "sm_80": (32, 4, 2), "sm_86": (32, 4, 2), "sm_90": (64, 4, 1), "sm_100": (64, 4, 2),
+        "sm_80": (32, 4, 2), "sm_86": (32, 4, 2), "sm_90": (64, 8, 2), "sm_100": (64, 4, 1),
         "gfx942": (64, 4, 1),
     },
     ("media_backward", 64, 64, 2): {
@@ -89,7 +100,7 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
         "gfx942": (64, 4, 2),
     },
     ("media_rows_backward", 128, 64, 2): {
-        "sm_80": (32, 4, 2), "sm_86": (32, 4, 2), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
+        "sm_80": (32, 4, 1), "sm_86": (32, 4, 1), "sm_90": (64, 4, 2), "sm_100": (64, 4, 2),
         "gfx942": (64, 4, 2),
     },
     ("media_keys_backward", 64, 64, 2): {
@@ -108,8 +119,8 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
         "gfx942": (64, 4, 3),
     },
     ("latent_forward", 128, 64, 2): {
-        "sm_80": (64, 4, 3), "sm_86": (64, 4, 3), "sm_90": (64, 4, 3), "sm_100": (64, 4, 3),
-        "gfx942": (64, 4, 2),
+        "sm_80": (64, 8, 3), "sm_86": (64, 8, 2), "sm_90": (64, 4, 3), "sm_100": (64, 4, 3),
+        "gfx942": (64, 8, 2),
     },
     ("latent_backward", 64, 64, 2): {
         "sm_80": (64, 8, 1),
@@ -169,7 +180,6 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
         "sm_80": (16, 8, 1),
         "sm_86": (16, 8, 1),
         "sm_90": (16, 8, 1),
-        "sm_100": (16, 8, 1),
         "gfx942": (16, 4, 1),
     },
     ("media_keys_backward", 128, 16, 4): {
@@ -203,7 +213,71 @@ _TILES: dict[tuple[str, int, int, int], dict[str, tuple[int, int, int]]] = {
     ("media_rows_backward", 32, 64, 2): {
         "sm_100": (64, 4, 1),
     },
+    ("media_rows_backward", 128, 32, 4): {"sm_100": (16, 8, 1)},
 }  # fmt: skip
+
+
+_MEASURED = "measured on this device"
+_trial: Tiles = {}  # what trying() puts first
+
+
+def shipped(architecture: str) -> dict[Key, Tile]:
+    """The shipped tiles that ``architecture`` uses, its own or those of its family."""
+    name = family(architecture)
+    return {key: tiles[name] for key, tiles in _TILES.items() if name in tiles}
+
+
+@contextmanager
+def trying(key: Key, architecture: str, tile: Tile) -> Iterator[None]:
+    """Make :func:`lookup` give ``tile`` for ``key``, to measure it. Not for several threads."""
+    _trial[key] = {architecture: tile}
+    try:
+        yield
+    finally:
+        del _trial[key]
+
+
+def write(path: Path, tiles: Mapping[Key, Mapping[str, Tile]]) -> None:
+    """Write tiles as :func:`read` takes them, one line a key."""
+    lines = [
+        f"{json.dumps(' '.join(map(str, key)))}: {json.dumps(dict(sorted(by.items())))}"
+        for key, by in sorted(tiles.items())
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read(path: Path) -> Tiles:
+    """Tiles from a file.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        No such file, or another content; the message names file and entry.
+    """
+    entry: object = "the whole file"
+    try:
+        tiles: Tiles = {}
+        for entry, by_architecture in json.loads(path.read_text()).items():
+            kernel, *sizes = entry.split(" ")
+            head_dim, keys, itemsize = map(int, sizes)
+            if kernel not in _ORDER:
+                raise ValueError("unknown kernel")
+            tiles[kernel, head_dim, keys, itemsize] = {}
+            for architecture, (rows, warps, stages) in by_architecture.items():
+                if {type(rows), type(warps), type(stages)} != {int} or rows & (rows - 1):
+                    raise ValueError("not [rows, warps, stages], rows a power of two")
+                tiles[kernel, head_dim, keys, itemsize][architecture] = (rows, warps, stages)
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no launch configurations: {entry}: {error}") from error
+    return tiles
+
+
+@functools.cache
+def _measured() -> Tiles:
+    path = env.triton_configs_path()
+    return {} if path is None else read(path)
 
 
 def family(architecture: str) -> str:
@@ -238,10 +312,16 @@ def lookup(
     sizes = (64 if keys <= 64 else 128,) if holds_item else (64, 32, 16)
     dims = (dim for dim in (16, 32, 64, 128) if dim >= head_dim)
     for dim, size in itertools.product(dims, sizes):
-        tile = _TILES.get((kernel, dim, size, itemsize), {}).get(family(architecture))
-        if tile is not None:
-            rows, warps, stages = tile
-            return LaunchConfig(rows, size, warps, stages, _ORDER[kernel])
+        key = (kernel, dim, size, itemsize)
+        for tiles, name, reason in (
+            (_trial, architecture, _MEASURED),
+            (_measured(), architecture, _MEASURED),
+            (_TILES, family(architecture), _ORDER[kernel]),
+        ):
+            tile = tiles.get(key, {}).get(name)
+            if tile is not None:
+                rows, warps, stages = tile
+                return LaunchConfig(rows, size, warps, stages, reason)
     return None
 
 

@@ -132,7 +132,7 @@ def latent_combine_kernel(
     m_q = m_l[:, None] & (o_d < D)[None, :]
     o_out = ((i_n * L + o_l[:, None]) * H + i_h) * D + o_d[None, :]
     o_lse = (i_n * H + i_h) * L + o_l
-    next_lse = i_n * 0 + N * L * H
+    next_lse = (i_n * 0 + N) * L * H
     b_max = tl.full([BLOCK_L], float("-inf"), ACC)
     p_lse = partial_lse + o_lse
     for _ in tl.range(0, SPLITS):

@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from flamingo_kernels._triton import MAX_HEAD_DIM, configs
+from flamingo_kernels._triton import configs
 from flamingo_kernels._triton.configs import LaunchConfig
 from flamingo_kernels._triton.reduce import sum_partials_kernel
 
@@ -122,15 +122,6 @@ def unit_last_stride(tensor: Tensor) -> Tensor:
 def strides(name: str, tensor: Tensor, letters: str) -> dict[str, int]:
     """``{"stride_qb": ...}`` for the leading dimensions named by ``letters``."""
     return {f"stride_{name}{letter}": tensor.stride(i) for i, letter in enumerate(letters)}
-
-
-def require_head_dim(op: str, q: Tensor) -> None:
-    """Raise ValueError for head dims that no tile holds."""
-    if q.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(
-            f"{op}: the Triton kernels take head dims up to {MAX_HEAD_DIM}, got {q.shape[-1]}; "
-            'kernel="torch" takes any'
-        )
 
 
 def reduce_partials(partials: Tensor, out: Tensor, gate: Tensor | None = None) -> None:

@@ -24,7 +24,7 @@ def media_backward_kernel(
     first,  # int32 [B, T]
     last,  # int32 [B, T]
     gate,  # [1] or None
-    chunks,  # int32 [B, SLOTS, 4]
+    plan,  # int32 [B, ENTRIES, 4], see plan.py
     d_q,  # [B, T, H, D], contiguous
     d_k,  # [B, I, R, Hkv, D], contiguous
     d_v,  # [B, I, R, Hkv, D], contiguous
@@ -32,6 +32,7 @@ def media_backward_kernel(
     d_tanh,  # [B, SLOTS, Hkv], the gradient of tanh(gate) by program; None without a gate
     T,
     ITEMS,
+    ENTRIES,
     SLOTS,
     PARTIALS,
     KV_HEADS,
@@ -66,7 +67,8 @@ def media_backward_kernel(
 ):
     i_h = (tl.program_id(0) % KV_HEADS).to(tl.int64)
     i_b = (tl.program_id(0) // KV_HEADS // SLOTS).to(tl.int64)
-    p_chunk = chunks + (tl.program_id(0) // KV_HEADS).to(tl.int64) * 4
+    slot = tl.program_id(0) // KV_HEADS % SLOTS
+    p_chunk = plan + (i_b * ENTRIES + ITEMS + 1 + slot) * 4
     item = tl.load(p_chunk)
     begin = tl.load(p_chunk + 1, mask=item >= 0, other=0)
     end = tl.load(p_chunk + 2, mask=item >= 0, other=0)

@@ -176,13 +176,14 @@ def media_keys_backward_kernel(
     first,  # int32 [B, T]
     last,  # int32 [B, T]
     gate,  # [1] or None
-    segments,  # int32 [B, I + 1, 2]
+    plan,  # int32 [B, ENTRIES, 4], see plan.py
     log2_sum,  # [B, Hkv, T * G]
     delta,  # [B, Hkv, T * G]
     d_k,  # [SPLITS, B, I, R, Hkv, D]: final where SPLITS is 1, else partial sums
     d_v,  # like d_k
     T,
     ITEMS,
+    ENTRIES,
     KV_HEADS,
     SPLITS,
     stride_split,
@@ -225,9 +226,9 @@ def media_keys_backward_kernel(
     o_item = i_bi % ITEMS
     item = o_item.to(tl.int32)
 
-    p_segment = segments + (i_b * (ITEMS + 1) + o_item) * 2
-    start = tl.load(p_segment) * G
-    end = tl.load(p_segment + 1) * G
+    p_item = plan + (i_b * ENTRIES + o_item) * 4
+    start = tl.load(p_item) * G
+    end = tl.load(p_item + 1) * G
     share = tl.cdiv(tl.cdiv(tl.maximum(end - start, 0), SPLITS), BLOCK_T) * BLOCK_T
     start += (i_split * share).to(tl.int32)
     stop = tl.minimum(start + share, end)

@@ -39,11 +39,12 @@ def sum_partials_kernel(
 
 @triton.jit
 def sum_media_partials_kernel(
-    places,  # int32 [B, I, 2]: first partial sum of an item, and how many
+    plan,  # int32 [B, ENTRIES, 4], see plan.py
     partials,  # [2, B, PARTIALS, Hkv, R * D]: of dK, then of dV
     d_k,  # [B, I, R, Hkv, D]
     d_v,  # [B, I, R, Hkv, D]
     ITEMS,
+    ENTRIES,
     PARTIALS,
     KV_HEADS,
     stride_partial,  # from the partial sums of dK to those of dV
@@ -55,8 +56,9 @@ def sum_media_partials_kernel(
     i_h = tl.program_id(0) % KV_HEADS
     i_bi = (tl.program_id(0) // KV_HEADS).to(tl.int64)
     i_b = i_bi // ITEMS
-    place = tl.load(places + i_bi * 2)
-    count = tl.load(places + i_bi * 2 + 1)
+    p_item = plan + (i_b * ENTRIES + i_bi % ITEMS) * 4
+    place = tl.load(p_item + 2)
+    count = tl.load(p_item + 3)
     o_x = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     m_x = o_x < R * D
     o_out = (i_bi * R + o_x // D) * (KV_HEADS * D) + i_h * D + o_x % D

@@ -16,7 +16,7 @@ from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
 from flamingo_kernels.model.loss import next_token_loss
 from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
-from flamingo_kernels.ops import MediaSpans
+from flamingo_kernels.ops import MediaSpans, plan_media_attention
 from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.vision import build_vision_encoder
 
@@ -215,6 +215,8 @@ class FlamingoModel(nn.Module):
             if mask is None and cache.attention_mask is not None:
                 mask = torch.cat((cache.attention_mask, torch.ones_like(input_ids)), 1)
         spans = self._spans(history, assign).newest(input_ids.shape[1])
+        if media_kv:
+            spans = plan_media_attention(spans, media_kv[0].key, self.kernel)
 
         out = self.language_model(
             input_ids,

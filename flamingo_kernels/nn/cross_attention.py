@@ -55,7 +55,7 @@ class MaskedCrossAttention(nn.Module):
     def forward(
         self, x: Tensor, media_kv: MediaKeyValue, spans: MediaSpans, gate: Tensor | None = None
     ) -> Tensor:
-        q = self.to_q(self.norm(x)).unflatten(-1, (self.heads, -1))
+        q = self.norm.then(self.to_q, x).unflatten(-1, (self.heads, -1))
         out = media_cross_attention(
             q, media_kv.key, media_kv.value, spans, gate, kernel=self.kernel
         )

@@ -5,7 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from flamingo_kernels.fields import is_integer
-from flamingo_kernels.ops import gated_activation, layer_norm
+from flamingo_kernels.ops import (
+    gated_activation,
+    gated_activation_linear,
+    layer_norm,
+    layer_norm_linear,
+)
 from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
 
@@ -15,6 +20,21 @@ def require_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         if not (is_integer(size) and size >= 1):
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether calling ``module`` is the product with its weight and nothing else.
+
+    Adapters and sharding wrap or replace a Linear, or hook into it: those have to be called.
+    """
+    return (
+        type(module) is nn.Linear
+        and module.bias is None
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+    )
 
 
 class LayerNorm(nn.LayerNorm):
@@ -30,6 +50,14 @@ class LayerNorm(nn.LayerNorm):
         """[..., dim] -> [..., dim]."""
         return layer_norm(x, self.weight, self.bias, self.eps, kernel=self.kernel)
 
+    def then(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """``linear(self(x))``, without keeping the normalised values for the backward."""
+        if not is_plain_linear(linear):
+            return linear(self(x))
+        return layer_norm_linear(
+            x, self.weight, self.bias, linear.weight, self.eps, kernel=self.kernel
+        )
+
 
 class _Activation(nn.Module):
     """``tanh(gate) * activation(x)``; holds place 2 of OpenFlamingo's feed-forward Sequential."""
@@ -43,6 +71,12 @@ class _Activation(nn.Module):
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         return gated_activation(x, gate, self.activation, kernel=self.kernel)
+
+    def then(self, linear: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
+        """``linear(self(x, gate))``, without keeping the activated values for the backward."""
+        if not is_plain_linear(linear):
+            return linear(self(x, gate))
+        return gated_activation_linear(x, linear.weight, gate, self.activation, kernel=self.kernel)
 
 
 class FeedForward(nn.Sequential):
@@ -74,4 +108,4 @@ class FeedForward(nn.Sequential):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """[..., dim] -> [..., dim], multiplied by ``tanh(gate)`` when a scalar gate is given."""
         norm, expand, activation, project = self
-        return project(activation(expand(norm(x)), gate))
+        return activation.then(project, norm.then(expand, x), gate)

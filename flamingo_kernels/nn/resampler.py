@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flamingo_kernels.nn.layers import FeedForward, LayerNorm, require_sizes
-from flamingo_kernels.ops import checks, latent_attention
+from flamingo_kernels.nn.layers import FeedForward, LayerNorm, is_plain_linear, require_sizes
+from flamingo_kernels.ops import checks, latent_attention, layer_norm
 from flamingo_kernels.ops.dispatch import check_kernel_name
 
 
 class PerceiverAttention(nn.Module):
-    """Latents [N, L, dim] attend to features [N, M, dim] and to themselves."""
+    """Latents [N, L, dim] attend to features [N, M, dim] and to themselves.
+
+    The features come normalised but without scale and bias: those are a layer's own, the rest is
+    the same in all layers.
+    """
 
     def __init__(
         self, dim: int, dim_head: int = 64, heads: int = 8, *, kernel: str = "auto"
@@ -26,18 +31,26 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, features: Tensor, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, normed: Tensor, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
         latents = self.norm_latents(latents)
         q = self.to_q(latents).unflatten(-1, (self.heads, -1))
-        k_media, v_media = self._key_value(self.norm_media(features))
-        k_latents, v_latents = self._key_value(latents)
+        k_media, v_media = self._key_value(self._project_features(normed))
+        k_latents, v_latents = self._key_value(self.to_kv(latents))
         out = latent_attention(
             q, k_media, v_media, k_latents, v_latents, lengths, kernel=self.kernel
         )
         return self.to_out(out.flatten(-2))
 
-    def _key_value(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.to_kv(x).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+    def _project_features(self, normed: Tensor) -> Tensor:
+        """``to_kv(normed * weight + bias)``, by scaling the projection in place of the features."""
+        norm, linear = self.norm_media, self.to_kv
+        if not is_plain_linear(linear):
+            return linear(normed * norm.weight + norm.bias)
+        shift = F.linear(norm.bias, linear.weight)
+        return F.linear(normed, linear.weight * norm.weight, shift)
+
+    def _key_value(self, projected: Tensor) -> tuple[Tensor, ...]:
+        return projected.unflatten(-1, (2, self.heads, -1)).unbind(-3)
 
 
 class PerceiverResampler(nn.Module):
@@ -86,6 +99,7 @@ class PerceiverResampler(nn.Module):
     ) -> None:
         super().__init__()
         check_kernel_name(kernel)
+        self.kernel = kernel
         optional = {
             "max_num_media": max_num_media,
             "max_num_frames": max_num_frames,
@@ -157,9 +171,10 @@ class PerceiverResampler(nn.Module):
                 )
             x = x + self.media_time_embs[:media].to(x.dtype)
         x = x.flatten(0, 1)  # [N, F*S, dim]
+        normed = layer_norm(x, None, None, self.layers[0][0].norm_media.eps, kernel=self.kernel)
         latents = self.latents.expand(x.shape[0], -1, -1)
         for attention, feed_forward in self.layers:
-            latents = latents + attention(x, latents, lengths)
+            latents = latents + attention(normed, latents, lengths)
             latents = latents + feed_forward(latents)
         if self.norm is not None:
             latents = self.norm(latents)

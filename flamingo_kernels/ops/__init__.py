@@ -2,16 +2,25 @@
 
 from flamingo_kernels.ops.dispatch import KernelUnavailableError
 from flamingo_kernels.ops.latent_attention import latent_attention
-from flamingo_kernels.ops.media_attention import media_cross_attention
-from flamingo_kernels.ops.pointwise import gated_activation, gated_residual, layer_norm
+from flamingo_kernels.ops.media_attention import media_cross_attention, plan_media_attention
+from flamingo_kernels.ops.pointwise import (
+    gated_activation,
+    gated_activation_linear,
+    gated_residual,
+    layer_norm,
+    layer_norm_linear,
+)
 from flamingo_kernels.ops.spans import MediaSpans
 
 __all__ = [
     "KernelUnavailableError",
     "MediaSpans",
     "gated_activation",
+    "gated_activation_linear",
     "gated_residual",
     "latent_attention",
     "layer_norm",
+    "layer_norm_linear",
     "media_cross_attention",
+    "plan_media_attention",
 ]

@@ -101,6 +101,18 @@ def require_gate(op: str, gate: Tensor, device_of: Tensor, sizes: tuple[int, ...
         )
 
 
+def require_spans(
+    op: str, spans: MediaSpans, batch: int, tokens: int | None, name: str, device_of: Tensor
+) -> None:
+    """``spans`` are [batch, tokens] (None: any), on the device of the tensor called ``name``."""
+    if not isinstance(spans, MediaSpans):
+        raise TypeError(f"{op}: spans must be MediaSpans, got {type(spans).__name__}")
+    shape = (batch, spans.shape[1] if tokens is None else tokens)
+    _require_shape(op, "spans", spans.first, shape, name)
+    if spans.first.device != device_of.device or spans.last.device != device_of.device:
+        raise ValueError(f"{op}: spans are on {spans.first.device}, {name} on {device_of.device}")
+
+
 def media_cross_attention(
     q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None
 ) -> None:
@@ -121,11 +133,13 @@ def media_cross_attention(
         )
     _require_shape(op, "k", k, (batch, media, latents, kv_heads, head_dim), "q")
     _require_shape(op, "v", v, k.shape, "k")
-    if not isinstance(spans, MediaSpans):
-        raise TypeError(f"{op}: spans must be MediaSpans, got {type(spans).__name__}")
-    _require_shape(op, "spans", spans.first, (batch, tokens), "q")
-    if spans.first.device != q.device or spans.last.device != q.device:
-        raise ValueError(f"{op}: spans are on {spans.first.device}, q on {q.device}")
+    require_spans(op, spans, batch, tokens, "q", q)
+    plan = spans.plan
+    if plan is not None and (plan.media, plan.kv_heads) != (media, kv_heads):
+        raise ValueError(
+            f"{op}: spans are planned for I={plan.media}, Hkv={plan.kv_heads}; k has I={media}, "
+            f"Hkv={kv_heads}"
+        )
     if gate is not None:
         require_gate(op, gate, q, (1,))
 

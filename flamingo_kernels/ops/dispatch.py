@@ -35,6 +35,7 @@ class Call(NamedTuple):
     needs_grad: bool = False
     head_dim: int | None = None
     plain_strides: bool = True  # every tensor has the strides that compiled kernels take
+    channels: int | None = None  # of a row that is normalised
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Capability:
     device_types: frozenset[str] | None = None  # None: any
     dtypes: frozenset[torch.dtype] | None = None  # None: any floating dtype
     head_dims: range | None = None  # None: any
+    max_channels: int | None = None  # None: any
     any_stride: bool = True
     backward: bool = True
     unavailable: Callable[[Call], str | None] = lambda call: None  # why it cannot run here at all
@@ -65,6 +67,10 @@ class Capability:
                 f"supports head dims {self.head_dims.start} to {self.head_dims.stop - 1}, "
                 f"the tensors have {call.head_dim}"
             )
+        if self.max_channels is not None and (call.channels or 0) > self.max_channels:
+            reasons.append(
+                f"supports up to {self.max_channels} channels, the tensors have {call.channels}"
+            )
         if not (self.any_stride or call.plain_strides):
             reasons.append(
                 "needs a stride of 1 in the last dimension of every tensor (pointwise ops: and at "
@@ -80,6 +86,8 @@ class Capability:
         dims = ""
         if self.head_dims is not None:
             dims = f"; head dims {self.head_dims.start} to {self.head_dims.stop - 1}"
+        if self.max_channels is not None:
+            dims += f"; up to {self.max_channels} channels"
         return f"{dtypes}{dims}; {'any strides' if self.any_stride else 'unit last stride'}"
 
 
@@ -113,6 +121,7 @@ CAPABILITIES: dict[tuple[str, str], Capability] = {
     **{(op, "torch"): Capability() for op in OPS},
     **{(op, "cpp"): _CPP for op in OPS},
     **{(op, "triton"): _TRITON for op in OPS[2:]},
+    ("layer_norm", "triton"): replace(_TRITON, max_channels=_triton.MAX_CHANNELS),
     **{
         (op, "triton"): replace(_TRITON, head_dims=range(1, _triton.MAX_HEAD_DIM + 1))
         for op in OPS[:2]
@@ -176,7 +185,7 @@ def check_kernel_name(kernel: str) -> None:
 
 def has_unit_stride(tensor: torch.Tensor) -> bool:
     """The values of the last dimension adjoin."""
-    return tensor.ndim == 0 or tensor.stride()[-1] == 1 or tensor.shape[-1] <= 1
+    return tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
 
 
 def choose_for(
@@ -184,6 +193,7 @@ def choose_for(
     kernel: str,
     *tensors: torch.Tensor | None,
     head_dim: int | None = None,
+    channels: int | None = None,
     plain: Callable[[torch.Tensor], bool] = has_unit_stride,
 ) -> str:
     """:func:`choose` for these tensors; the first one names device and dtype.
@@ -196,7 +206,14 @@ def choose_for(
         if tensor is not None and not plain(tensor):
             plain_strides = False
     return _cached_choice(
-        op, kernel, first.device.type, first.dtype, needs_grad(*tensors), head_dim, plain_strides
+        op,
+        kernel,
+        first.device.type,
+        first.dtype,
+        needs_grad(*tensors),
+        head_dim,
+        plain_strides,
+        channels,
     )
 
 

@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 ATTEND_MODES = ("last", "last_group", "previous")
 ASSIGN_MODES = ("previous", "next")
+
+
+class MediaPlan(NamedTuple):
+    """What a kernel derived from ranges, for I media slots and Hkv key/value heads.
+
+    Attributes
+    ----------
+    table : Tensor
+        int32, laid out as the kernel likes.
+    media, kv_heads : int
+        I and Hkv.
+    """
+
+    table: Tensor
+    media: int
+    kv_heads: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,11 +45,14 @@ class MediaSpans:
         int32 [B, T].
     single_item : bool
         No range holds more than one item (attend mode ``"last"``), known without a device read.
+    plan : MediaPlan, optional
+        Set by :func:`flamingo_kernels.ops.plan_media_attention`, for all layers of one forward.
     """
 
     first: Tensor
     last: Tensor
     single_item: bool = False
+    plan: MediaPlan | None = None
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
@@ -136,7 +156,7 @@ class MediaSpans:
         return cls(first, torch.full_like(first, media - 1))
 
     def newest(self, tokens: int) -> MediaSpans:
-        """The ranges of the last ``tokens`` tokens of each row (a decoding step's own)."""
+        """The ranges of the last ``tokens`` tokens of each row (a decoding step's own), no plan."""
         start = self.shape[1] - tokens
         return MediaSpans(self.first[:, start:], self.last[:, start:], self.single_item)
 

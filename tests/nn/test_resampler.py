@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from types import SimpleNamespace
+
 import pytest
 import torch
+from torch import nn
 
+import reference
 from flamingo_kernels.nn import PerceiverResampler
+from flamingo_kernels.nn import layers as layers_module
+from flamingo_kernels.nn import resampler as resampler_module
 from flamingo_kernels.nn.layers import FeedForward, LayerNorm
+from flamingo_kernels.ops import layer_norm
+from tests.budgets import assert_close_to_reference, assert_within_budget
 
 FEATURES = torch.zeros(1, 2, 3, 4, 8)
 
@@ -67,3 +76,80 @@ def test_counts_of_one_byte_do_not_overflow() -> None:
     x = torch.randn(1, 2, 3, 100, 8)
     counts = torch.tensor([[3, 1]])
     assert torch.equal(resampler(x, counts.byte()), resampler(x, counts))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_normalised_features_within_budget(dtype: torch.dtype) -> None:
+    """SEMANTICS 17 with each layer's scale and bias in its projection; they stay trainable."""
+    options = {"num_latents": 4, "ff_mult": 2, "final_norm": True, "activation": "gelu"}
+    ours = PerceiverResampler(16, depth=3, dim_head=8, heads=2, **options)
+    for parameter in ours.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 1.0)
+    config = SimpleNamespace(
+        dim=16, depth=3, heads=2, head_dim=8, max_num_frames=None, input_dim=None, **options
+    )
+    x = (torch.randn(1, 3, 1, 20, 16) * 2 + 1).to(dtype)
+    seed = torch.randn(1, 3, 4, 16).to(dtype)
+    results = []
+    for module, precision in (
+        (ours, dtype),
+        (reference.PerceiverResampler(config), dtype),
+        (reference.PerceiverResampler(config), torch.float64),
+    ):
+        rounded = {name: t.to(dtype) for name, t in ours.state_dict().items()}
+        module = module.to(precision)
+        module.load_state_dict(rounded, strict=True)
+        features = x.to(precision).detach().clone().requires_grad_()
+        given = features if isinstance(module, PerceiverResampler) else features[0]
+        out = module(given)
+        out.backward(seed.to(precision).reshape(out.shape))
+        gradients = {name: p.grad for name, p in module.named_parameters()}
+        results.append({"out": out.reshape(seed.shape), "features": features.grad, **gradients})
+    terms = float(seed.double().norm())
+    for name, exact in results[2].items():
+        assert_within_budget(
+            results[0][name],
+            results[1][name],
+            exact,
+            dtype,
+            gradient=name != "out",
+            terms=terms,
+            what=name,
+        )
+    assert results[0]["layers.2.0.norm_media.bias"].any()
+
+
+def test_features_are_normalised_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of layers."""
+    shapes = []
+
+    def counting(x, *arguments, **options):
+        shapes.append(tuple(x.shape))
+        return layer_norm(x, *arguments, **options)
+
+    for module in (resampler_module, layers_module):
+        monkeypatch.setattr(module, "layer_norm", counting)
+    small(depth=4, num_latents=3)(FEATURES)
+    assert shapes.count((2, 12, 8)) == 1
+
+
+def test_a_hooked_or_replaced_projection_is_called() -> None:
+    """Adapters wrap a Linear or hook into it: scaling its weight would pass them by."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    resampler = small(depth=2).double()
+    for parameter in resampler.parameters():
+        parameter.data.normal_(std=parameter.shape[-1] ** -0.5)
+    expected = copy.deepcopy(resampler)
+    for attention, feed_forward in expected.layers:
+        for linear in (attention.to_kv, feed_forward[1], feed_forward[3]):
+            linear.weight.data *= 2
+    for attention, feed_forward in resampler.layers:
+        attention.to_kv.__class__ = Doubled
+        feed_forward[1].__class__ = Doubled
+        feed_forward[3].register_forward_hook(lambda module, given, out: 2 * out)
+    x = torch.randn(1, 2, 1, 4, 8, dtype=torch.float64)
+    assert_close_to_reference(resampler(x), expected(x), torch.float64)

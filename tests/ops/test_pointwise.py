@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flamingo_kernels.ops import (
     KernelUnavailableError,
     gated_activation,
+    gated_activation_linear,
     gated_residual,
     layer_norm,
+    layer_norm_linear,
 )
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
 from reference import pointwise as oracle
-from tests.budgets import assert_within_budget
+from tests.budgets import assert_close_to_reference, assert_within_budget
 from tests.cases import kernels_for
 
 SHAPES = [(3, 5, 8), (2, 65), (1, 1, 1), (4, 300)]
@@ -86,6 +89,63 @@ def test_layer_norm(kernel: str, dtype: torch.dtype, shape: tuple) -> None:
     )
 
 
+def joined_and_apart(kernel: str) -> list:
+    """(the op and its projection as one, as two) of x, one value, [C], [C] and [C', C]."""
+    return [
+        (
+            lambda x, g, w, b, p: gated_activation_linear(x, p, g, "squared_relu", kernel),
+            lambda x, g, w, b, p: F.linear(gated_activation(x, g, "squared_relu", kernel), p),
+        ),
+        (
+            lambda x, g, w, b, p: gated_activation_linear(x, p, kernel=kernel),
+            lambda x, g, w, b, p: F.linear(gated_activation(x, kernel=kernel), p),
+        ),
+        (
+            lambda x, g, w, b, p: layer_norm_linear(x, w, b, p, kernel=kernel),
+            lambda x, g, w, b, p: F.linear(layer_norm(x, w, b, kernel=kernel), p),
+        ),
+        (
+            lambda x, g, w, b, p: layer_norm_linear(x, None, None, p, kernel=kernel),
+            lambda x, g, w, b, p: F.linear(layer_norm(x, None, None, kernel=kernel), p),
+        ),
+    ]
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("frozen", [(), (0,), (4,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("kernel", "dtype"), [k for k in kernels_for("layer_norm", True) if k[1] != torch.float16]
+)
+def test_a_projection_joined_on_gives_the_same(
+    kernel: str, dtype: torch.dtype, autocast: bool, frozen: tuple[int, ...], which: int
+) -> None:
+    """The same operations in the same order and dtypes; what is frozen gets no gradient."""
+    inputs = [torch.randn(shape).to(dtype) for shape in ((2, 3, 8), (1,), (8,), (8,), (6, 8))]
+    seed = torch.randn(2, 3, 6)
+    results = []
+    for function in joined_and_apart(kernel)[which]:
+        leaves = [t.clone().requires_grad_(i not in frozen) for i, t in enumerate(inputs)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = function(*leaves)
+        if out.requires_grad:
+            out.backward(seed.to(out.dtype))
+        results.append([out, *(t.grad for t in leaves)])
+    lowest = torch.bfloat16 if autocast else dtype
+    for one, other in zip(*results, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one.dtype == other.dtype
+            assert_close_to_reference(one, other, lowest)
+
+
+@pytest.mark.parametrize("which", range(4))
+def test_a_projection_joined_on_without_gradients(which: int) -> None:
+    inputs = [torch.randn(shape) for shape in ((2, 3, 8), (1,), (8,), (8,), (6, 8))]
+    one, other = (function(*inputs) for function in joined_and_apart("auto")[which])
+    assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("vector", [False, True])
 def test_zero_gate_changes_no_bit(vector: bool) -> None:
     """SEMANTICS 8."""
@@ -129,6 +189,16 @@ def test_zero_gate_changes_no_bit(vector: bool) -> None:
         (lambda x: layer_norm(x, None, None, -1e-5), ValueError, "eps must be at least 0, got -1e"),
         (lambda x: layer_norm(x, None, None, float("nan")), ValueError, "at least 0, got nan"),
         (lambda x: layer_norm(x.sum(), None, None), ValueError, "at least one dimension"),
+        (
+            lambda x: layer_norm_linear(x, None, None, torch.ones(3, 4)),
+            ValueError,
+            r"projection has shape \(3, 4\), x has 8 channels",
+        ),
+        (
+            lambda x: gated_activation_linear(x, torch.ones(3, 8, device="meta")),
+            ValueError,
+            "projection is on meta, the input on cpu",
+        ),
     ],
 )
 def test_bad_arguments(call, error: type[Exception], message: str) -> None:

@@ -125,12 +125,6 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *x: run(list(x), lengths), tensors, fast_mode=True)
 
 
-def test_head_dim_over_the_limit() -> None:
-    tensors, lengths = latent_case(torch.float32, head_dim=130)
-    with pytest.raises(ValueError, match="head dims up to 128, got 130"):
-        run(tensors, lengths)
-
-
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu)])
 @pytest.mark.parametrize("features", [256, 4096])
 def test_graph_capture(features: int, dtype: torch.dtype) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flamingo_kernels.ops import MediaSpans
 from flamingo_kernels.ops.media_attention.api import _MediaCrossAttention
+from flamingo_kernels.ops.spans import MediaPlan
 from tests.budgets import assert_within_budget, attention_terms
 from tests.cases import MediaCase, media_case
 from tests.ops.test_media_attention import NAMES, exact, gradients, plain_pytorch
@@ -29,9 +30,9 @@ SHAPES = [
 @pytest.fixture
 def implementation(monkeypatch: pytest.MonkeyPatch):
     """The launchers, with chunks so short that a few tokens need partial sums."""
-    from flamingo_kernels.ops.media_attention import impl_triton
+    from flamingo_kernels.ops.media_attention import contract, impl_triton
 
-    monkeypatch.setattr(impl_triton, "SHORTEST_CHUNK", 16)
+    monkeypatch.setattr(contract, "SHORTEST_CHUNK", 16)
     monkeypatch.setattr(impl_triton, "LONGEST_CHUNK", 16)
     return impl_triton
 
@@ -51,7 +52,16 @@ def run(case: MediaCase) -> Tensor:
     spans = case.spans
     scale = case.q.shape[-1] ** -0.5
     return _MediaCrossAttention.apply(
-        case.q, case.k, case.v, spans.first, spans.last, gate, scale, spans.single_item, "triton"
+        spans.plan and spans.plan.table,
+        case.q,
+        case.k,
+        case.v,
+        spans.first,
+        spans.last,
+        gate,
+        scale,
+        spans.single_item,
+        "triton",
     )
 
 
@@ -187,17 +197,35 @@ def test_chunks_cover_each_token_once(implementation, device: str, dtype: torch.
     tokens, media, chunk = 70, 4, 16
     index = torch.tensor([-1] * 5 + [0] * 40 + [2] * 16 + [3] * 9, dtype=torch.int32)
     spans = MediaSpans.from_media_index(index[None].to(device))
-    slots = media + 2 * -(-tokens // chunk) + 1
-    segments, chunks, places = implementation._plan(
-        spans.first, spans.last, media, chunk, slots, 2 * tokens // chunk
-    )
-    assert segments[0].tolist() == [[5, 45], [70, 0], [45, 61], [61, 70], [0, 5]]
-    used = [entry for entry in chunks[0].tolist() if entry[0] >= 0]
+    assert implementation.chunking(1, tokens, media, 1)[0] == chunk
+    plan = implementation.plan(spans.first, spans.last, media, 1, True)[0].tolist()
+    items, chunks = plan[: media + 1], plan[media + 1 :]
+    assert [item[:2] for item in items] == [[5, 45], [70, 0], [45, 61], [61, 70], [0, 5]]
+    assert items[0][2:] == [0, 3] and [item[3] for item in items] == [3, 0, 0, 0, 0]
+    used = [entry for entry in chunks if entry[0] >= 0]
     assert used == [
         [0, 5, 21, 0], [0, 21, 37, 1], [0, 37, 45, 2], [1, 70, 0, -1], [2, 45, 61, -1],
         [3, 61, 70, -1], [4, 0, 5, -1],
     ]  # fmt: skip
-    assert places[0].tolist()[0] == [0, 3] and [n for _, n in places[0].tolist()] == [3, 0, 0, 0]
+
+
+@pytest.mark.parametrize(("device", "dtype"), ONE_TARGET)
+@pytest.mark.parametrize("attend", ["last", "previous"])
+def test_a_shared_plan_gives_the_same_bits(
+    implementation, monkeypatch: pytest.MonkeyPatch, attend: str, device: str, dtype: torch.dtype
+) -> None:
+    """Also where it is larger than this kernel's blocks: 70 media slots."""
+    case = on(device, media_case(dtype, tokens=90, media=70, attend=attend)).require_grad()
+    media, kv_heads = case.k.shape[1], case.k.shape[3]
+    seed = torch.randn(case.q.shape).to(device)
+    alone = gradients(run(case), case, seed)
+    table = implementation.plan(
+        case.spans.first, case.spans.last, media, kv_heads, case.spans.single_item
+    )
+    case.spans = replace(case.spans, plan=MediaPlan(table, media, kv_heads))
+    monkeypatch.delattr(implementation, "plan")  # nothing is derived again
+    shared = gradients(run(case), case, seed)
+    assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
 @pytest.mark.skipif(HAS_GPU, reason="one is enough, without 4 GiB of GPU memory")
@@ -213,11 +241,6 @@ def test_offsets_past_32_bits() -> None:
     seed = torch.randn(case.q.shape)
     pairs = (gradients(run(c.require_grad()), c, seed) for c in (case, spread))
     assert all(torch.equal(a, b) for a, b in zip(*pairs, strict=True))
-
-
-def test_head_dim_over_the_limit() -> None:
-    with pytest.raises(ValueError, match=r"head dims up to 128, got 130; kernel=\"torch\""):
-        run(media_case(torch.float32, head_dim=130))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=gpu)])

@@ -23,7 +23,6 @@ from flamingo_kernels._triton.launch import (
     padded,
     padded_head_dim,
     reduce_partials,
-    require_head_dim,
     strides,
     triton_accumulator,
     unit_last_stride,
@@ -151,7 +150,6 @@ def _blocks(arguments: dict[str, Any]) -> int:
 
 
 def _config(kernel: str, q: Tensor) -> LaunchConfig:
-    require_head_dim("latent_attention", q)
     return configs.lookup(kernel, padded_head_dim(q), q.element_size(), architecture(q))
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.media_attention import contract, impl_torch
-from flamingo_kernels.ops.spans import MediaSpans
+from flamingo_kernels.ops.spans import MediaPlan, MediaSpans
+
+# Kernels whose backward works from a plan.
+_PLANNING = ("triton",)
 
 
 def media_cross_attention(
@@ -69,15 +74,53 @@ def media_cross_attention(
     arguments = (q, k, v, spans.first, spans.last, gate, scale, spans.single_item, chosen)
     if not dispatch.needs_grad(q, k, v, gate):
         return contract.forward(*arguments)
-    return _MediaCrossAttention.apply(*arguments)
+    plan = spans.plan.table if spans.plan is not None and chosen in _PLANNING else None
+    return _MediaCrossAttention.apply(plan, *arguments)
+
+
+def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> MediaSpans:
+    """``spans`` with what the backward of every layer would else derive from them once more.
+
+    Call it once per forward, with the keys of any one layer, and give the result to all of them.
+    It changes no result, and is ``spans`` itself where gradients are disabled or the kernel needs
+    no plan.
+
+    Parameters
+    ----------
+    spans : MediaSpans
+        Ranges [B, T].
+    k : Tensor
+        [B, I, R, Hkv, D], as in :func:`media_cross_attention`.
+    kernel : {"auto", "triton", "cpp", "torch"}
+        Kernel of the calls to come.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``k`` is not such a tensor, or not on the device of ``spans``.
+    KernelUnavailableError
+        The kernel asked for cannot run such calls; the message lists the reasons.
+    """
+    op = "plan_media_attention"
+    checks.require_rank(op, "k", k, "[B, I, R, Hkv, D]")
+    checks.require_spans(op, spans, k.shape[0], None, "k", k)
+    if not torch.is_grad_enabled():
+        return spans
+    chosen = dispatch.choose_for("media_cross_attention", kernel, k, head_dim=k.shape[-1])
+    if chosen not in _PLANNING:
+        return spans
+    media, kv_heads = k.shape[1], k.shape[3]
+    table = contract.plan(spans.first, spans.last, media, kv_heads, spans.single_item, chosen)
+    return replace(spans, plan=MediaPlan(table, media, kv_heads))
 
 
 class _MediaCrossAttention(torch.autograd.Function):
-    """Saves its inputs only: the backward recomputes the softmax."""
+    """Saves its inputs only, the plan among them: the backward recomputes the softmax."""
 
     @staticmethod
     def forward(
         ctx,
+        plan: Tensor | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -88,7 +131,7 @@ class _MediaCrossAttention(torch.autograd.Function):
         single_item: bool,
         kernel: str,
     ) -> Tensor:
-        ctx.save_for_backward(q, k, v, first, last, gate)
+        ctx.save_for_backward(plan, q, k, v, first, last, gate)
         ctx.options = (scale, single_item, kernel)
         return contract.forward(q, k, v, first, last, gate, scale, single_item, kernel)
 
@@ -97,4 +140,4 @@ class _MediaCrossAttention(torch.autograd.Function):
         saved = ctx.saved_tensors
         d_q, d_k, d_v, d_gate = contract.backward(d_out, *saved, *ctx.options)
         d_gate = None if saved[-1] is None else d_gate
-        return d_q, d_k, d_v, None, None, d_gate, None, None, None
+        return None, d_q, d_k, d_v, None, None, d_gate, None, None, None

@@ -12,7 +12,7 @@ def forward(*arguments) -> Tensor:
     return attention.media_attention_forward(*inputs)
 
 
-def backward(d_out: Tensor, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(d_out: Tensor, _plan: None, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *inputs, _single_item = arguments
     return attention.media_attention_backward(_unit_stride(d_out), *inputs)
 

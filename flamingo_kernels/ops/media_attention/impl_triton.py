@@ -23,7 +23,6 @@ from flamingo_kernels._triton.launch import (
     padded,
     padded_head_dim,
     reduce_partials,
-    require_head_dim,
     strides,
     triton_accumulator,
     unit_last_stride,
@@ -34,13 +33,13 @@ from flamingo_kernels._triton.media_backward_general import (
     media_rows_backward_kernel,
 )
 from flamingo_kernels._triton.media_forward import media_forward_kernel
-from flamingo_kernels._triton.plan import media_plan_kernel
+from flamingo_kernels._triton.plan import media_chunks_kernel, media_segments_kernel
 from flamingo_kernels._triton.reduce import sum_media_partials_kernel
+from flamingo_kernels.ops.media_attention import contract
 
 # Tokens of a chunk. A chunk's partial dK and dV cost 16 * R * D bytes, its rows 6 * tokens * D in
 # 16 bits: 17 % more at 1024 tokens. Shorter ones pay only where they make more programs.
 LONGEST_CHUNK = 1024
-SHORTEST_CHUNK = 128
 # Latents of an item that one tile may hold.
 MOST_KEYS = 128
 
@@ -77,6 +76,7 @@ def forward(
 
 def backward(
     d_out: Tensor,
+    plan_table: Tensor | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -90,7 +90,9 @@ def backward(
     d_out, q, k, v = (unit_last_stride(tensor) for tensor in (d_out, q, k, v))
     in_one_tile = single_item and k.shape[2] <= MOST_KEYS
     one_pass = in_one_tile and _config("media_backward", q, k.shape[2]) is not None
-    inputs = (d_out, q, k, v, first, last, gate, scale)
+    if plan_table is None:
+        plan_table = plan(first, last, k.shape[1], k.shape[3], single_item)
+    inputs = (plan_table, d_out, q, k, v, first, last, gate, scale)
     d_q, d_k, d_v, d_tanh = (_backward_one_pass if one_pass else _backward_general)(*inputs)
     if gate is None:
         return d_q, d_k, d_v, q.new_empty(0)
@@ -98,6 +100,7 @@ def backward(
 
 
 def _backward_one_pass(
+    plan_table: Tensor,
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -111,14 +114,7 @@ def _backward_one_pass(
     arguments = _arguments(config, q, k, v, first, last, gate, scale)
     batch, tokens, media = q.shape[0], q.shape[1], k.shape[1]
     latents, kv_heads, head_dim = k.shape[2:]
-    chunk = chunk_tokens(batch, tokens, kv_heads)
-    # Bounds for increasing ranges, whose segments are disjoint: one chunk per item and per chunk
-    # length, as many again for tokens that see nothing; only segments of several chunks, so longer
-    # than one, have partial sums.
-    slots = media + 2 * -(-tokens // chunk) + 1
-    places = 0 if tokens <= chunk else min(2 * tokens // chunk, -(-tokens // chunk) + media)
-    _, chunks, items = _plan(first, last, media, chunk, slots, places)
-
+    _, slots, places = chunking(batch, tokens, media, kv_heads)
     sums = {"dtype": accumulator(q.dtype), "device": q.device}
     partials = torch.empty((2, batch, places, kv_heads, latents, head_dim), **sums)
     d_q, d_k, d_v = _gradients(q, k, v)
@@ -130,12 +126,13 @@ def _backward_one_pass(
         **arguments,
         d_out=d_out,
         **strides("g", d_out, "bth"),
-        chunks=chunks,
+        plan=plan_table,
         d_q=d_q,
         d_k=d_k,
         d_v=d_v,
         partials=partials,
         d_tanh=d_tanh,
+        ENTRIES=plan_table.shape[1],
         SLOTS=slots,
         PARTIALS=places,
         stride_partial=partials.stride(0),
@@ -146,11 +143,12 @@ def _backward_one_pass(
             sum_media_partials_kernel,
             (batch * media * kv_heads, -(-latents * head_dim // block)),
             configs.POINTWISE,
-            places=items,
+            plan=plan_table,
             partials=partials,
             d_k=d_k,
             d_v=d_v,
             ITEMS=media,
+            ENTRIES=plan_table.shape[1],
             PARTIALS=places,
             KV_HEADS=kv_heads,
             stride_partial=partials.stride(0),
@@ -162,6 +160,7 @@ def _backward_one_pass(
 
 
 def _backward_general(
+    plan_table: Tensor,
     d_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -202,18 +201,18 @@ def _backward_general(
     splits = max(1, min(TARGET_PROGRAMS // max(programs, 1), -(-rows // longest_split)))
     final = splits == 1
     into_k, into_v = (d_k, d_v) if final else torch.empty((2, splits, *d_k.shape), **sums)
-    segments, _, _ = _plan(first, last, media)
     launch(
         media_keys_backward_kernel,
         (programs * splits,),
         config,
         **arguments,
         **of_output,
-        segments=segments,
+        plan=plan_table,
         log2_sum=log2_sum,
         delta=delta,
         d_k=into_k,
         d_v=into_v,
+        ENTRIES=plan_table.shape[1],
         SPLITS=splits,
         stride_split=d_k.numel(),
     )
@@ -223,43 +222,55 @@ def _backward_general(
     return d_q, d_k, d_v, d_tanh
 
 
-def chunk_tokens(batch: int, tokens: int, kv_heads: int) -> int:
-    """Tokens of a chunk: few partial sums in large batches, many programs in small ones."""
-    wanted = max(1, batch * kv_heads * tokens // TARGET_PROGRAMS)
-    power = 1 << (wanted.bit_length() - 1)
-    return min(max(power, SHORTEST_CHUNK), LONGEST_CHUNK)
-
-
-def _plan(
-    first: Tensor, last: Tensor, media: int, chunk: int = 1, slots: int = 0, places: int = 0
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Segments [B, I + 1, 2], chunks [B, slots, 4] and places of partial sums [B, I, 2], int32."""
+def plan(first: Tensor, last: Tensor, media: int, kv_heads: int, single_item: bool) -> Tensor:
+    """Segments, and for ranges of single items chunks: the table of ``_triton/plan.py``."""
     batch, tokens = first.shape
-    segments, chunks, items = (
-        first.new_empty(batch, count, width)
-        for count, width in ((media + 1, 2), (slots, 4), (media, 2))
-    )
+    entries = contract.plan_entries(media, tokens, single_item)
+    table = first.new_empty((batch, entries, 4))
+    config = configs.PLAN
+    shared = {
+        "plan": table,
+        "T": tokens,
+        "ITEMS": media,
+        "ENTRIES": entries,
+        "BLOCK_I": config.keys,
+    }
     launch(
-        media_plan_kernel,
-        (batch,),
-        configs.PLAN,
+        media_segments_kernel,
+        (batch * -(-(media + 1) // config.keys),),
+        config,
         first=first,
         last=last,
-        segments=segments,
-        chunks=chunks,
-        partials=items,
-        T=tokens,
-        ITEMS=media,
-        CHUNK=chunk,
-        SLOTS=slots,
-        PARTIALS=places,
+        **shared,
         **strides("f", first, "bt"),
         **strides("l", last, "bt"),
-        HAS_CHUNKS=slots > 0,
-        BLOCK_T=configs.PLAN.rows,
-        BLOCK_I=configs.PLAN.keys,
+        BLOCK_T=config.rows,
     )
-    return segments, chunks, items
+    if single_item:
+        chunk, slots, places = chunking(batch, tokens, media, kv_heads)
+        launch(
+            media_chunks_kernel,
+            (batch,),
+            config,
+            **shared,
+            CHUNK=chunk,
+            SLOTS=slots,
+            PARTIALS=places,
+        )
+    return table
+
+
+def chunking(batch: int, tokens: int, media: int, kv_heads: int) -> tuple[int, int, int]:
+    """Tokens of a chunk, and how many chunks and partial sums a row of the batch has at most.
+
+    Few partial sums in large batches, many programs in small ones; from shapes alone.
+    """
+    wanted = max(1, batch * kv_heads * tokens // TARGET_PROGRAMS)
+    power = 1 << (wanted.bit_length() - 1)
+    chunk = min(max(power, contract.SHORTEST_CHUNK), LONGEST_CHUNK)
+    # Only segments of several chunks, so longer than one, have partial sums.
+    places = 0 if tokens <= chunk else min(2 * tokens // chunk, -(-tokens // chunk) + media)
+    return chunk, contract.chunk_slots(media, tokens, chunk), places
 
 
 def _gradients(*tensors: Tensor) -> list[Tensor]:
@@ -267,7 +278,6 @@ def _gradients(*tensors: Tensor) -> list[Tensor]:
 
 
 def _config(kernel: str, q: Tensor, latents: int = 64) -> LaunchConfig | None:
-    require_head_dim("media_cross_attention", q)
     return configs.lookup(
         kernel, padded_head_dim(q), q.element_size(), architecture(q), padded(latents)
     )

@@ -3,8 +3,17 @@
 from flamingo_kernels.ops.pointwise.api import (
     ACTIVATIONS,
     gated_activation,
+    gated_activation_linear,
     gated_residual,
     layer_norm,
+    layer_norm_linear,
 )
 
-__all__ = ["ACTIVATIONS", "gated_activation", "gated_residual", "layer_norm"]
+__all__ = [
+    "ACTIVATIONS",
+    "gated_activation",
+    "gated_activation_linear",
+    "gated_residual",
+    "layer_norm",
+    "layer_norm_linear",
+]

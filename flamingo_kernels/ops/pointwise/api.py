@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from flamingo_kernels._cpp.pointwise import row_strides
@@ -80,19 +81,64 @@ def gated_activation(
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
-    op = "gated_activation"
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
-    _require_channels(op, x)
-    if gate is not None:
-        checks.require_gate(op, gate, x, (1,))
-    chosen = dispatch.choose_for(op, kernel, x, gate, plain=_has_simple_rows)
+    chosen = _choose_activation("gated_activation", x, gate, activation, kernel)
     if chosen == "torch":
         return impl_torch.gated_activation(x, gate, activation)
     gate = _accumulated(gate, x)
     if not dispatch.needs_grad(x, gate):
         return contract.gated_activation_forward(x, gate, activation, chosen)
     return _GatedActivation.apply(x, gate, activation, chosen)
+
+
+def gated_activation_linear(
+    x: Tensor,
+    projection: Tensor,
+    gate: Tensor | None = None,
+    activation: str = "gelu",
+    kernel: str = "auto",
+) -> Tensor:
+    """``F.linear(gated_activation(x, gate, activation), projection)``, keeping less.
+
+    Between forward and backward it holds ``x`` but not the activated values, which the backward
+    computes again; with ``kernel="torch"`` it holds both.
+
+    Parameters
+    ----------
+    x, gate, activation, kernel
+        As for :func:`gated_activation`.
+    projection : Tensor
+        Floating point [C', C].
+
+    Returns
+    -------
+    Tensor
+        [..., C'].
+
+    Raises
+    ------
+    TypeError, ValueError, KernelUnavailableError
+        The message names the offending values.
+    """
+    op = "gated_activation_linear"
+    chosen = _choose_activation(op, x, gate, activation, kernel)
+    _require_projection(op, projection, x)
+    if chosen == "torch":
+        return F.linear(impl_torch.gated_activation(x, gate, activation), projection)
+    gate = _accumulated(gate, x)
+    if not dispatch.needs_grad(x, gate, projection):
+        return F.linear(contract.gated_activation_forward(x, gate, activation, chosen), projection)
+    return _GatedActivationLinear.apply(x, gate, projection, activation, chosen)
+
+
+def _choose_activation(
+    op: str, x: Tensor, gate: Tensor | None, activation: str, kernel: str
+) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+    _require_channels(op, x)
+    if gate is not None:
+        checks.require_gate(op, gate, x, (1,))
+    return dispatch.choose_for("gated_activation", kernel, x, gate, plain=_has_simple_rows)
 
 
 def layer_norm(
@@ -125,7 +171,57 @@ def layer_norm(
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
-    op = "layer_norm"
+    chosen = _choose_layer_norm("layer_norm", x, weight, bias, eps, kernel)
+    if chosen == "torch":
+        return impl_torch.layer_norm(x, weight, bias, eps)
+    if not dispatch.needs_grad(x, weight, bias):
+        return contract.layer_norm_forward(x, weight, bias, eps, chosen)[0]
+    return _LayerNorm.apply(x, weight, bias, eps, chosen)
+
+
+def layer_norm_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    projection: Tensor,
+    eps: float = 1e-5,
+    kernel: str = "auto",
+) -> Tensor:
+    """``F.linear(layer_norm(x, weight, bias, eps), projection)``, keeping less.
+
+    Between forward and backward it holds ``x`` but not the normalised values, which the backward
+    computes again; with ``kernel="torch"`` it holds both.
+
+    Parameters
+    ----------
+    x, weight, bias, eps, kernel
+        As for :func:`layer_norm`.
+    projection : Tensor
+        Floating point [C', C].
+
+    Returns
+    -------
+    Tensor
+        [..., C'].
+
+    Raises
+    ------
+    TypeError, ValueError, KernelUnavailableError
+        The message names the offending values.
+    """
+    op = "layer_norm_linear"
+    chosen = _choose_layer_norm(op, x, weight, bias, eps, kernel)
+    _require_projection(op, projection, x)
+    if chosen == "torch":
+        return F.linear(impl_torch.layer_norm(x, weight, bias, eps), projection)
+    if not dispatch.needs_grad(x, weight, bias, projection):
+        return F.linear(contract.layer_norm_forward(x, weight, bias, eps, chosen)[0], projection)
+    return _LayerNormLinear.apply(x, weight, bias, projection, eps, chosen)
+
+
+def _choose_layer_norm(
+    op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kernel: str
+) -> str:
     _require_channels(op, x)
     if not eps >= 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
@@ -137,12 +233,17 @@ def layer_norm(
             raise ValueError(
                 f"{op}: {name} has shape {tuple(parameter.shape)}, x has {x.shape[-1]} channels"
             )
-    chosen = dispatch.choose_for(op, kernel, x, weight, bias, plain=_has_simple_rows)
-    if chosen == "torch":
-        return impl_torch.layer_norm(x, weight, bias, eps)
-    if not dispatch.needs_grad(x, weight, bias):
-        return contract.layer_norm_forward(x, weight, bias, eps, chosen)[0]
-    return _LayerNorm.apply(x, weight, bias, eps, chosen)
+    return dispatch.choose_for(
+        "layer_norm", kernel, x, weight, bias, channels=x.shape[-1], plain=_has_simple_rows
+    )
+
+
+def _require_projection(op: str, projection: Tensor, x: Tensor) -> None:
+    checks.require_parameter(op, "projection", projection, x)
+    if projection.ndim != 2 or projection.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: projection has shape {tuple(projection.shape)}, x has {x.shape[-1]} channels"
+        )
 
 
 def _require_channels(op: str, x: Tensor) -> None:
@@ -210,3 +311,66 @@ class _LayerNorm(torch.autograd.Function):
             None,
             None,
         )
+
+
+class _GatedActivationLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, gate: Tensor | None, projection: Tensor, activation: str, kernel: str
+    ) -> Tensor:
+        ctx.save_for_backward(x, gate, projection)
+        ctx.options = (activation, kernel)
+        activated = contract.gated_activation_forward(x, gate, activation, kernel)
+        return F.linear(activated, projection)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, gate, projection = ctx.saved_tensors
+        d_x = d_gate = d_projection = None
+        if ctx.needs_input_grad[2]:
+            activated = contract.gated_activation_forward(x, gate, *ctx.options)
+            d_projection = _projection_gradient(d_out, activated)
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[1]:
+            d_activated = (d_out @ projection.to(d_out.dtype)).to(x.dtype)
+            d_x, d_gate = contract.gated_activation_backward(d_activated, x, gate, *ctx.options)
+        return d_x, None if gate is None else d_gate, d_projection, None, None
+
+
+class _LayerNormLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        projection: Tensor,
+        eps: float,
+        kernel: str,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, projection)
+        ctx.options = (eps, kernel)
+        return F.linear(contract.layer_norm_forward(x, weight, bias, eps, kernel)[0], projection)
+
+    @staticmethod
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, projection = ctx.saved_tensors
+        eps, kernel = ctx.options
+        normed, mean, rstd = contract.layer_norm_forward(x, weight, bias, eps, kernel)
+        d_projection = _projection_gradient(d_out, normed) if ctx.needs_input_grad[3] else None
+        d_normed = (d_out @ projection.to(d_out.dtype)).to(x.dtype)
+        d_x, d_weight, d_bias = contract.layer_norm_backward(
+            d_normed, x, weight, mean, rstd, bias is not None, kernel
+        )
+        return (
+            d_x,
+            None if weight is None else d_weight,
+            None if bias is None else d_bias,
+            d_projection,
+            None,
+            None,
+        )
+
+
+def _projection_gradient(d_out: Tensor, x: Tensor) -> Tensor:
+    """Of ``F.linear(x, projection)``; autocast may have run it in another dtype than that of x."""
+    return d_out.reshape(-1, d_out.shape[-1]).t() @ x.reshape(-1, x.shape[-1]).to(d_out.dtype)

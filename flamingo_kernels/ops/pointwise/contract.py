@@ -6,6 +6,7 @@ its gradient has no element.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,7 @@ def _input_and_gate(d_out: Tensor, x: Tensor, gate: Tensor | None, *_) -> tuple[
 
 
 def _layer_norm_shapes(x: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])  # Size.numel() would fix symbolic sizes to their values
     mean = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flamingo_kernels._triton import MAX_CHANNELS, configs
+from flamingo_kernels._triton import configs
 from flamingo_kernels._triton.launch import (
     accumulator,
     gate_gradient,
@@ -107,7 +107,7 @@ def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Result, and mean and 1 / deviation of each row in the accumulation dtype."""
-    channels = _channels(x)
+    channels = x.shape[-1]
     x = x.contiguous()
     rows = x.numel() // max(channels, 1)
     out = torch.empty_like(x)
@@ -138,7 +138,7 @@ def layer_norm_backward(
     d_out: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias; no element where there is no weight or no bias."""
-    channels = _channels(x)
+    channels = x.shape[-1]
     d_out, x = d_out.contiguous(), x.contiguous()
     config = configs.layer_norm(padded(channels))
     blocks = -(-mean.numel() // config.rows)
@@ -200,12 +200,3 @@ def _walk(x: Tensor, gate: Tensor | None) -> tuple[tuple[int, int], dict[str, An
 
 def _dense(parameter: Tensor | None) -> Tensor | None:
     return None if parameter is None else parameter.contiguous()
-
-
-def _channels(x: Tensor) -> int:
-    if x.shape[-1] > MAX_CHANNELS:
-        raise ValueError(
-            f"layer_norm: the Triton kernel takes up to {MAX_CHANNELS} channels, got "
-            f'{x.shape[-1]}; kernel="torch" takes any'
-        )
-    return x.shape[-1]
