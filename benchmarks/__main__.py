@@ -1,4 +1,4 @@
-"""``python -m benchmarks run | report | compare``."""
+"""``python -m benchmarks run | report | publish | compare``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--results", type=Path, nargs="+", help="files or folders of .jsonl")
     report.add_argument("--output", type=Path, default=Path("build/benchmarks"))
 
+    commands.add_parser("publish", help="the newest reports beside their results, and the README")
+
     compare = commands.add_parser("compare", help="this tree against another git revision")
     compare.add_argument("ref", metavar="REF")
     compare.add_argument("--device", choices=("cpu", "cuda"))
@@ -60,6 +62,12 @@ def main(arguments: list[str] | None = None) -> int:
             from benchmarks import report
 
             for page in report.write(options.results, options.output):
+                print(page)
+            return 0
+        if options.command == "publish":
+            from benchmarks import report, results
+
+            for page in report.publish(results.ROOT / "README.md"):
                 print(page)
             return 0
         if options.command == "compare":

@@ -35,6 +35,27 @@ def test_report_has_tables_plots_and_a_page(tmp_path: Path) -> None:
         assert f"{wanted}.svg" in markdown
 
 
+def test_publish_fills_the_readme_between_its_markers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    records = fixture_records(slower=0.5)
+    write_lines(tmp_path / "results" / records[0]["device"] / "a.jsonl", records)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for _ in range(2):  # the second time over the first
+        report.publish(readme)
+        text = readme.read_text()
+        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+        assert "| media_cross_attention | forward | " in text and "| 0.50 |" in text
+        for target in re.findall(r"\]\((.+?)\)", text):
+            assert (tmp_path / target).is_file(), target
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match="once each"):
+        report.publish(readme)
+
+
 def test_losses_are_shown_like_wins() -> None:
     (table,) = (
         tables.ratio_table(fixture_records(slower=0.5), "media_cross_attention", phase)
