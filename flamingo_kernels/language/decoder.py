@@ -50,6 +50,10 @@ class DecoderCache:
         """Rows held; None before the first token."""
         return self._blocks[-1][0].shape[0] if self.length else None
 
+    def get_seq_length(self) -> int:
+        """`length`, by transformers' name."""
+        return self.length
+
     def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put `key` and `value` [B, H, T, D] after the held ones and return all of them."""
         held = self._blocks[block] if self.length else None

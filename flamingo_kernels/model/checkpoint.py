@@ -58,6 +58,7 @@ def load(
     given = {"vision_encoder": vision_encoder, "language_model": language_model}
     for part, module in given.items():
         stored = any(name.startswith(f"{part}.") for name in tensors)
+        stored |= part == "vision_encoder" and config.vision.kind == "features"
         if not stored and module is None:
             raise ValueError(
                 f"{file} holds no {part}; pass {part}=, the one that the checkpoint was trained "

@@ -9,13 +9,26 @@ from typing import Any
 
 from flamingo_kernels.fields import check_positive, check_types
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
-from flamingo_kernels.language.config import DecoderConfig, HuggingFaceLanguageConfig
+from flamingo_kernels.language.config import (
+    DecoderConfig,
+    HuggingFaceLanguageConfig,
+    LanguageConfig,
+)
 from flamingo_kernels.nn.cross_attention import GATES
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
 from flamingo_kernels.ops.spans import ATTEND_MODES
-from flamingo_kernels.vision.config import NFNET_VARIANTS, HuggingFaceVisionConfig, NFNetConfig
+from flamingo_kernels.vision.config import (
+    NFNET_VARIANTS,
+    FeaturesConfig,
+    HuggingFaceVisionConfig,
+    ModuleVisionConfig,
+    NFNetConfig,
+    VisionConfig,
+)
 
-VISION_CONFIGS = {c.kind: c for c in (NFNetConfig, HuggingFaceVisionConfig)}
+VISION_CONFIGS = {
+    c.kind: c for c in (NFNetConfig, HuggingFaceVisionConfig, ModuleVisionConfig, FeaturesConfig)
+}
 LANGUAGE_CONFIGS = {c.kind: c for c in (DecoderConfig, HuggingFaceLanguageConfig)}
 
 
@@ -77,8 +90,8 @@ class FlamingoConfig:
     """
 
     name: str
-    vision: NFNetConfig | HuggingFaceVisionConfig
-    language: DecoderConfig | HuggingFaceLanguageConfig
+    vision: VisionConfig
+    language: LanguageConfig
     resampler: ResamplerConfig
     cross_attention: CrossAttentionConfig
     image_token_id: int

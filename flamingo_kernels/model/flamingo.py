@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from flamingo_kernels.language import build_language_model
-from flamingo_kernels.model import checkpoint, generation
+from flamingo_kernels.language import build_language_model, checkpoint_blocks
+from flamingo_kernels.model import backbones, checkpoint, generation
 from flamingo_kernels.model.cache import FlamingoCache, append_media
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
@@ -109,9 +111,93 @@ class FlamingoModel(nn.Module):
             )
             for _ in config.cross_attention_blocks
         )
+        self._use_reentrant: bool | None = None  # None: no activation checkpointing
+        self._unfrozen = [
+            p for part in self._frozen_modules() for p in part.parameters() if p.requires_grad
+        ]
         for part in self._frozen_modules():
             part.requires_grad_(False)
         self.train(self.training)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision_encoder: nn.Module | int,
+        language_model: nn.Module,
+        config: FlamingoConfig | None = None,
+        kernel: str = "auto",
+    ) -> FlamingoModel:
+        """A model around a vision encoder and a language model that exist; neither is copied.
+
+        Parameters
+        ----------
+        vision_encoder : nn.Module or int
+            A transformers vision model (CLIP, SigLIP, ...), any module [N, 3, H, W] -> [N, S, D],
+            or a ``vision.VisionEncoder``. An int is the number of channels D of features that take
+            the place of pixels in every call.
+        language_model : nn.Module
+            A transformers causal language model, or a ``language.LanguageModel``. Its blocks are
+            found by structure; hooks on them are all that is added, and :meth:`unwrap` removes it.
+        config : FlamingoConfig, optional
+            Default: the paper's architecture, one cross-attention layer before every block, with
+            the token ids that ``language.add_media_tokens`` has put into the language model's
+            configuration.
+        kernel : {"auto", "triton", "cpp", "torch"}
+            As in the constructor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A model that cannot be wrapped, with the reason, or a config of other sizes.
+        """
+        vision_encoder = backbones.wrap_vision_encoder(vision_encoder)
+        language_model = backbones.wrap_language_model(language_model)
+        if config is None:
+            config = backbones.config_of(vision_encoder, language_model)
+        model = cls(config, kernel, vision_encoder=vision_encoder, language_model=language_model)
+        # Next to the frozen parts, whose dtype may be narrower than is good for training.
+        device = next(language_model.parameters()).device
+        for part in (model.perceiver, model.gated_cross_attn_layers):
+            part.to(device)
+        return model
+
+    def unwrap(self) -> tuple[nn.Module, nn.Module]:
+        """The vision encoder and language model as they were given, bit for bit.
+
+        Hooks are removed and ``requires_grad`` is restored; this model cannot run any more.
+        """
+        self.gradient_checkpointing_disable()
+        for parameter in self._unfrozen:
+            parameter.requires_grad_(True)
+        language_model = self.language_model
+        if hasattr(language_model, "unwrap"):
+            language_model = language_model.unwrap()
+        return getattr(self.vision_encoder, "module", self.vision_encoder), language_model
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Keep the input of each cross-attention layer and LM block only, and compute again.
+
+        Gradients stay the same. Named and called as in transformers;
+        ``gradient_checkpointing_kwargs`` may hold ``use_reentrant`` (default False).
+
+        Raises
+        ------
+        ValueError
+            Any other option.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        use_reentrant = bool(options.pop("use_reentrant", False))
+        if options:
+            raise ValueError(f"unknown checkpointing options {sorted(options)}; use_reentrant only")
+        self._use_reentrant = use_reentrant
+        checkpoint_blocks(self.language_model.blocks, use_reentrant)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo :meth:`gradient_checkpointing_enable`."""
+        self._use_reentrant = None
+        checkpoint_blocks(self.language_model.blocks, None)
 
     def _frozen_modules(self) -> tuple[nn.Module, ...]:
         return tuple(getattr(self, name) for name in FROZEN_PARTS)
@@ -124,11 +210,15 @@ class FlamingoModel(nn.Module):
         return self
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything outside the frozen vision encoder and language model."""
+        """Name -> parameter of everything outside the frozen vision encoder and language model.
+
+        With those of the frozen parts that were given ``requires_grad`` afterwards, such as the
+        embeddings of new tokens.
+        """
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if name.split(".", 1)[0] not in FROZEN_PARTS
+            if name.split(".", 1)[0] not in FROZEN_PARTS or parameter.requires_grad
         }
 
     def forward(
@@ -152,6 +242,7 @@ class FlamingoModel(nn.Module):
             int64 [B, T]; one ``<image>`` token (``config.image_token_id``) per image.
         pixel_values : Tensor, optional
             Normalised images [B, I, F, C, H, W]; F = 1 for images. None: no image in the batch.
+            Or features [B, I, F, S, D] that the vision encoder gave, or would give.
         attention_mask : Tensor, optional
             [B, T], nonzero at real tokens; padding on either side. With a cache it covers the
             cached tokens as well.
@@ -278,16 +369,30 @@ class FlamingoModel(nn.Module):
         return latents.index_put((rows, slots), packed)
 
     def _encode_frames(self, inputs: MediaInputs) -> Tensor:
-        """Features [B, I, F, S, D] of the frozen encoder, zero for frames that are padding."""
+        """Features [B, I, F, S, D] of the frozen encoder, zero for frames that are padding.
+
+        In the resampler's dtype; the encoder's may be another.
+        """
         pixels = inputs.pixel_values
-        weight = next(self.vision_encoder.parameters(), self.perceiver.latents)
+        latents = self.perceiver.latents
+        weight = next(self.vision_encoder.parameters(), latents)
         real = inputs.real_frames()
+        if pixels.ndim == 5:
+            if pixels.shape[-1] != self.config.vision.output_dim:
+                raise ValueError(
+                    f"features must have {self.config.vision.output_dim} channels, got shape "
+                    f"{tuple(pixels.shape)}"
+                )
+            features = pixels.to(latents.dtype)
+            if real is None:
+                return features
+            return features.masked_fill(~real.to(pixels.device)[..., None, None], 0)
         with torch.no_grad():
             if real is None:
                 features = self.vision_encoder(pixels.flatten(0, 2).to(weight.dtype))
-                return features.unflatten(0, pixels.shape[:3])
+                return features.unflatten(0, pixels.shape[:3]).to(latents.dtype)
             index = tuple(i.to(pixels.device) for i in real.nonzero(as_tuple=True))
-            features = self.vision_encoder(pixels[index].to(weight.dtype))
+            features = self.vision_encoder(pixels[index].to(weight.dtype)).to(latents.dtype)
             padded = features.new_zeros(*pixels.shape[:3], *features.shape[1:])
             return padded.index_put(index, features)
 
@@ -306,7 +411,17 @@ class FlamingoModel(nn.Module):
             if block not in layers:
                 return hidden
             layer, kv = layers[block]
-            return layer(hidden, spans=spans, media_kv=kv)
+            dtype = layer.attn.to_q.weight.dtype  # the frozen model's may be narrower
+            if self._use_reentrant is None or not torch.is_grad_enabled():
+                return run(hidden.to(dtype), *kv, layer).to(hidden.dtype)
+            # Arguments, not captured: the re-entrant mode needs all that gradients flow to.
+            out = run_checkpointed(
+                run, hidden.to(dtype), *kv, layer, use_reentrant=self._use_reentrant
+            )
+            return out.to(hidden.dtype)
+
+        def run(hidden: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
+            return layer(hidden, spans=spans, media_kv=MediaKeyValue(key, value))
 
         return before_block
 
@@ -332,7 +447,7 @@ class FlamingoModel(nn.Module):
         """Load what :meth:`save_pretrained` wrote.
 
         Tensors keep the dtype they were saved in. A checkpoint of the trainable tensors only needs
-        the frozen parts it was trained with.
+        the frozen parts it was trained with, wrapped or as :meth:`from_backbones` takes them.
 
         Raises
         ------
@@ -340,6 +455,10 @@ class FlamingoModel(nn.Module):
             Missing, corrupt, truncated or foreign checkpoint, or frozen parts that are neither in
             the checkpoint nor given; the message names the file and the tensors.
         """
+        if vision_encoder is not None:
+            vision_encoder = backbones.wrap_vision_encoder(vision_encoder)
+        if language_model is not None:
+            language_model = backbones.wrap_language_model(language_model)
         return checkpoint.load(
             cls, path, kernel, vision_encoder=vision_encoder, language_model=language_model
         )
