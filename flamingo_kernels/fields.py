@@ -22,6 +22,7 @@ _HOLDS = {
     "int": is_integer,
     "int | None": lambda value: value is None or is_integer(value),
     "float": is_number,
+    "float | None": lambda value: value is None or is_number(value),
     "bool": lambda value: isinstance(value, bool),
     "str": lambda value: isinstance(value, str),
     "dict[str, Any]": lambda value: isinstance(value, dict),

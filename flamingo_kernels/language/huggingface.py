@@ -165,6 +165,10 @@ class HuggingFaceLanguageModel(nn.Module):
     model : the language model; it becomes the submodule `model` and is not otherwise changed
         than by hooks, which `unwrap` removes.
 
+    Attributes
+    ----------
+    blocks_name : where in `model` its blocks are.
+
     Raises
     ------
     ValueError
@@ -177,7 +181,7 @@ class HuggingFaceLanguageModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._blocks_name, blocks = find_blocks(model)
+        self.blocks_name, blocks = find_blocks(model)
         self.model = model
         self.num_blocks = len(blocks)
         # OPT and its like derive positions from the mask; MPT and its like have none.
@@ -249,7 +253,7 @@ class HuggingFaceLanguageModel(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, inside `model`."""
-        return self.model.get_submodule(self._blocks_name)
+        return self.model.get_submodule(self.blocks_name)
 
     def forward(
         self,

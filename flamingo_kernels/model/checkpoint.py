@@ -25,7 +25,10 @@ CONFIG_KEY = "flamingo_kernels.config"
 
 def save(model: FlamingoModel, path: str | PathLike, include_frozen: bool) -> None:
     """Write ``model``; a crash leaves either the old file or the new one."""
-    tensors = model.state_dict() if include_frozen else model.trainable_parameters()
+    tensors = model.state_dict()
+    if not include_frozen:
+        wanted = model.trainable_parameters().keys() | model.saved_frozen
+        tensors = {name: tensor for name, tensor in tensors.items() if name in wanted}
     distinct = {name: tensors[name].detach().contiguous() for name in _owners(tensors)}
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_dict())}
     directory = Path(path)
@@ -98,6 +101,7 @@ def load(
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
+    model.saved_frozen = {name for name in tensors if given.get(name.split(".", 1)[0]) is not None}
     return model
 
 

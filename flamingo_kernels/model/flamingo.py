@@ -92,6 +92,7 @@ class FlamingoModel(nn.Module):
             ff_mult=resampler.ff_mult,
             input_dim=resampler.input_dim,
             activation=resampler.activation,
+            qk_norm=resampler.qk_norm,
             final_norm=resampler.final_norm,
             kernel=kernel,
         )
@@ -103,7 +104,10 @@ class FlamingoModel(nn.Module):
                 heads=cross.heads,
                 ff_mult=cross.ff_mult,
                 attend=cross.attend,
+                ff_dim=cross.ff_dim,
                 media_norm=cross.media_norm,
+                rms_norm_eps=cross.rms_norm_eps,
+                qk_norm=cross.qk_norm,
                 gate=cross.gate,
                 activation=cross.activation,
                 feed_forward_without_media=cross.feed_forward_without_media,
@@ -111,6 +115,9 @@ class FlamingoModel(nn.Module):
             )
             for _ in config.cross_attention_blocks
         )
+        # Tensors of the frozen parts that are not those of the published backbones: a checkpoint
+        # holds them beside the trainable ones.
+        self.saved_frozen: set[str] = set()
         self._use_reentrant: bool | None = None  # None: no activation checkpointing
         self._unfrozen = [
             p for part in self._frozen_modules() for p in part.parameters() if p.requires_grad
@@ -430,8 +437,9 @@ class FlamingoModel(nn.Module):
     def save_pretrained(self, path: str | PathLike, include_frozen: bool = False) -> None:
         """Write ``model.safetensors``, which holds the config too, into the directory ``path``.
 
-        Only trainable tensors are written unless ``include_frozen``. The file is replaced in one
-        step: a crash leaves the old one.
+        Only trainable tensors are written unless ``include_frozen``, and those of the frozen parts
+        that are named in ``saved_frozen`` (embeddings that came with a converted checkpoint). The
+        file is replaced in one step: a crash leaves the old one.
         """
         checkpoint.save(self, path, include_frozen)
 

@@ -274,7 +274,7 @@ class FakeModel(nn.Module):
 @pytest.mark.parametrize("keyword", [None, "hidden_states"])
 def test_hidden_states_by_position_or_keyword(keyword):
     wrapped = HuggingFaceLanguageModel(FakeModel(keyword=keyword))
-    assert wrapped._blocks_name == "layers"  # and not the experts of a block
+    assert wrapped.blocks_name == "layers"  # and not the experts of a block
     logits = wrapped(tokens(1, 2), before_block=lambda i, x: x + 10**i).logits
     assert torch.equal(logits, torch.full((1, 2, 4), 11.0))
 
