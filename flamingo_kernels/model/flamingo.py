@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from flamingo_kernels.language import build_language_model, checkpoint_blocks
+from flamingo_kernels.language import BeforeBlock, build_language_model, checkpoint_blocks
 from flamingo_kernels.model import backbones, checkpoint, generation
 from flamingo_kernels.model.cache import FlamingoCache, append_media
 from flamingo_kernels.model.config import FlamingoConfig
+from flamingo_kernels.model.context import Context
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
 from flamingo_kernels.model.loss import next_token_loss
 from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
@@ -279,8 +280,51 @@ class FlamingoModel(nn.Module):
         TypeError, ValueError
             Input that does not fit; the message names the row or the value.
         """
+        use_cache = use_cache or cache is not None
+        context = self.read(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            labels,
+            num_images=num_images,
+            num_frames=num_frames,
+            assign=assign,
+            cache=cache,
+        )
+        length, new = context.input_ids.shape[1], input_ids.shape[1]
+        mask = context.attention_mask
+        out = self.language_model(
+            input_ids,
+            attention_mask=mask,
+            cache=None if cache is None else cache.language,
+            before_block=self.cross_attention(context, length - new, length),
+            use_cache=use_cache,
+        )
+        loss = None
+        if labels is not None:
+            real = None if mask is None else mask[:, length - new :] != 0
+            loss = next_token_loss(out.logits, self._counted_labels(labels, real))
+        if not use_cache:
+            return FlamingoOutput(loss, out.logits)
+        return FlamingoOutput(loss, out.logits, FlamingoCache.after(context, out.cache))
+
+    def read(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        num_images: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        assign: str | Sequence[str] = "previous",
+        cache: FlamingoCache | None = None,
+    ) -> Context:
+        """Check the arguments of :meth:`forward` and encode their media, once for all layers.
+
+        The media of a cache are taken as they are; only new ones are encoded.
+        """
         if cache is not None:
-            use_cache = True
             _check_cache(cache)
         cached_tokens = 0 if cache is None else cache.input_ids.shape[1]
         vocab_size = self.config.language.vocab_size
@@ -296,39 +340,24 @@ class FlamingoModel(nn.Module):
         media_inputs = check_media(
             input_ids, self.config.image_token_id, pixel_values, num_images, num_frames
         )
-        media = self.encode_media(media_inputs, input_ids.shape[0])
-        media_kv = [layer.project_media(media) for layer in self.gated_cross_attn_layers]
         counts = (input_ids == self.config.image_token_id).sum(1)
         history, mask = input_ids, attention_mask
+        if cache is None or media_inputs is not None:
+            media = self.encode_media(media_inputs, input_ids.shape[0])
+            media_kv = [layer.project_media(media) for layer in self.gated_cross_attn_layers]
         if cache is not None:
-            if counts.any():
+            if media_inputs is None:
+                media_kv = cache.media
+            else:
                 media_kv = [
                     append_media(old, cache.num_images, new, counts)
                     for old, new in zip(cache.media, media_kv, strict=True)
                 ]
-            else:
-                media_kv = list(cache.media)
             counts = counts + cache.num_images
             history = torch.cat((cache.input_ids, input_ids), 1)
             if mask is None and cache.attention_mask is not None:
                 mask = torch.cat((cache.attention_mask, torch.ones_like(input_ids)), 1)
-        spans = self._spans(history, assign).newest(input_ids.shape[1])
-
-        out = self.language_model(
-            input_ids,
-            attention_mask=mask,
-            cache=None if cache is None else cache.language,
-            before_block=self._cross_attention(media_kv, spans),
-            use_cache=use_cache,
-        )
-        loss = None
-        if labels is not None:
-            real = None if mask is None else mask[:, cached_tokens:] != 0
-            loss = next_token_loss(out.logits, self._counted_labels(labels, real))
-        if not use_cache:
-            return FlamingoOutput(loss, out.logits)
-        grown = FlamingoCache(out.cache, tuple(media_kv), counts, history, mask)
-        return FlamingoOutput(loss, out.logits, grown)
+        return Context(tuple(media_kv), counts, history, mask, self._spans(history, assign))
 
     def _spans(self, input_ids: Tensor, assign: str | Sequence[str]) -> MediaSpans:
         config = self.config
@@ -403,13 +432,15 @@ class FlamingoModel(nn.Module):
             padded = features.new_zeros(*pixels.shape[:3], *features.shape[1:])
             return padded.index_put(index, features)
 
-    def _cross_attention(self, media_kv: list[MediaKeyValue], spans: MediaSpans):
+    def cross_attention(self, context: Context, start: int, end: int) -> BeforeBlock:
+        """What runs before the blocks for tokens start..end-1 of a context, or after its last."""
+        spans = context.spans_of(start, end)
         layers = {
             block: (layer, kv)
             for block, layer, kv in zip(
                 self.config.cross_attention_blocks,
                 self.gated_cross_attn_layers,
-                media_kv,
+                context.media,
                 strict=True,
             )
         }
