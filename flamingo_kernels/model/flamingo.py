@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from flamingo_kernels.language import BeforeBlock, build_language_model, checkpoint_blocks
-from flamingo_kernels.model import backbones, checkpoint, generation
+from flamingo_kernels.model import backbones, checkpoint, generation, scoring
 from flamingo_kernels.model.cache import FlamingoCache, append_media
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.context import Context
@@ -464,6 +464,7 @@ class FlamingoModel(nn.Module):
         return before_block
 
     generate = generation.generate
+    score_answers = scoring.score_answers
 
     def save_pretrained(self, path: str | PathLike, include_frozen: bool = False) -> None:
         """Write ``model.safetensors``, which holds the config too, into the directory ``path``.
