@@ -11,10 +11,11 @@ import re
 from collections.abc import Mapping
 from os import PathLike
 
+import torch
 from torch import Tensor, nn
 
 from flamingo_kernels.convert.files import read_tensors
-from flamingo_kernels.convert.table import Conversion, Rule, convert, load_into
+from flamingo_kernels.convert.table import Conversion, Rule, check_fit, convert, load_into
 from flamingo_kernels.language import HuggingFaceLanguageModel
 from flamingo_kernels.language.media_tokens import grow_embeddings
 from flamingo_kernels.model import (
@@ -24,6 +25,7 @@ from flamingo_kernels.model import (
     ResamplerConfig,
 )
 from flamingo_kernels.model.backbones import config_of, wrap_language_model, wrap_vision_encoder
+from flamingo_kernels.model.checkpoint import write
 
 WHAT = "an OpenFlamingo v2 checkpoint"
 LANGUAGE = "frozen language model, taken from the one given"
@@ -91,6 +93,35 @@ def load_open_flamingo(
     model.saved_frozen = converted.tensors.keys() - needed
     _log.info("%s", converted.report)
     return model.eval()
+
+
+def convert_open_flamingo_file(
+    checkpoint: str | PathLike | Mapping[str, Tensor],
+    output: str | PathLike,
+    config: FlamingoConfig | None = None,
+) -> Conversion:
+    """Write a checkpoint of this package from an OpenFlamingo file; no backbone is needed.
+
+    Parameters
+    ----------
+    checkpoint : what ``read_tensors`` takes.
+    output : folder for ``model.safetensors``, which appears in one step or not at all.
+    config : default: the named one, such as "open-flamingo-3b", whose sizes the checkpoint has.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, ValueError
+        As ``load_open_flamingo``.
+    """
+    tensors = read_tensors(checkpoint)
+    config = config or _released_config(tensors)
+    with torch.device("meta"):
+        model = FlamingoModel(config)
+    _check_sizes(tensors, model.vision_encoder, model.language_model)
+    converted = convert_open_flamingo(tensors, config, model.language_model.model)
+    check_fit(model, converted.tensors, set(model.trainable_parameters()), WHAT)
+    write(converted.tensors, config, output)
+    return converted
 
 
 def convert_open_flamingo(
@@ -216,6 +247,21 @@ def _config(tensors: Mapping[str, Tensor], base: FlamingoConfig) -> FlamingoConf
         max_num_frames=None if frames is None else len(frames),
     )
     return dataclasses.replace(base, name="open-flamingo", **parts)
+
+
+def _released_config(tensors: Mapping[str, Tensor]) -> FlamingoConfig:
+    """The named configuration of a released model, by its blocks and widths."""
+    name, blocks = _layers(tensors)
+    gate = f"lang_encoder.{name}.{blocks[0]}.gated_cross_attn_layer.attn.norm.weight"
+    width = len(tensors.get(gate, ()))
+    names = [known for known in FlamingoConfig.names() if known.startswith("open-flamingo")]
+    for config in map(FlamingoConfig.from_name, names):
+        if config.language.dim == width and list(config.cross_attention_blocks) == blocks:
+            return config
+    raise ValueError(
+        f"the checkpoint (width {width}, cross-attention before blocks {blocks}) is none of "
+        f"{', '.join(names)}: a config is needed"
+    )
 
 
 def _check_sizes(

@@ -81,14 +81,8 @@ def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], what: str) -> 
     return Conversion(joined, sum(map(len, parts.values())), left_out)
 
 
-def load_into(model: nn.Module, tensors: Mapping[str, Tensor], needed: set[str], what: str) -> None:
-    """Copy tensors into a model, whose dtypes and devices stay.
-
-    Raises
-    ------
-    ValueError
-        If a needed tensor is missing, or one is unknown or of another shape; nothing is copied.
-    """
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], needed: set[str], what: str) -> None:
+    """Raise ValueError if a needed tensor is missing, or one is unknown or of another shape."""
     expected = model.state_dict()
     wrong = [
         f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
@@ -103,6 +97,11 @@ def load_into(model: nn.Module, tensors: Mapping[str, Tensor], needed: set[str],
     found = [f"{_some(names)} {fault}" for fault, names in faults.items() if names]
     if found:
         raise ValueError(f"{what} does not fit the model: " + "; ".join(found))
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor], needed: set[str], what: str) -> None:
+    """Copy tensors into a model, whose dtypes and devices stay, after :func:`check_fit`."""
+    check_fit(model, tensors, needed, what)
     model.load_state_dict(tensors, strict=False)
 
 

@@ -24,13 +24,18 @@ CONFIG_KEY = "flamingo_kernels.config"
 
 
 def save(model: FlamingoModel, path: str | PathLike, include_frozen: bool) -> None:
-    """Write ``model``; a crash leaves either the old file or the new one."""
+    """Write ``model``; see ``FlamingoModel.save_pretrained``."""
     tensors = model.state_dict()
     if not include_frozen:
         wanted = model.trainable_parameters().keys() | model.saved_frozen
         tensors = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    write(tensors, model.config, path)
+
+
+def write(tensors: dict[str, Tensor], config: FlamingoConfig, path: str | PathLike) -> None:
+    """Write a checkpoint; a crash leaves either the old file or the new one."""
     distinct = {name: tensors[name].detach().contiguous() for name in _owners(tensors)}
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_dict())}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / WEIGHTS_FILE
