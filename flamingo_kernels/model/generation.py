@@ -206,6 +206,7 @@ def _generate_by_transformers(
     options["attention_mask"] = torch.ones_like(context.input_ids) if mask is None else mask
     if return_cache:
         options["return_dict_in_generate"] = True
+    options = {name: value for name, value in options.items() if value is not None}
     stop_ids = stops.tolist()
     pad = config.pad_token_id
     if pad is None:

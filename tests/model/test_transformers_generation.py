@@ -70,6 +70,23 @@ def test_cached_equals_uncached(model_type: str, way: str) -> None:
     assert len(new) == 3 * WAYS[way].get("num_return_sequences", 1) and not (new == IMAGE).any()
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
+def test_static_cache(model_type: str) -> None:
+    model = build(model_type)
+    options = {**prompt(), **NO_STOP, "max_new_tokens": 6}
+    fixed = model.generate(**options, cache_implementation="static")
+    assert torch.equal(fixed, model.generate(**options))
+
+
+def test_assisted_decoding() -> None:
+    """Several tokens a step, of which some are taken back."""
+    model, batch = build(), prompt()
+    one = {name: tensor[1:2] for name, tensor in batch.items()}
+    options = {**one, **NO_STOP, "max_new_tokens": 10}
+    guessed = model.generate(**options, prompt_lookup_num_tokens=3)
+    assert torch.equal(guessed, model.generate(**options))
+
+
 @pytest.mark.parametrize("model_type", list(LANGUAGE_OPTIONS))
 def test_every_family_decodes_as_it_recomputes(model_type: str) -> None:
     """Greedy, by the model's own forward, without generate."""
