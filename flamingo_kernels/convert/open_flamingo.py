@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from flamingo_kernels.convert.files import read_tensors
 from flamingo_kernels.convert.table import Conversion, Rule, check_fit, convert, load_into
 from flamingo_kernels.language import HuggingFaceLanguageModel
-from flamingo_kernels.language.media_tokens import grow_embeddings
+from flamingo_kernels.language.media_tokens import resize_embeddings
 from flamingo_kernels.model import (
     CrossAttentionConfig,
     FlamingoConfig,
@@ -54,8 +54,8 @@ def load_open_flamingo(
     checkpoint : what ``read_tensors`` takes: a released ``checkpoint.pt``, one of a training run,
         or the ``state_dict()`` of a live model.
     vision_encoder, language_model : the backbones it was trained with, as
-        ``FlamingoModel.from_backbones`` takes them. The language model's embeddings are grown to
-        the checkpoint's rows and overwritten with them.
+        ``FlamingoModel.from_backbones`` takes them. The language model's embeddings are resized
+        to the checkpoint's rows and overwritten with them.
     image_token_id, end_of_chunk_token_id : default: those that ``add_media_tokens`` has put into
         the language model's configuration.
     kernel : as in ``FlamingoModel``.
@@ -78,11 +78,13 @@ def load_open_flamingo(
         if value is not None:
             setattr(inner.config, name, value)
     _check_sizes(tensors, vision_encoder, language_model)
+    rows = language_model.vocab_size
     embeddings = [
         tensors.get(f"lang_encoder.{name}")
         for name in _names_of_embeddings(_embedding_names(inner))
     ]
-    grow_embeddings(inner, max((len(t) for t in embeddings if t is not None), default=0))
+    # Models are published with rows to spare; OpenFlamingo cuts them to the tokenizer's.
+    resize_embeddings(inner, next((len(t) for t in embeddings if t is not None), rows))
     config = _config(tensors, config_of(vision_encoder, language_model))
     model = FlamingoModel(
         config, kernel, vision_encoder=vision_encoder, language_model=language_model

@@ -58,7 +58,8 @@ def add_media_tokens(
         tokenizer.pad_token_id,
     )
     if language_model is not None:
-        grow_embeddings(language_model, len(tokenizer))
+        rows = language_model.get_input_embeddings().weight.shape[0]
+        resize_embeddings(language_model, max(rows, len(tokenizer)))
         language_model.config.image_token_id = tokens.image_token_id
         language_model.config.end_of_chunk_token_id = tokens.end_of_chunk_token_id
         language_model.config.pad_token_id = tokens.pad_token_id
@@ -66,14 +67,14 @@ def add_media_tokens(
 
 
 @torch.no_grad()
-def grow_embeddings(language_model: nn.Module, rows: int) -> None:
-    """At least `rows` input and output embeddings; new ones are the mean of the old ones."""
+def resize_embeddings(language_model: nn.Module, rows: int) -> None:
+    """`rows` input and output embeddings: the first of the old ones, new ones are their mean."""
     old = language_model.get_input_embeddings().weight.shape[0]
-    if rows <= old:
+    if rows == old:
         return
     language_model.resize_token_embeddings(rows, mean_resizing=False)
     for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
         for tensor in () if layer is None else (layer.weight, getattr(layer, "bias", None)):
-            if tensor is not None and tensor.shape[0] == rows:
+            if tensor is not None and old < tensor.shape[0] == rows:
                 wide = torch.promote_types(tensor.dtype, torch.float32)
                 tensor[old:] = tensor[:old].to(wide).mean(0).to(tensor.dtype)

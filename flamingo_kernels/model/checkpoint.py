@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flamingo_kernels.language import HuggingFaceLanguageModel
+from flamingo_kernels.language.media_tokens import resize_embeddings
 from flamingo_kernels.model.config import FlamingoConfig
 
 if TYPE_CHECKING:
@@ -72,6 +74,18 @@ def load(
                 f"{file} holds no {part}; pass {part}=, the one that the checkpoint was trained "
                 "with"
             )
+    if isinstance(language_model, HuggingFaceLanguageModel):
+        inner = language_model.model
+        # Rows of new tokens are in the checkpoint, not in the published model.
+        embeddings = f"language_model.model.{_name_of(inner, inner.get_input_embeddings())}.weight"
+        if embeddings in tensors:
+            resize_embeddings(inner, config.language.vocab_size)
+        elif language_model.vocab_size != config.language.vocab_size:
+            raise ValueError(
+                f"the language model has {language_model.vocab_size} embeddings, {file} was "
+                f"trained with {config.language.vocab_size}: call add_media_tokens on it with the "
+                "tokenizer first, or pass the one it was trained with"
+            )
     model = model_class(config, kernel, **given)
     expected = model.state_dict()
     wanted = {
@@ -108,6 +122,10 @@ def load(
     model.load_state_dict(tensors, strict=False)
     model.saved_frozen = {name for name in tensors if given.get(name.split(".", 1)[0]) is not None}
     return model
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def _owners(tensors: dict[str, Tensor]) -> list[str]:

@@ -186,14 +186,28 @@ def test_embeddings_come_along_when_saved(tmp_path) -> None:
         assert torch.equal(model(**prompt()).logits, expected)
 
 
-def test_embeddings_grow_to_the_checkpoints() -> None:
-    peer = original("gpt_neox", 1)
-    smaller = language_model("gpt_neox")
-    smaller.resize_token_embeddings(90)
-    model = load_open_flamingo(released(peer), clip(), smaller)
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])
+@pytest.mark.parametrize("rows", [90, 128])
+def test_embeddings_take_the_checkpoints_rows(model_type: str, rows: int, tmp_path) -> None:
+    """Of a model without the new tokens, or with rows to spare; when saved and loaded too."""
+    peer = original(model_type, 1)
+
+    def published() -> nn.Module:
+        lm = language_model(model_type)
+        lm.resize_token_embeddings(rows, mean_resizing=False)
+        return lm
+
+    model = load_open_flamingo(released(peer), clip(), published())
+    model.save_pretrained(tmp_path)
+    parts = {"vision_encoder": clip(), "language_model": published()}
+    loaded = FlamingoModel.from_pretrained(tmp_path, **parts).eval()
+    real = prompt()["attention_mask"].bool()
     with torch.no_grad():
-        real = prompt()["attention_mask"].bool()
-        assert_parity(model(**prompt()).logits[real], peer(**theirs(prompt())).logits[real])
+        expected = peer(**theirs(prompt())).logits[real]
+        for ours in (model, loaded):
+            logits = ours(**prompt()).logits
+            assert logits.shape[-1] == 97
+            assert_parity(logits[real], expected)
 
 
 def test_bad_checkpoints() -> None:
