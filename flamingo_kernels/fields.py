@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import Any
 
 
@@ -21,6 +22,7 @@ _HOLDS = {
     "int": is_integer,
     "int | None": lambda value: value is None or is_integer(value),
     "float": is_number,
+    "float | None": lambda value: value is None or is_number(value),
     "bool": lambda value: isinstance(value, bool),
     "str": lambda value: isinstance(value, str),
     "dict[str, Any]": lambda value: isinstance(value, dict),
@@ -49,3 +51,27 @@ def check_positive(config: Any, *names: str) -> None:
         for label, part in labelled:
             if part is not None and not part > 0:
                 raise ValueError(f"{type(config).__name__}.{label} must be positive, got {part}")
+
+
+# Of transformers' configurations: what it writes about itself, and labels of classifiers.
+_NOT_OPTIONS = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+}
+
+
+def plain_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Options of a transformers configuration as JSON gives them back, without bookkeeping."""
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: kept(v) for k, v in value.items() if k not in _NOT_OPTIONS}
+
+    return json.loads(json.dumps(kept(values)))

@@ -23,6 +23,9 @@ GRADIENT_FACTOR = 3.0
 # Rounding errors of a chain of a few reductions grow with the square root of their length;
 # 64 = sqrt(4096) covers the longest sums of the tests and stays under 1e-5 in fp32.
 ROUNDING_UNITS = 64.0
+# A converted model against its original's own code: both in fp32, whole models, other orders of
+# summation and other formulas for one function.
+PARITY = 1e-4
 
 
 def unit(dtype: torch.dtype) -> float:
@@ -61,6 +64,14 @@ def assert_close_to_reference(
     bound = ROUNDING_UNITS * unit(dtype) * max(_magnitude(expected), terms)
     if error > bound:
         raise AssertionError(f"{what}: error {error:.3e} exceeds {bound:.3e} ({dtype})")
+
+
+def assert_parity(actual: Tensor, expected: Tensor, what: str = "logits") -> None:
+    """A converted model's fp32 result is its original's to 1e-4, of 1 or of the largest value."""
+    error = _error(actual, expected, what)
+    bound = PARITY * max(1.0, _magnitude(expected))
+    if error > bound:
+        raise AssertionError(f"{what}: error {error:.3e} exceeds {bound:.3e}")
 
 
 def assert_gradients_close(

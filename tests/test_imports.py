@@ -99,7 +99,10 @@ def test_environment_and_pickle_stay_out(path: Path) -> None:
     text = path.read_text()
     if path != PACKAGE / "env.py":
         assert "os.environ" not in text and "getenv" not in text
-    for banned in ("import pickle", "torch.load(", "eval(compile", "yaml.load("):
+    if path == PACKAGE / "convert" / "files.py":  # other projects' files, as data alone
+        assert text.count("torch.load(") == text.count(", weights_only=True)") == 1
+        text = text.replace("torch.load(", "").replace("import pickle", "")
+    for banned in ("import pickle", "pickle.load", "torch.load(", "eval(compile", "yaml.load("):
         assert banned not in text
 
 

@@ -23,10 +23,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--shots", type=int, default=4, help="examples in the prompt")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the PNG")
 
+    generate = commands.add_parser("generate", help="text for images, by a saved model")
+    generate.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
+    generate.add_argument("--image", type=Path, action="append", default=[], help="repeatable")
+    generate.add_argument("--text", required=True, help="prompt; <image> marks each image's place")
+    generate.add_argument("--language-model", type=Path, help="folder, if the checkpoint has none")
+    generate.add_argument("--vision-encoder", type=Path, help="folder, if the checkpoint has none")
+    generate.add_argument("--tokenizer", type=Path, help="folder; default: the language model's")
+    generate.add_argument("--kernel", default="auto", help="auto, triton, cpp or torch")
+    generate.add_argument("--max-new-tokens", type=int, default=20)
+    generate.add_argument("--num-beams", type=int, default=1)
+    generate.add_argument("--fit", default="pad", help="pad, or crop as CLIP does")
+
+    convert = commands.add_parser("convert", help="another project's checkpoint to safetensors")
+    convert.add_argument("layout", choices=("open-flamingo", "idefics"))
+    convert.add_argument("checkpoint", type=Path, metavar="CKPT")
+    convert.add_argument("output", type=Path, metavar="OUT", help="folder")
+    convert.add_argument("--config", help="name or JSON file; default: told by the sizes")
+
     options = parser.parse_args(arguments)
     try:
         if options.command == "info":
             _info(options.config)
+        elif options.command == "generate":
+            from flamingo_kernels.cli import generate as command
+
+            return command.run(
+                options.model,
+                options.image,
+                options.text,
+                language_model=options.language_model,
+                vision_encoder=options.vision_encoder,
+                tokenizer_path=options.tokenizer,
+                kernel=options.kernel,
+                max_new_tokens=options.max_new_tokens,
+                num_beams=options.num_beams,
+                fit=options.fit,
+            )
+        elif options.command == "convert":
+            from flamingo_kernels.cli import convert as command
+
+            return command.run(options.layout, options.checkpoint, options.output, options.config)
         else:
             from flamingo_kernels.cli.demo import run
 

@@ -1,7 +1,9 @@
-"""Pictures to normalised pixel values."""
+"""Pictures and clips to normalised pixel values, and ragged rows of them to one batch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from os import PathLike
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,22 +13,128 @@ from torch import Tensor
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+Channels = tuple[float, float, float]
+
 # Statistics of ImageNet, with which the published NFNets were trained.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
+FITS = ("pad", "crop")
 
 
-def to_pixel_values(image: Image, size: int) -> Tensor:
-    """A Pillow image of any mode and size -> fp32 [3, size, size], mean 0 and variance 1.
+def load_image(path: str | PathLike) -> Image:
+    """The picture in a file, in RGB.
 
-    The aspect ratio is kept and the rest padded with the mean (Flamingo, appendix B.1.2), which is
-    0 after normalisation.
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If Pillow cannot decode it, truncated files included.
     """
-    shrink = size / max(image.size)
-    width, height = (max(1, round(side * shrink)) for side in image.size)
-    resized = np.asarray(image.convert("RGB").resize((width, height)), dtype=np.float32) / 255
-    normalised = (resized - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot decode the image {path}: {error}") from error
+
+
+def to_pixel_values(
+    image: Image,
+    size: int,
+    *,
+    mean: Channels | None = IMAGE_MEAN,
+    std: Channels | None = IMAGE_STD,
+    fit: str = "pad",
+) -> Tensor:
+    """A Pillow image of any mode and size -> fp32 [3, size, size].
+
+    Parameters
+    ----------
+    image : Image
+    size : int
+        Pixels on a side; an encoder's ``image_size``.
+    mean, std : three floats
+        An encoder's ``image_mean`` and ``image_std``; None: those of ImageNet.
+    fit : {"pad", "crop"}
+        ``pad``: the longer side fits and the rest is padded with the mean, 0 after normalisation
+        (Flamingo, appendix B.1.2). ``crop``: the shorter side fits, bicubic, and the centre is cut
+        out (CLIP and OpenFlamingo).
+
+    Raises
+    ------
+    ValueError
+        Unknown ``fit``.
+    """
+    if fit not in FITS:
+        raise ValueError(f"unknown fit {fit!r}; known: {', '.join(FITS)}")
+    side = max(image.size) if fit == "pad" else min(image.size)
+    width, height = (max(1, round(length * size / side)) for length in image.size)
+    resized = image.convert("RGB").resize((width, height))
+    if fit == "crop":
+        left, top = (width - size) // 2, (height - size) // 2
+        resized = resized.crop((left, top, left + size, top + size))
+        width = height = size
+    pixels = np.asarray(resized, dtype=np.float32) / 255
+    normalised = (pixels - np.float32(mean or IMAGE_MEAN)) / np.float32(std or IMAGE_STD)
     top, left = (size - height) // 2, (size - width) // 2
     canvas = np.zeros((3, size, size), dtype=np.float32)
     canvas[:, top : top + height, left : left + width] = normalised.transpose(2, 0, 1)
     return torch.from_numpy(canvas)
+
+
+def sample_frames(available: int, frames: int) -> list[int]:
+    """Indices of ``frames`` frames, spread evenly over a clip of ``available`` ones.
+
+    The middle of each of ``frames`` equal stretches; a short clip repeats frames.
+    """
+    if available < 1 or frames < 1:
+        raise ValueError(f"a clip needs frames: {available} available, {frames} wanted")
+    return [int((i + 0.5) * available / frames) for i in range(frames)]
+
+
+def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Ragged rows of images and clips as arguments of ``FlamingoModel``.
+
+    Parameters
+    ----------
+    rows : sequences of Tensor
+        For each row of the batch its images [3, H, W] and clips [F, 3, H, W], all of one size.
+
+    Returns
+    -------
+    dict
+        ``pixel_values`` [B, I, F, 3, H, W], ``num_images`` int64 [B] and ``num_frames`` int64
+        [B, I]; what pads is zero. Empty if no row has an image.
+
+    Raises
+    ------
+    ValueError
+        Images of another shape, naming the row.
+    """
+    clips = [[m[None] if m.ndim == 3 else m for m in row] for row in rows]
+    every = [clip for row in clips for clip in row]
+    if not every:
+        return {}
+    for row, of_row in enumerate(clips):
+        for clip in of_row:
+            if clip.ndim != 4 or clip.shape[1:] != every[0].shape[1:]:
+                raise ValueError(
+                    f"row {row} has media of shape {tuple(clip.shape)}; all must be "
+                    f"[F, {', '.join(map(str, every[0].shape[1:]))}]"
+                )
+    slots, frames = max(map(len, clips)), max(map(len, every))
+    pixels = every[0].new_zeros(len(rows), slots, frames, *every[0].shape[1:])
+    counts = torch.ones(len(rows), slots, dtype=torch.int64)
+    for row, of_row in enumerate(clips):
+        for slot, clip in enumerate(of_row):
+            pixels[row, slot, : len(clip)] = clip
+            counts[row, slot] = len(clip)
+    return {
+        "pixel_values": pixels,
+        "num_images": torch.tensor([len(row) for row in rows]),
+        "num_frames": counts,
+    }

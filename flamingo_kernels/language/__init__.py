@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
+from flamingo_kernels.language.checkpointing import checkpoint_blocks
 from flamingo_kernels.language.config import (
     DecoderConfig,
     HuggingFaceLanguageConfig,
@@ -12,6 +13,7 @@ from flamingo_kernels.language.config import (
 )
 from flamingo_kernels.language.decoder import Decoder, DecoderCache
 from flamingo_kernels.language.huggingface import HuggingFaceCache, HuggingFaceLanguageModel
+from flamingo_kernels.language.media_tokens import MediaTokens, add_media_tokens
 from flamingo_kernels.language.protocol import (
     BeforeBlock,
     LanguageModel,
@@ -32,7 +34,10 @@ __all__ = [
     "LanguageModel",
     "LanguageModelCache",
     "LanguageModelOutput",
+    "MediaTokens",
+    "add_media_tokens",
     "build_language_model",
+    "checkpoint_blocks",
 ]
 
 _BUILDERS = {"decoder": Decoder, "huggingface": HuggingFaceLanguageModel.from_config}

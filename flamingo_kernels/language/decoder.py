@@ -19,6 +19,7 @@ from flamingo_kernels.language.protocol import (
     check_inputs,
     positions,
 )
+from flamingo_kernels.nn.layers import RMSNorm
 
 _INIT_STD = 0.02
 
@@ -49,6 +50,10 @@ class DecoderCache:
     def batch_size(self) -> int | None:
         """Rows held; None before the first token."""
         return self._blocks[-1][0].shape[0] if self.length else None
+
+    def get_seq_length(self) -> int:
+        """`length`, by transformers' name."""
+        return self.length
 
     def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Put `key` and `value` [B, H, T, D] after the held ones and return all of them."""
@@ -89,19 +94,6 @@ class DecoderCache:
                 for block in self._blocks
             ]
         return selected
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight, computed in at least fp32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = _wide(x.dtype)
-        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
 
 class RotaryAngles:

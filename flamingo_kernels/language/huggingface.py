@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from flamingo_kernels.fields import plain_options
+from flamingo_kernels.language.checkpointing import checkpoint_blocks
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.language.protocol import (
     BeforeBlock,
@@ -51,12 +54,22 @@ class HuggingFaceCache:
         return HuggingFaceCache(selected, self.masked)
 
 
-class _Call:
-    """One forward in progress."""
+# (first new token, one past the last, rows of the batch) -> what runs before the blocks for them.
+BeforeBlocksOf = Callable[[int, int, int], BeforeBlock]
 
-    def __init__(self, owner: object, before_block: BeforeBlock) -> None:
+
+class _Call:
+    """One forward in progress, or one generation: a run of forwards."""
+
+    def __init__(
+        self,
+        owner: object,
+        before_block: BeforeBlock | None,
+        before_blocks_of: BeforeBlocksOf | None = None,
+    ) -> None:
         self.owner = owner
         self.before_block = before_block
+        self.before_blocks_of = before_blocks_of
         self.blocks_run = 0
 
 
@@ -91,6 +104,23 @@ class _BeforeBlockHook:
             )
         hidden = call.before_block(self.index, kwargs["hidden_states"])
         return args, {**kwargs, "hidden_states": hidden}
+
+
+class _BeforeModelHook:
+    """Pre-hook of the whole model: in a generation, says which tokens the blocks are to see."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = _running.get()
+        if call is None or call.owner is not self.owner or call.before_blocks_of is None:
+            return
+        cache = kwargs.get("past_key_values")
+        start = 0 if cache is None else int(cache.get_seq_length())
+        rows, tokens = kwargs["input_ids"].shape
+        call.before_block = call.before_blocks_of(start, start + tokens, rows)
+        call.blocks_run = 0
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -135,6 +165,10 @@ class HuggingFaceLanguageModel(nn.Module):
     model : the language model; it becomes the submodule `model` and is not otherwise changed
         than by hooks, which `unwrap` removes.
 
+    Attributes
+    ----------
+    blocks_name : where in `model` its blocks are.
+
     Raises
     ------
     ValueError
@@ -147,7 +181,7 @@ class HuggingFaceLanguageModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._blocks_name, blocks = find_blocks(model)
+        self.blocks_name, blocks = find_blocks(model)
         self.model = model
         self.num_blocks = len(blocks)
         # OPT and its like derive positions from the mask; MPT and its like have none.
@@ -157,6 +191,9 @@ class HuggingFaceLanguageModel(nn.Module):
             block.register_forward_pre_hook(_BeforeBlockHook(self._owner, i), with_kwargs=True)
             for i, block in enumerate(blocks)
         ]
+        self._handles.append(
+            model.register_forward_pre_hook(_BeforeModelHook(self._owner), with_kwargs=True)
+        )
 
     @classmethod
     def from_config(cls, config: HuggingFaceLanguageConfig) -> HuggingFaceLanguageModel:
@@ -192,6 +229,18 @@ class HuggingFaceLanguageModel(nn.Module):
         return language_model
 
     @property
+    def config(self) -> HuggingFaceLanguageConfig:
+        """What `from_config` needs to build a model like this one."""
+        config = self.model.config
+        return HuggingFaceLanguageConfig(
+            model_type=config.model_type,
+            options=plain_options(config.to_diff_dict()),
+            dim=self.dim,
+            depth=self.num_blocks,
+            vocab_size=self.vocab_size,
+        )
+
+    @property
     def dim(self) -> int:
         """Width of the residual stream."""
         return _text_config(self.model).hidden_size
@@ -204,7 +253,7 @@ class HuggingFaceLanguageModel(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, inside `model`."""
-        return self.model.get_submodule(self._blocks_name)
+        return self.model.get_submodule(self.blocks_name)
 
     def forward(
         self,
@@ -243,8 +292,32 @@ class HuggingFaceLanguageModel(nn.Module):
         masked = attention_mask is not None or (cache is not None and cache.masked)
         return LanguageModelOutput(output.logits, HuggingFaceCache(output.past_key_values, masked))
 
+    def generate(self, input_ids: Tensor, before_blocks_of: BeforeBlocksOf, **options: Any) -> Any:
+        """transformers' own `generate`, with something run before each block.
+
+        Parameters
+        ----------
+        input_ids : integer [B, T], all tokens, those that a cache in `options` holds included.
+        before_blocks_of : ``before_blocks_of(start, end, rows) -> before_block`` for the forward
+            that reads tokens start..end-1 of `rows` sequences; `rows` is a multiple of B where
+            beams or several sequences are kept, those of one row side by side.
+        options : of transformers' `generate`.
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            As `forward`, and what `generate` raises.
+        """
+        self._check_can_run_before_blocks()
+        token = _running.set(_Call(self._owner, None, before_blocks_of))
+        try:
+            return self.model.generate(input_ids=input_ids, **options)
+        finally:
+            _running.reset(token)
+
     def unwrap(self) -> nn.Module:
         """Remove the hooks and return the model as it was given."""
+        checkpoint_blocks(self.blocks, None)
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -257,8 +330,9 @@ class HuggingFaceLanguageModel(nn.Module):
             return
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             raise RuntimeError(
-                f"activation checkpointing inside {type(self.model).__name__} is not supported "
-                "with `before_block`: turn it off in the model"
+                f"activation checkpointing inside {type(self.model).__name__} would leave out "
+                "`before_block` when it computes again: turn it off there and use "
+                "FlamingoModel.gradient_checkpointing_enable"
             )
 
 

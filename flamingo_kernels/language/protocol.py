@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 BeforeBlock = Callable[[int, Tensor], Tensor]
 
@@ -48,11 +48,13 @@ class LanguageModel(Protocol):
     dim : width of the residual stream.
     num_blocks : decoder blocks.
     vocab_size : rows of the logits.
+    blocks : the decoder blocks, in order.
     """
 
     dim: int
     num_blocks: int
     vocab_size: int
+    blocks: nn.ModuleList
 
     def __call__(
         self,

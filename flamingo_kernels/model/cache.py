@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flamingo_kernels.language.protocol import LanguageModelCache
+from flamingo_kernels.model.context import Context
 from flamingo_kernels.nn import MediaKeyValue
 
 
@@ -37,6 +38,17 @@ class FlamingoCache:
     num_images: Tensor
     input_ids: Tensor
     attention_mask: Tensor | None
+
+    @classmethod
+    def after(cls, context: Context, language: LanguageModelCache) -> FlamingoCache:
+        """The cache once the language model has read all of ``context``."""
+        return cls(
+            language,
+            context.media,
+            context.num_images,
+            context.input_ids,
+            context.attention_mask,
+        )
 
     def select_rows(self, rows: Tensor) -> FlamingoCache:
         """The cache of rows [B'] in that order, repeats allowed (beams, several samples)."""

@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flamingo_kernels.language import HuggingFaceLanguageModel
+from flamingo_kernels.language.media_tokens import resize_embeddings
 from flamingo_kernels.model.config import FlamingoConfig
 
 if TYPE_CHECKING:
@@ -24,10 +26,18 @@ CONFIG_KEY = "flamingo_kernels.config"
 
 
 def save(model: FlamingoModel, path: str | PathLike, include_frozen: bool) -> None:
-    """Write ``model``; a crash leaves either the old file or the new one."""
-    tensors = model.state_dict() if include_frozen else model.trainable_parameters()
+    """Write ``model``; see ``FlamingoModel.save_pretrained``."""
+    tensors = model.state_dict()
+    if not include_frozen:
+        wanted = model.trainable_parameters().keys() | model.saved_frozen
+        tensors = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    write(tensors, model.config, path)
+
+
+def write(tensors: dict[str, Tensor], config: FlamingoConfig, path: str | PathLike) -> None:
+    """Write a checkpoint; a crash leaves either the old file or the new one."""
     distinct = {name: tensors[name].detach().contiguous() for name in _owners(tensors)}
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(model.config.to_dict())}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / WEIGHTS_FILE
@@ -58,10 +68,23 @@ def load(
     given = {"vision_encoder": vision_encoder, "language_model": language_model}
     for part, module in given.items():
         stored = any(name.startswith(f"{part}.") for name in tensors)
+        stored |= part == "vision_encoder" and config.vision.kind == "features"
         if not stored and module is None:
             raise ValueError(
                 f"{file} holds no {part}; pass {part}=, the one that the checkpoint was trained "
                 "with"
+            )
+    if isinstance(language_model, HuggingFaceLanguageModel):
+        inner = language_model.model
+        # Rows of new tokens are in the checkpoint, not in the published model.
+        embeddings = f"language_model.model.{_name_of(inner, inner.get_input_embeddings())}.weight"
+        if embeddings in tensors:
+            resize_embeddings(inner, config.language.vocab_size)
+        elif language_model.vocab_size != config.language.vocab_size:
+            raise ValueError(
+                f"the language model has {language_model.vocab_size} embeddings, {file} was "
+                f"trained with {config.language.vocab_size}: call add_media_tokens on it with the "
+                "tokenizer first, or pass the one it was trained with"
             )
     model = model_class(config, kernel, **given)
     expected = model.state_dict()
@@ -97,7 +120,12 @@ def load(
         if name in tensors:
             parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
+    model.saved_frozen = {name for name in tensors if given.get(name.split(".", 1)[0]) is not None}
     return model
+
+
+def _name_of(model: nn.Module, part: nn.Module) -> str:
+    return next(name for name, module in model.named_modules() if module is part)
 
 
 def _owners(tensors: dict[str, Tensor]) -> list[str]:

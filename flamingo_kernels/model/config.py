@@ -9,13 +9,26 @@ from typing import Any
 
 from flamingo_kernels.fields import check_positive, check_types
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
-from flamingo_kernels.language.config import DecoderConfig, HuggingFaceLanguageConfig
+from flamingo_kernels.language.config import (
+    DecoderConfig,
+    HuggingFaceLanguageConfig,
+    LanguageConfig,
+)
 from flamingo_kernels.nn.cross_attention import GATES
-from flamingo_kernels.ops.pointwise import ACTIVATIONS
+from flamingo_kernels.nn.layers import FEED_FORWARDS
 from flamingo_kernels.ops.spans import ATTEND_MODES
-from flamingo_kernels.vision.config import NFNET_VARIANTS, HuggingFaceVisionConfig, NFNetConfig
+from flamingo_kernels.vision.config import (
+    NFNET_VARIANTS,
+    FeaturesConfig,
+    HuggingFaceVisionConfig,
+    ModuleVisionConfig,
+    NFNetConfig,
+    VisionConfig,
+)
 
-VISION_CONFIGS = {c.kind: c for c in (NFNetConfig, HuggingFaceVisionConfig)}
+VISION_CONFIGS = {
+    c.kind: c for c in (NFNetConfig, HuggingFaceVisionConfig, ModuleVisionConfig, FeaturesConfig)
+}
 LANGUAGE_CONFIGS = {c.kind: c for c in (DecoderConfig, HuggingFaceLanguageConfig)}
 
 
@@ -32,13 +45,14 @@ class ResamplerConfig:
     activation: str = "squared_relu"
     max_num_frames: int | None = 8
     final_norm: bool = False
+    qk_norm: bool = False
     input_dim: int | None = None
 
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "dim", "depth", "heads", "head_dim", "num_latents", "ff_mult")
         check_positive(self, "max_num_frames", "input_dim")
-        _require_known(self, "activation", ACTIVATIONS)
+        _require_known(self, "activation", FEED_FORWARDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +65,10 @@ class CrossAttentionConfig:
     head_dim: int
     ff_mult: int = 4
     activation: str = "squared_relu"
+    ff_dim: int | None = None
     media_norm: bool = True
+    rms_norm_eps: float | None = None
+    qk_norm: bool = False
     gate: str = "scalar"
     attend: str = "last"
     feed_forward_without_media: bool = True
@@ -59,7 +76,8 @@ class CrossAttentionConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "every", "heads", "head_dim", "ff_mult")
-        _require_known(self, "activation", ACTIVATIONS)
+        check_positive(self, "ff_dim", "rms_norm_eps")
+        _require_known(self, "activation", FEED_FORWARDS)
         _require_known(self, "gate", GATES)
         _require_known(self, "attend", ATTEND_MODES)
         if not 0 <= self.offset < self.every:
@@ -77,8 +95,8 @@ class FlamingoConfig:
     """
 
     name: str
-    vision: NFNetConfig | HuggingFaceVisionConfig
-    language: DecoderConfig | HuggingFaceLanguageConfig
+    vision: VisionConfig
+    language: LanguageConfig
     resampler: ResamplerConfig
     cross_attention: CrossAttentionConfig
     image_token_id: int

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from os import PathLike
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from flamingo_kernels.language import build_language_model
-from flamingo_kernels.model import checkpoint, generation
+from flamingo_kernels.language import BeforeBlock, build_language_model, checkpoint_blocks
+from flamingo_kernels.model import backbones, checkpoint, generation, scoring
 from flamingo_kernels.model.cache import FlamingoCache, append_media
 from flamingo_kernels.model.config import FlamingoConfig
+from flamingo_kernels.model.context import Context
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
 from flamingo_kernels.model.loss import next_token_loss
 from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
@@ -90,6 +93,7 @@ class FlamingoModel(nn.Module):
             ff_mult=resampler.ff_mult,
             input_dim=resampler.input_dim,
             activation=resampler.activation,
+            qk_norm=resampler.qk_norm,
             final_norm=resampler.final_norm,
             kernel=kernel,
         )
@@ -101,7 +105,10 @@ class FlamingoModel(nn.Module):
                 heads=cross.heads,
                 ff_mult=cross.ff_mult,
                 attend=cross.attend,
+                ff_dim=cross.ff_dim,
                 media_norm=cross.media_norm,
+                rms_norm_eps=cross.rms_norm_eps,
+                qk_norm=cross.qk_norm,
                 gate=cross.gate,
                 activation=cross.activation,
                 feed_forward_without_media=cross.feed_forward_without_media,
@@ -109,9 +116,96 @@ class FlamingoModel(nn.Module):
             )
             for _ in config.cross_attention_blocks
         )
+        # Tensors of the frozen parts that are not those of the published backbones: a checkpoint
+        # holds them beside the trainable ones.
+        self.saved_frozen: set[str] = set()
+        self._use_reentrant: bool | None = None  # None: no activation checkpointing
+        self._unfrozen = [
+            p for part in self._frozen_modules() for p in part.parameters() if p.requires_grad
+        ]
         for part in self._frozen_modules():
             part.requires_grad_(False)
         self.train(self.training)
+
+    @classmethod
+    def from_backbones(
+        cls,
+        vision_encoder: nn.Module | int,
+        language_model: nn.Module,
+        config: FlamingoConfig | None = None,
+        kernel: str = "auto",
+    ) -> FlamingoModel:
+        """A model around a vision encoder and a language model that exist; neither is copied.
+
+        Parameters
+        ----------
+        vision_encoder : nn.Module or int
+            A transformers vision model (CLIP, SigLIP, ...), any module [N, 3, H, W] -> [N, S, D],
+            or a ``vision.VisionEncoder``. An int is the number of channels D of features that take
+            the place of pixels in every call.
+        language_model : nn.Module
+            A transformers causal language model, or a ``language.LanguageModel``. Its blocks are
+            found by structure; hooks on them are all that is added, and :meth:`unwrap` removes it.
+        config : FlamingoConfig, optional
+            Default: the paper's architecture, one cross-attention layer before every block, with
+            the token ids that ``language.add_media_tokens`` has put into the language model's
+            configuration.
+        kernel : {"auto", "triton", "cpp", "torch"}
+            As in the constructor.
+
+        Raises
+        ------
+        TypeError, ValueError
+            A model that cannot be wrapped, with the reason, or a config of other sizes.
+        """
+        vision_encoder = backbones.wrap_vision_encoder(vision_encoder)
+        language_model = backbones.wrap_language_model(language_model)
+        if config is None:
+            config = backbones.config_of(vision_encoder, language_model)
+        model = cls(config, kernel, vision_encoder=vision_encoder, language_model=language_model)
+        # Next to the frozen parts, whose dtype may be narrower than is good for training.
+        device = next(language_model.parameters()).device
+        for part in (model.perceiver, model.gated_cross_attn_layers):
+            part.to(device)
+        return model
+
+    def unwrap(self) -> tuple[nn.Module, nn.Module]:
+        """The vision encoder and language model as they were given, bit for bit.
+
+        Hooks are removed and ``requires_grad`` is restored; this model cannot run any more.
+        """
+        self.gradient_checkpointing_disable()
+        for parameter in self._unfrozen:
+            parameter.requires_grad_(True)
+        language_model = self.language_model
+        if hasattr(language_model, "unwrap"):
+            language_model = language_model.unwrap()
+        return getattr(self.vision_encoder, "module", self.vision_encoder), language_model
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Keep the input of each cross-attention layer and LM block only, and compute again.
+
+        Gradients stay the same. Named and called as in transformers;
+        ``gradient_checkpointing_kwargs`` may hold ``use_reentrant`` (default False).
+
+        Raises
+        ------
+        ValueError
+            Any other option.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        use_reentrant = bool(options.pop("use_reentrant", False))
+        if options:
+            raise ValueError(f"unknown checkpointing options {sorted(options)}; use_reentrant only")
+        self._use_reentrant = use_reentrant
+        checkpoint_blocks(self.language_model.blocks, use_reentrant)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo :meth:`gradient_checkpointing_enable`."""
+        self._use_reentrant = None
+        checkpoint_blocks(self.language_model.blocks, None)
 
     def _frozen_modules(self) -> tuple[nn.Module, ...]:
         return tuple(getattr(self, name) for name in FROZEN_PARTS)
@@ -124,11 +218,15 @@ class FlamingoModel(nn.Module):
         return self
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Name -> parameter of everything outside the frozen vision encoder and language model."""
+        """Name -> parameter of everything outside the frozen vision encoder and language model.
+
+        With those of the frozen parts that were given ``requires_grad`` afterwards, such as the
+        embeddings of new tokens.
+        """
         return {
             name: parameter
             for name, parameter in self.named_parameters()
-            if name.split(".", 1)[0] not in FROZEN_PARTS
+            if name.split(".", 1)[0] not in FROZEN_PARTS or parameter.requires_grad
         }
 
     def forward(
@@ -152,6 +250,7 @@ class FlamingoModel(nn.Module):
             int64 [B, T]; one ``<image>`` token (``config.image_token_id``) per image.
         pixel_values : Tensor, optional
             Normalised images [B, I, F, C, H, W]; F = 1 for images. None: no image in the batch.
+            Or features [B, I, F, S, D] that the vision encoder gave, or would give.
         attention_mask : Tensor, optional
             [B, T], nonzero at real tokens; padding on either side. With a cache it covers the
             cached tokens as well.
@@ -181,8 +280,51 @@ class FlamingoModel(nn.Module):
         TypeError, ValueError
             Input that does not fit; the message names the row or the value.
         """
+        use_cache = use_cache or cache is not None
+        context = self.read(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            labels,
+            num_images=num_images,
+            num_frames=num_frames,
+            assign=assign,
+            cache=cache,
+        )
+        length, new = context.input_ids.shape[1], input_ids.shape[1]
+        mask = context.attention_mask
+        out = self.language_model(
+            input_ids,
+            attention_mask=mask,
+            cache=None if cache is None else cache.language,
+            before_block=self.cross_attention(context, length - new, length),
+            use_cache=use_cache,
+        )
+        loss = None
+        if labels is not None:
+            real = None if mask is None else mask[:, length - new :] != 0
+            loss = next_token_loss(out.logits, self._counted_labels(labels, real))
+        if not use_cache:
+            return FlamingoOutput(loss, out.logits)
+        return FlamingoOutput(loss, out.logits, FlamingoCache.after(context, out.cache))
+
+    def read(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        num_images: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        assign: str | Sequence[str] = "previous",
+        cache: FlamingoCache | None = None,
+    ) -> Context:
+        """Check the arguments of :meth:`forward` and encode their media, once for all layers.
+
+        The media of a cache are taken as they are; only new ones are encoded.
+        """
         if cache is not None:
-            use_cache = True
             _check_cache(cache)
         cached_tokens = 0 if cache is None else cache.input_ids.shape[1]
         vocab_size = self.config.language.vocab_size
@@ -198,41 +340,24 @@ class FlamingoModel(nn.Module):
         media_inputs = check_media(
             input_ids, self.config.image_token_id, pixel_values, num_images, num_frames
         )
-        media = self.encode_media(media_inputs, input_ids.shape[0])
-        media_kv = [layer.project_media(media) for layer in self.gated_cross_attn_layers]
         counts = (input_ids == self.config.image_token_id).sum(1)
         history, mask = input_ids, attention_mask
+        if cache is None or media_inputs is not None:
+            media = self.encode_media(media_inputs, input_ids.shape[0])
+            media_kv = [layer.project_media(media) for layer in self.gated_cross_attn_layers]
         if cache is not None:
-            if counts.any():
+            if media_inputs is None:
+                media_kv = cache.media
+            else:
                 media_kv = [
                     append_media(old, cache.num_images, new, counts)
                     for old, new in zip(cache.media, media_kv, strict=True)
                 ]
-            else:
-                media_kv = list(cache.media)
             counts = counts + cache.num_images
             history = torch.cat((cache.input_ids, input_ids), 1)
             if mask is None and cache.attention_mask is not None:
                 mask = torch.cat((cache.attention_mask, torch.ones_like(input_ids)), 1)
-        spans = self._spans(history, assign).newest(input_ids.shape[1])
-        if media_kv:
-            spans = plan_media_attention(spans, media_kv[0].key, self.kernel)
-
-        out = self.language_model(
-            input_ids,
-            attention_mask=mask,
-            cache=None if cache is None else cache.language,
-            before_block=self._cross_attention(media_kv, spans),
-            use_cache=use_cache,
-        )
-        loss = None
-        if labels is not None:
-            real = None if mask is None else mask[:, cached_tokens:] != 0
-            loss = next_token_loss(out.logits, self._counted_labels(labels, real))
-        if not use_cache:
-            return FlamingoOutput(loss, out.logits)
-        grown = FlamingoCache(out.cache, tuple(media_kv), counts, history, mask)
-        return FlamingoOutput(loss, out.logits, grown)
+        return Context(tuple(media_kv), counts, history, mask, self._spans(history, assign))
 
     def _spans(self, input_ids: Tensor, assign: str | Sequence[str]) -> MediaSpans:
         config = self.config
@@ -280,26 +405,44 @@ class FlamingoModel(nn.Module):
         return latents.index_put((rows, slots), packed)
 
     def _encode_frames(self, inputs: MediaInputs) -> Tensor:
-        """Features [B, I, F, S, D] of the frozen encoder, zero for frames that are padding."""
+        """Features [B, I, F, S, D] of the frozen encoder, zero for frames that are padding.
+
+        In the resampler's dtype; the encoder's may be another.
+        """
         pixels = inputs.pixel_values
-        weight = next(self.vision_encoder.parameters(), self.perceiver.latents)
+        latents = self.perceiver.latents
+        weight = next(self.vision_encoder.parameters(), latents)
         real = inputs.real_frames()
+        if pixels.ndim == 5:
+            if pixels.shape[-1] != self.config.vision.output_dim:
+                raise ValueError(
+                    f"features must have {self.config.vision.output_dim} channels, got shape "
+                    f"{tuple(pixels.shape)}"
+                )
+            features = pixels.to(latents.dtype)
+            if real is None:
+                return features
+            return features.masked_fill(~real.to(pixels.device)[..., None, None], 0)
         with torch.no_grad():
             if real is None:
                 features = self.vision_encoder(pixels.flatten(0, 2).to(weight.dtype))
-                return features.unflatten(0, pixels.shape[:3])
+                return features.unflatten(0, pixels.shape[:3]).to(latents.dtype)
             index = tuple(i.to(pixels.device) for i in real.nonzero(as_tuple=True))
-            features = self.vision_encoder(pixels[index].to(weight.dtype))
+            features = self.vision_encoder(pixels[index].to(weight.dtype)).to(latents.dtype)
             padded = features.new_zeros(*pixels.shape[:3], *features.shape[1:])
             return padded.index_put(index, features)
 
-    def _cross_attention(self, media_kv: list[MediaKeyValue], spans: MediaSpans):
+    def cross_attention(self, context: Context, start: int, end: int) -> BeforeBlock:
+        """What runs before the blocks for tokens start..end-1 of a context, or after its last."""
+        spans = context.spans_of(start, end)
+        if context.media:
+            spans = plan_media_attention(spans, context.media[0].key, self.kernel)
         layers = {
             block: (layer, kv)
             for block, layer, kv in zip(
                 self.config.cross_attention_blocks,
                 self.gated_cross_attn_layers,
-                media_kv,
+                context.media,
                 strict=True,
             )
         }
@@ -308,17 +451,29 @@ class FlamingoModel(nn.Module):
             if block not in layers:
                 return hidden
             layer, kv = layers[block]
-            return layer(hidden, spans=spans, media_kv=kv)
+            dtype = layer.attn.to_q.weight.dtype  # the frozen model's may be narrower
+            if self._use_reentrant is None or not torch.is_grad_enabled():
+                return run(hidden.to(dtype), *kv, layer).to(hidden.dtype)
+            # Arguments, not captured: the re-entrant mode needs all that gradients flow to.
+            out = run_checkpointed(
+                run, hidden.to(dtype), *kv, layer, use_reentrant=self._use_reentrant
+            )
+            return out.to(hidden.dtype)
+
+        def run(hidden: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
+            return layer(hidden, spans=spans, media_kv=MediaKeyValue(key, value))
 
         return before_block
 
     generate = generation.generate
+    score_answers = scoring.score_answers
 
     def save_pretrained(self, path: str | PathLike, include_frozen: bool = False) -> None:
         """Write ``model.safetensors``, which holds the config too, into the directory ``path``.
 
-        Only trainable tensors are written unless ``include_frozen``. The file is replaced in one
-        step: a crash leaves the old one.
+        Only trainable tensors are written unless ``include_frozen``, and those of the frozen parts
+        that are named in ``saved_frozen`` (embeddings that came with a converted checkpoint). The
+        file is replaced in one step: a crash leaves the old one.
         """
         checkpoint.save(self, path, include_frozen)
 
@@ -334,7 +489,7 @@ class FlamingoModel(nn.Module):
         """Load what :meth:`save_pretrained` wrote.
 
         Tensors keep the dtype they were saved in. A checkpoint of the trainable tensors only needs
-        the frozen parts it was trained with.
+        the frozen parts it was trained with, wrapped or as :meth:`from_backbones` takes them.
 
         Raises
         ------
@@ -342,6 +497,10 @@ class FlamingoModel(nn.Module):
             Missing, corrupt, truncated or foreign checkpoint, or frozen parts that are neither in
             the checkpoint nor given; the message names the file and the tensors.
         """
+        if vision_encoder is not None:
+            vision_encoder = backbones.wrap_vision_encoder(vision_encoder)
+        if language_model is not None:
+            language_model = backbones.wrap_language_model(language_model)
         return checkpoint.load(
             cls, path, kernel, vision_encoder=vision_encoder, language_model=language_model
         )

@@ -1,21 +1,35 @@
-"""Cached decoding: media are encoded once, a step runs one token."""
+"""Decoding: media are encoded once, a step runs one token.
+
+Hugging Face language models decode by transformers' own ``generate``; the package's decoder by the
+loop here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flamingo_kernels.fields import is_integer, is_number
-from flamingo_kernels.model.inputs import check_text
+from flamingo_kernels.language import HuggingFaceCache, HuggingFaceLanguageModel
+from flamingo_kernels.language.protocol import BeforeBlock
+from flamingo_kernels.model.cache import FlamingoCache
+from flamingo_kernels.model.context import Context
 
 if TYPE_CHECKING:
     from flamingo_kernels.model.flamingo import FlamingoModel
 
 # Logits over anything smaller may overflow float32.
 LEAST_TEMPERATURE = 1e-4
+
+
+class FlamingoGeneration(NamedTuple):
+    """``sequences`` as ``generate`` returns them, and the ``cache`` that holds them for a turn."""
+
+    sequences: Tensor
+    cache: FlamingoCache
 
 
 @torch.no_grad()
@@ -30,13 +44,20 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    num_beams: int = 1,
+    num_return_sequences: int = 1,
     num_images: Tensor | None = None,
     num_frames: Tensor | None = None,
     stop_token_ids: Sequence[int] | None = None,
     generator: torch.Generator | None = None,
     use_cache: bool = True,
-) -> Tensor:
-    """Continue each prompt, greedily or by sampling.
+    cache: FlamingoCache | None = None,
+    return_cache: bool = False,
+    prefill_chunk_size: int | None = None,
+    streamer: Any = None,
+    **options: Any,
+) -> Tensor | FlamingoGeneration:
+    """Continue each prompt: greedily, by sampling or by beam search.
 
     ``<image>`` is never generated, as no image would come with it.
 
@@ -51,18 +72,36 @@ def generate(
     temperature, top_k, top_p
         Shape the sampled distribution; used with ``do_sample`` only. The temperature is at least
         1e-4.
+    num_beams : int
+        Beams kept per prompt; the paper evaluates with 3. Hugging Face language models only.
+    num_return_sequences : int
+        Sequences per prompt, side by side: samples, or the best beams.
     stop_token_ids : sequence of int, optional
         A row ends after one of these; default: end of chunk and end of text. It is then filled
-        with the padding token, or with that stop token where the config has no padding token.
+        with the padding token, or with a stop token where the config has no padding token.
     generator : torch.Generator, optional
         Source of randomness of ``do_sample``.
     use_cache : bool
         False recomputes the whole sequence at every step; same result, for checking.
+    cache : FlamingoCache, optional
+        Of an earlier turn, with the conversation so far; ``input_ids`` and ``pixel_values`` then
+        hold what is new. Earlier images are not encoded again. It is extended in place;
+        ``cache.select_rows`` copies, for several queries to one support set too.
+    return_cache : bool
+        Return the cache for the next turn too; not with beams.
+    prefill_chunk_size : int, optional
+        Read the prompt in pieces of so many tokens, to bound the memory of long ones.
+    streamer : object, optional
+        Its ``put`` gets the prompt and then each step's tokens, its ``end`` is called at the end;
+        such as transformers' ``TextStreamer``.
+    options
+        Anything else that the ``generate`` of a Hugging Face language model takes.
 
     Returns
     -------
-    Tensor
-        int64 [B, T + new tokens], the prompts included.
+    Tensor or FlamingoGeneration
+        int64 [B * num_return_sequences, T + new tokens], ``input_ids`` included; with
+        ``return_dict_in_generate`` among the options, what transformers returns.
 
     Raises
     ------
@@ -70,34 +109,203 @@ def generate(
         Options out of range, right-padded prompts, or what ``forward`` raises.
     """
     config = self.config
-    check_text(input_ids, attention_mask, None, config.language.vocab_size)
-    _check_options(max_new_tokens, temperature, top_k, top_p)
+    _check_options(
+        temperature,
+        top_p,
+        max_new_tokens=max_new_tokens,
+        top_k=top_k,
+        num_beams=num_beams,
+        num_return_sequences=num_return_sequences,
+        prefill_chunk_size=prefill_chunk_size,
+    )
     _check_stops(stop_token_ids, config.language.vocab_size)
-    if attention_mask is not None and bool((attention_mask[:, -1] == 0).any()):
-        row = int((attention_mask[:, -1] == 0).nonzero()[0])
+    if return_cache and (num_beams > 1 or not use_cache):
+        raise ValueError("return_cache needs num_beams=1 and use_cache=True")
+    if cache is not None and not use_cache:
+        raise ValueError("a cache was given together with use_cache=False")
+    context = self.read(
+        input_ids,
+        pixel_values,
+        attention_mask,
+        num_images=num_images,
+        num_frames=num_frames,
+        cache=cache,
+    )
+    mask = context.attention_mask
+    if mask is not None and bool((mask[:, -1] == 0).any()):
+        row = int((mask[:, -1] == 0).nonzero()[0])
         raise ValueError(f"row {row} ends in padding; pad prompts on the left to generate")
     if stop_token_ids is None:
         stop_token_ids = [
             i for i in (config.end_of_chunk_token_id, config.eos_token_id) if i is not None
         ]
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=input_ids.device)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    media = {"num_images": num_images, "num_frames": num_frames}
-    sequence, cache = input_ids, None
-    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-    for step in range(max_new_tokens):
-        if step == 0 or not use_cache:
-            out = self(sequence, pixel_values, mask, use_cache=use_cache, **media)
-        else:
-            out = self(sequence[:, -1:], None, mask, cache=cache, use_cache=True)
-        cache = out.cache
-        logits = out.logits[:, -1].float()
-        logits[:, config.image_token_id] = float("-inf")
+    given = context.input_ids.shape[1] - input_ids.shape[1]
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    common = {
+        "max_new_tokens": max_new_tokens,
+        "num_return_sequences": num_return_sequences,
+        "use_cache": use_cache,
+        "prefill_chunk_size": prefill_chunk_size,
+        "streamer": streamer,
+    }
+    if isinstance(self.language_model, HuggingFaceLanguageModel):
+        sequences, language = _generate_by_transformers(
+            self,
+            context,
+            None if cache is None else cache.language,
+            stops,
+            generator,
+            {**common, "num_beams": num_beams, "return_cache": return_cache, **options},
+            sampling if do_sample else None,
+        )
+        if not isinstance(sequences, Tensor):
+            return sequences
+    else:
+        refused = ["num_beams"] * (num_beams > 1) + sorted(options)
+        if refused:
+            raise ValueError(
+                f"{', '.join(refused)}: only with a Hugging Face language model, whose generate "
+                f"takes it; this one is a {type(self.language_model).__name__}"
+            )
+        shape = None
         if do_sample:
-            logits = _shape_distribution(logits, temperature, top_k, top_p)
-            token = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            shape = lambda logits: _shape_distribution(logits, **sampling)  # noqa: E731
+        sequences, language = _decode(
+            self,
+            context,
+            None if cache is None else cache.language,
+            stops,
+            shape,
+            generator,
+            **common,
+        )
+    if not return_cache:
+        return sequences[:, given:]
+    context = context.repeat(num_return_sequences)
+    return FlamingoGeneration(
+        sequences[:, given:], _completed(self, context, sequences, language, stops)
+    )
+
+
+def _generate_by_transformers(
+    model: FlamingoModel,
+    context: Context,
+    language: HuggingFaceCache | None,
+    stops: Tensor,
+    generator: torch.Generator | None,
+    options: dict[str, Any],
+    sampling: dict[str, Any] | None,
+) -> tuple[Any, HuggingFaceCache | None]:
+    """Sequences [B * n, all tokens] and the cache, by the language model's own ``generate``."""
+    config, rows = model.config, context.input_ids.shape[0]
+    mask = context.attention_mask
+    return_cache = options.pop("return_cache")
+    wants_dict = options.get("return_dict_in_generate", False)
+    options["suppress_tokens"] = [*(options.get("suppress_tokens") or ()), config.image_token_id]
+    options["attention_mask"] = torch.ones_like(context.input_ids) if mask is None else mask
+    if return_cache:
+        options["return_dict_in_generate"] = True
+    options = {name: value for name, value in options.items() if value is not None}
+    stop_ids = stops.tolist()
+    pad = config.pad_token_id
+    if pad is None:
+        pad = stop_ids[0] if stop_ids else 0
+    if sampling is not None:  # transformers' "none" are 0 and 1
+        options |= {**sampling, "top_k": sampling["top_k"] or 0, "top_p": sampling["top_p"] or 1.0}
+    copies = max(options["num_beams"], options["num_return_sequences"])
+    if language is not None:
+        if copies > 1:
+            index = torch.arange(rows, device=context.input_ids.device)
+            language = language.index_select(index.repeat_interleave(copies))
+        options["past_key_values"] = language.past_key_values
+    repeated: dict[int, Context] = {}
+
+    def before_blocks_of(start: int, end: int, now: int) -> BeforeBlock:
+        times = now // rows
+        if times not in repeated:
+            repeated[times] = context.repeat(times)
+        return model.cross_attention(repeated[times], start, end)
+
+    # transformers draws from the global generator.
+    devices = [context.input_ids.device] if context.input_ids.is_cuda else []
+    with torch.random.fork_rng(devices, enabled=generator is not None):
+        if generator is not None:
+            seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+            torch.manual_seed(int(seed))
+        out = model.language_model.generate(
+            context.input_ids,
+            before_blocks_of,
+            do_sample=sampling is not None,
+            eos_token_id=stop_ids or None,
+            pad_token_id=pad,
+            **options,
+        )
+    if not return_cache or wants_dict:
+        return out, None
+    return out.sequences, HuggingFaceCache(out.past_key_values, mask is not None)
+
+
+def _decode(
+    model: FlamingoModel,
+    context: Context,
+    language: Any,
+    stops: Tensor,
+    shape: Callable[[Tensor], Tensor] | None,
+    generator: torch.Generator | None,
+    *,
+    max_new_tokens: int,
+    num_return_sequences: int,
+    use_cache: bool,
+    prefill_chunk_size: int | None,
+    streamer: Any,
+) -> tuple[Tensor, Any]:
+    """Sequences [B * n, all tokens] and the language model's cache, greedy or sampled."""
+    config, copies = model.config, num_return_sequences
+    if shape is None and copies > 1:
+        raise ValueError(
+            f"num_return_sequences={copies} needs do_sample=True: greedy sequences are all equal"
+        )
+    sequence, mask = context.input_ids, context.attention_mask
+    if streamer is not None:
+        streamer.put(sequence.cpu())
+    start = 0 if language is None else language.length
+    piece = prefill_chunk_size or sequence.shape[1]
+    while use_cache and start < sequence.shape[1]:
+        end = min(start + piece, sequence.shape[1])
+        logits, language = model.language_model(
+            sequence[:, start:end],
+            None if mask is None else mask[:, :end],
+            language,
+            model.cross_attention(context, start, end),
+            use_cache=True,
+        )
+        start = end
+    context = context.repeat(copies)
+    sequence, mask = context.input_ids, context.attention_mask
+    if copies > 1 and use_cache:
+        rows = torch.arange(logits.shape[0], device=sequence.device).repeat_interleave(copies)
+        logits, language = logits[rows], language.index_select(rows)
+    finished = torch.zeros(sequence.shape[0], dtype=torch.bool, device=sequence.device)
+    if mask is None:
+        mask = torch.ones_like(sequence)
+    for step in range(max_new_tokens):
+        end = sequence.shape[1]
+        if step or not use_cache:
+            begin = end - 1 if use_cache else 0
+            logits, language = model.language_model(
+                sequence[:, begin:],
+                mask,
+                language,
+                model.cross_attention(context, begin, end),
+                use_cache=use_cache,
+            )
+        latest = logits[:, -1].float()
+        latest[:, config.image_token_id] = float("-inf")
+        if shape is None:
+            token = latest.argmax(-1)
         else:
-            token = logits.argmax(-1)
+            token = torch.multinomial(shape(latest).softmax(-1), 1, generator=generator)[:, 0]
         token = token.to(sequence.dtype)
         if config.pad_token_id is None:  # a finished row ends in its stop token
             token = torch.where(finished, sequence[:, -1], token)
@@ -106,9 +314,31 @@ def generate(
         sequence = torch.cat((sequence, token[:, None]), 1)
         mask = torch.cat((mask, (~finished)[:, None].to(mask.dtype)), 1)
         finished |= torch.isin(token, stops)
+        if streamer is not None:
+            streamer.put(token.cpu())
         if bool(finished.all()):
             break
-    return sequence
+    if streamer is not None:
+        streamer.end()
+    return sequence, language
+
+
+def _completed(
+    model: FlamingoModel, context: Context, sequences: Tensor, language: Any, stops: Tensor
+) -> FlamingoCache:
+    """The cache of a decoding, after its last tokens have been read too."""
+    prompt, held = context.input_ids.shape[1], language.length
+    new = sequences[:, prompt:]
+    stopped = torch.isin(new, stops).cumsum(1)
+    real = torch.nn.functional.pad(stopped, (1, 0))[:, :-1] == 0  # up to the first stop token
+    mask = context.attention_mask
+    if mask is None:
+        mask = torch.ones_like(context.input_ids)
+    mask = torch.cat((mask, real.to(mask.dtype)), 1)
+    before = FlamingoCache(
+        language, context.media, context.num_images, sequences[:, :held], mask[:, :held]
+    )
+    return model(sequences[:, held:], None, mask, cache=before).cache
 
 
 def _shape_distribution(
@@ -127,11 +357,9 @@ def _shape_distribution(
     return logits
 
 
-def _check_options(
-    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None
-) -> None:
-    for name, value in (("max_new_tokens", max_new_tokens), ("top_k", top_k)):
-        if value is None and name == "top_k":
+def _check_options(temperature: float, top_p: float | None, **counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is None and name in ("top_k", "prefill_chunk_size"):
             continue
         if not is_integer(value):
             raise TypeError(f"{name} must be an int, got {value!r}")

@@ -12,7 +12,8 @@ from flamingo_kernels.ops.checks import INTEGERS, kind
 
 @dataclass(frozen=True)
 class MediaInputs:
-    """Checked images: pixel values [B, I, F, C, H, W] and how many of them are real.
+    """Checked images: pixel values [B, I, F, C, H, W] or features [B, I, F, S, D], and how many of
+    them are real.
 
     ``counts`` and ``frames`` are host integers (per row, per row and slot), or None where every
     slot or frame is real.
@@ -115,9 +116,10 @@ def check_media(
         return None
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
         raise TypeError(f"pixel_values must be a floating point tensor, got {kind(pixel_values)}")
-    if pixel_values.ndim != 6:
+    if pixel_values.ndim not in (5, 6):
         raise ValueError(
-            f"pixel_values must be [B, I, F, C, H, W], got shape {tuple(pixel_values.shape)}"
+            "pixel_values must be [B, I, F, C, H, W], or features [B, I, F, S, D], got shape "
+            f"{tuple(pixel_values.shape)}"
         )
     if pixel_values.shape[0] != batch:
         raise ValueError(f"pixel_values has {pixel_values.shape[0]} rows, input_ids has {batch}")

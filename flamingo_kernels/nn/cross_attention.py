@@ -7,12 +7,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flamingo_kernels.nn.layers import FeedForward, LayerNorm
+from flamingo_kernels.nn.layers import FeedForward, LayerNorm, RMSNorm, build_norm
 from flamingo_kernels.ops import MediaSpans, gated_residual, media_cross_attention
 from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.spans import ATTEND_MODES
 
 GATES = ("scalar", "vector")
+RMS_NORM_EPS = 1e-6
 
 
 class MediaKeyValue(NamedTuple):
@@ -33,13 +34,17 @@ class MaskedCrossAttention(nn.Module):
         heads: int = 8,
         *,
         media_norm: bool = False,
+        rms_norm_eps: float | None = None,
+        qk_norm: bool = False,
         kernel: str = "auto",
     ) -> None:
         super().__init__()
         inner = dim_head * heads
         self.heads = heads
         self.kernel = kernel
-        self.norm = LayerNorm(dim, kernel)
+        self.norm = build_norm(dim, kernel, rms_norm_eps)
+        self.norm_q = RMSNorm(dim_head, rms_norm_eps or RMS_NORM_EPS) if qk_norm else None
+        self.norm_k = RMSNorm(dim_head, rms_norm_eps or RMS_NORM_EPS) if qk_norm else None
         self.norm_media = LayerNorm(dim_visual, kernel) if media_norm else None
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim_visual, 2 * inner, bias=False)
@@ -50,12 +55,15 @@ class MaskedCrossAttention(nn.Module):
         if self.norm_media is not None:
             media = self.norm_media(media)
         key_value = self.to_kv(media).unflatten(-1, (2, self.heads, -1))
-        return MediaKeyValue(*key_value.unbind(-3))
+        key, value = key_value.unbind(-3)
+        return MediaKeyValue(key if self.norm_k is None else self.norm_k(key), value)
 
     def forward(
         self, x: Tensor, media_kv: MediaKeyValue, spans: MediaSpans, gate: Tensor | None = None
     ) -> Tensor:
         q = self.norm.then(self.to_q, x).unflatten(-1, (self.heads, -1))
+        if self.norm_q is not None:
+            q = self.norm_q(q)
         out = media_cross_attention(
             q, media_kv.key, media_kv.value, spans, gate, kernel=self.kernel
         )
@@ -84,8 +92,14 @@ class GatedCrossAttentionBlock(nn.Module):
         LayerNorm on the media before keys and values (paper v1, section 3.1.2).
     gate : {"scalar", "vector"}
         One gate value per layer, or one per channel.
-    activation : {"gelu", "squared_relu", "relu"}
+    activation : {"gelu", "squared_relu", "relu", "swiglu"}
         Feed-forward activation.
+    ff_dim : int, optional
+        Hidden width of the feed-forward, in place of ``ff_mult``.
+    rms_norm_eps : float, optional
+        RMSNorm with this eps in place of LayerNorm on text and feed-forward input (IDEFICS).
+    qk_norm : bool
+        RMSNorm on each head's queries and keys (IDEFICS).
     feed_forward_without_media : bool
         Run the gated feed-forward on tokens that see no media too (paper, OpenFlamingo, IDEFICS);
         False leaves such tokens untouched (Llama-3.2-Vision).
@@ -106,6 +120,9 @@ class GatedCrossAttentionBlock(nn.Module):
         media_norm: bool = False,
         gate: str = "scalar",
         activation: str = "gelu",
+        ff_dim: int | None = None,
+        rms_norm_eps: float | None = None,
+        qk_norm: bool = False,
         feed_forward_without_media: bool = True,
         kernel: str = "auto",
     ) -> None:
@@ -124,10 +141,19 @@ class GatedCrossAttentionBlock(nn.Module):
         self.kernel = kernel
         gate_size = 1 if self.scalar_gate else dim
         self.attn = MaskedCrossAttention(
-            dim, dim_visual, dim_head, heads, media_norm=media_norm, kernel=kernel
+            dim,
+            dim_visual,
+            dim_head,
+            heads,
+            media_norm=media_norm,
+            rms_norm_eps=rms_norm_eps,
+            qk_norm=qk_norm,
+            kernel=kernel,
         )
         self.attn_gate = nn.Parameter(torch.zeros(gate_size))
-        self.ff = FeedForward(dim, ff_mult, activation, kernel)
+        self.ff = FeedForward(
+            dim, ff_mult, activation, kernel, hidden=ff_dim, rms_norm_eps=rms_norm_eps
+        )
         self.ff_gate = nn.Parameter(torch.zeros(gate_size))
 
     def project_media(self, media: Tensor) -> MediaKeyValue:

@@ -1,7 +1,9 @@
-"""LayerNorm and feed-forward on the pointwise ops."""
+"""Norms and feed-forward; LayerNorm and activations on the pointwise ops."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo_kernels.fields import is_integer
@@ -13,6 +15,8 @@ from flamingo_kernels.ops import (
 )
 from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
+
+FEED_FORWARDS = (*ACTIVATIONS, "swiglu")
 
 
 def require_sizes(**sizes: int) -> None:
@@ -59,28 +63,55 @@ class LayerNorm(nn.LayerNorm):
         )
 
 
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in at least fp32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
+
+    def then(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """``linear(self(x))``."""
+        return linear(self(x))
+
+
+def build_norm(dim: int, kernel: str, rms_norm_eps: float | None) -> nn.Module:
+    """RMSNorm if an eps is given, LayerNorm otherwise."""
+    return LayerNorm(dim, kernel) if rms_norm_eps is None else RMSNorm(dim, rms_norm_eps)
+
+
 class _Activation(nn.Module):
     """``tanh(gate) * activation(x)``; holds place 2 of OpenFlamingo's feed-forward Sequential."""
 
     def __init__(self, activation: str, kernel: str) -> None:
         super().__init__()
-        if activation not in ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
+        if activation not in FEED_FORWARDS:
+            known = ", ".join(FEED_FORWARDS)
+            raise ValueError(f"unknown activation {activation!r}; known: {known}")
         self.activation = activation
         self.kernel = kernel
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        if self.activation == "swiglu":
+            inner, linear = x.chunk(2, dim=-1)
+            out = F.silu(inner) * linear
+            return out if gate is None else out * gate.tanh().to(out.dtype)
         return gated_activation(x, gate, self.activation, kernel=self.kernel)
 
     def then(self, linear: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
         """``linear(self(x, gate))``, without keeping the activated values for the backward."""
-        if not is_plain_linear(linear):
+        if self.activation == "swiglu" or not is_plain_linear(linear):
             return linear(self(x, gate))
         return gated_activation_linear(x, linear.weight, gate, self.activation, kernel=self.kernel)
 
 
 class FeedForward(nn.Sequential):
-    """LayerNorm, expansion, activation, projection, without biases (state-dict keys 0, 1 and 3).
+    """Norm, expansion, activation, projection, without biases (state-dict keys 0, 1 and 3).
 
     Parameters
     ----------
@@ -88,21 +119,35 @@ class FeedForward(nn.Sequential):
         Width.
     mult : int
         Hidden width over ``dim``.
-    activation : {"gelu", "squared_relu", "relu"}
-        GELU is OpenFlamingo's, squared ReLU the paper's (appendix A.1.4).
+    activation : {"gelu", "squared_relu", "relu", "swiglu"}
+        GELU is OpenFlamingo's, squared ReLU the paper's (appendix A.1.4), SwiGLU that of the
+        cross-attention of IDEFICS: the expansion is then twice as wide, its first half inside SiLU.
     kernel : str
         Kernel of the norm and the activation.
+    hidden : int, optional
+        Hidden width, in place of ``mult``.
+    rms_norm_eps : float, optional
+        RMSNorm with this eps in place of LayerNorm.
     """
 
     def __init__(
-        self, dim: int, mult: int = 4, activation: str = "gelu", kernel: str = "auto"
+        self,
+        dim: int,
+        mult: int = 4,
+        activation: str = "gelu",
+        kernel: str = "auto",
+        *,
+        hidden: int | None = None,
+        rms_norm_eps: float | None = None,
     ) -> None:
         require_sizes(mult=mult)
+        hidden = dim * mult if hidden is None else hidden
+        require_sizes(hidden=hidden)
         super().__init__(
-            LayerNorm(dim, kernel),
-            nn.Linear(dim, dim * mult, bias=False),
+            build_norm(dim, kernel, rms_norm_eps),
+            nn.Linear(dim, 2 * hidden if activation == "swiglu" else hidden, bias=False),
             _Activation(activation, kernel),
-            nn.Linear(dim * mult, dim, bias=False),
+            nn.Linear(hidden, dim, bias=False),
         )
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:

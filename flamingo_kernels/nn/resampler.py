@@ -19,7 +19,13 @@ class PerceiverAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, dim_head: int = 64, heads: int = 8, *, kernel: str = "auto"
+        self,
+        dim: int,
+        dim_head: int = 64,
+        heads: int = 8,
+        *,
+        qk_norm: bool = False,
+        kernel: str = "auto",
     ) -> None:
         super().__init__()
         inner = dim_head * heads
@@ -27,13 +33,15 @@ class PerceiverAttention(nn.Module):
         self.kernel = kernel
         self.norm_media = LayerNorm(dim, kernel)
         self.norm_latents = LayerNorm(dim, kernel)
+        self.norm_q = LayerNorm(dim_head, kernel) if qk_norm else nn.Identity()
+        self.norm_k = LayerNorm(dim_head, kernel) if qk_norm else nn.Identity()
         self.to_q = nn.Linear(dim, inner, bias=False)
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, normed: Tensor, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
         latents = self.norm_latents(latents)
-        q = self.to_q(latents).unflatten(-1, (self.heads, -1))
+        q = self.norm_q(self.to_q(latents).unflatten(-1, (self.heads, -1)))
         k_media, v_media = self._key_value(self._project_features(normed))
         k_latents, v_latents = self._key_value(self.to_kv(latents))
         out = latent_attention(
@@ -50,7 +58,8 @@ class PerceiverAttention(nn.Module):
         return F.linear(normed, linear.weight * norm.weight, shift)
 
     def _key_value(self, projected: Tensor) -> tuple[Tensor, ...]:
-        return projected.unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        key, value = projected.unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        return self.norm_k(key), value
 
 
 class PerceiverResampler(nn.Module):
@@ -75,6 +84,8 @@ class PerceiverResampler(nn.Module):
         Width of the features where it differs; adds a projection to ``dim``.
     activation : {"gelu", "squared_relu", "relu"}
         Feed-forward activation.
+    qk_norm : bool
+        LayerNorm on each head's queries and keys (IDEFICS).
     final_norm : bool
         LayerNorm after the last layer (OpenFlamingo: yes, the paper's pseudo-code: no).
     kernel : {"auto", "triton", "cpp", "torch"}
@@ -94,6 +105,7 @@ class PerceiverResampler(nn.Module):
         *,
         input_dim: int | None = None,
         activation: str = "gelu",
+        qk_norm: bool = False,
         final_norm: bool = True,
         kernel: str = "auto",
     ) -> None:
@@ -122,7 +134,7 @@ class PerceiverResampler(nn.Module):
         self.layers = nn.ModuleList(
             nn.ModuleList(
                 [
-                    PerceiverAttention(dim, dim_head, heads, kernel=kernel),
+                    PerceiverAttention(dim, dim_head, heads, qk_norm=qk_norm, kernel=kernel),
                     FeedForward(dim, ff_mult, activation, kernel),
                 ]
             )

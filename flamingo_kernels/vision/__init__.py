@@ -6,28 +6,39 @@ from torch import nn
 
 from flamingo_kernels.vision.config import (
     NFNET_VARIANTS,
+    FeaturesConfig,
     HuggingFaceVisionConfig,
+    ModuleVisionConfig,
     NFNetConfig,
     NFNetVariant,
     VisionConfig,
 )
-from flamingo_kernels.vision.huggingface import HuggingFaceVisionEncoder
+from flamingo_kernels.vision.features import PrecomputedFeatures
+from flamingo_kernels.vision.huggingface import HuggingFaceVisionEncoder, wrap_vision_encoder
 from flamingo_kernels.vision.nfnet import NFNet
 from flamingo_kernels.vision.protocol import VisionEncoder
 
 __all__ = [
     "NFNET_VARIANTS",
+    "FeaturesConfig",
     "HuggingFaceVisionConfig",
     "HuggingFaceVisionEncoder",
+    "ModuleVisionConfig",
     "NFNet",
     "NFNetConfig",
     "NFNetVariant",
+    "PrecomputedFeatures",
     "VisionConfig",
     "VisionEncoder",
     "build_vision_encoder",
+    "wrap_vision_encoder",
 ]
 
-_BUILDERS = {"nfnet": NFNet, "huggingface": HuggingFaceVisionEncoder.from_config}
+_BUILDERS = {
+    "nfnet": NFNet,
+    "huggingface": HuggingFaceVisionEncoder.from_config,
+    "features": PrecomputedFeatures,
+}
 
 
 def build_vision_encoder(config: VisionConfig) -> nn.Module:
@@ -36,11 +47,15 @@ def build_vision_encoder(config: VisionConfig) -> nn.Module:
     Raises
     ------
     ValueError
-        If `config.kind` is unknown.
+        If `config.kind` is unknown, or an encoder that has to be given.
     ImportError
         If the kind needs a package that is not installed.
     """
     kind = getattr(config, "kind", None)
+    if kind == "module":
+        raise ValueError(
+            "the vision encoder of this model is a module of its user's: pass vision_encoder="
+        )
     if kind not in _BUILDERS:
         raise ValueError(f"unknown vision kind {kind!r}; known: {', '.join(_BUILDERS)}")
     return _BUILDERS[kind](config)

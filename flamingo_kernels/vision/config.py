@@ -156,4 +156,40 @@ class HuggingFaceVisionConfig:
         check_positive(self, "image_size", "output_dim")
 
 
-VisionConfig = NFNetConfig | HuggingFaceVisionConfig
+@dataclass(frozen=True, kw_only=True)
+class ModuleVisionConfig:
+    """An encoder that this package cannot build: it has to be given.
+
+    Attributes
+    ----------
+    output_dim : channels of the features.
+    image_size : pixels on a side of the images it is meant for.
+    """
+
+    kind: str = field(default="module", init=False)
+    output_dim: int
+    image_size: int
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "output_dim", "image_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """No encoder: the model is given features [B, I, F, S, output_dim] in place of pixels.
+
+    Attributes
+    ----------
+    output_dim : channels of the features.
+    """
+
+    kind: str = field(default="features", init=False)
+    output_dim: int
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "output_dim")
+
+
+VisionConfig = NFNetConfig | HuggingFaceVisionConfig | ModuleVisionConfig | FeaturesConfig

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flamingo_kernels.vision.config import HuggingFaceVisionConfig
-from flamingo_kernels.vision.protocol import Channels, check_images
+from flamingo_kernels.fields import plain_options
+from flamingo_kernels.vision.config import HuggingFaceVisionConfig, ModuleVisionConfig
+from flamingo_kernels.vision.protocol import Channels, VisionEncoder, check_images
 
 # Normalisation constants by model type; they live in transformers' processors, not in its models.
 _NORMALISATION: dict[str, tuple[Channels, Channels]] = {
@@ -87,6 +88,20 @@ class HuggingFaceVisionEncoder(nn.Module):
                 )
         return encoder
 
+    @property
+    def config(self) -> HuggingFaceVisionConfig | ModuleVisionConfig:
+        """What builds an encoder like this one, or says that it must be given."""
+        sizes = {"output_dim": self.output_dim, "image_size": self.image_size}
+        config = getattr(self.module, "config", None)
+        if getattr(config, "model_type", "") == "" or not hasattr(config, "to_diff_dict"):
+            return ModuleVisionConfig(**sizes)
+        return HuggingFaceVisionConfig(
+            model_type=config.model_type,
+            options=plain_options(config.to_diff_dict()),
+            drop_class_token=self.drop_class_token,
+            **sizes,
+        )
+
     def forward(self, images: Tensor) -> Tensor:
         check_images(images)
         output = self.module(images)
@@ -102,6 +117,36 @@ class HuggingFaceVisionEncoder(nn.Module):
                 f"got shape {tuple(features.shape)}"
             )
         return features[:, 1:] if self.drop_class_token else features
+
+
+def wrap_vision_encoder(
+    module: nn.Module, output_dim: int | None = None, image_size: int | None = None
+) -> nn.Module:
+    """A `VisionEncoder` over `module`, which is not changed; one that is one already is returned.
+
+    Parameters
+    ----------
+    module : a transformers vision model, a two-tower model such as CLIP, of which the vision model
+        is taken, or any module [N, 3, H, W] -> [N, S, D]. A first token is left out if the module
+        has a parameter for it (`class_embedding` or `cls_token`).
+    output_dim, image_size : where `module.config` does not tell (`hidden_size`, `image_size`).
+
+    Raises
+    ------
+    ValueError
+        If a size is neither given nor in the module's config.
+    """
+    if isinstance(module, VisionEncoder):
+        return module
+    if hasattr(getattr(module, "config", None), "vision_config"):
+        module = module.vision_model
+    names = {name.rsplit(".", 1)[-1] for name, _ in module.named_parameters()}
+    return HuggingFaceVisionEncoder(
+        module,
+        drop_class_token=bool(names & {"class_embedding", "cls_token"}),
+        output_dim=output_dim,
+        image_size=image_size,
+    )
 
 
 def _given_or_from_config(name: str, given: int | None, config: Any, attribute: str) -> int:

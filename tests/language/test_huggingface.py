@@ -18,33 +18,18 @@ from flamingo_kernels.language import (
     LanguageModelCache,
     build_language_model,
 )
+from tests.backbones import DEPTH, DIM, LANGUAGE_OPTIONS, SPECIAL, VOCAB, sharpen
 from tests.budgets import assert_close_to_reference
 
 transformers = pytest.importorskip("transformers")
 
-DIM, DEPTH, VOCAB = 32, 3, 97
-HEADED = {"num_hidden_layers": DEPTH, "num_attention_heads": 4}
-OPTIONS = {
-    "llama": {"hidden_size": DIM, "intermediate_size": 48, "num_key_value_heads": 2, **HEADED},
-    "gpt_neox": {"hidden_size": DIM, "intermediate_size": 48, **HEADED},
-    "mpt": {"d_model": DIM, "n_layers": DEPTH, "n_heads": 4, "max_seq_len": 64},
-    "gpt2": {"n_embd": DIM, "n_layer": DEPTH, "n_head": 4, "n_positions": 64},
-    "opt": {
-        "hidden_size": DIM,
-        "word_embed_proj_dim": DIM,
-        "ffn_dim": 48,
-        "max_position_embeddings": 64,
-        **HEADED,
-    },
-}
-MODEL_TYPES = list(OPTIONS)
+MODEL_TYPES = list(LANGUAGE_OPTIONS)
 
 
 def config(model_type: str = "llama", **changes) -> HuggingFaceLanguageConfig:
-    special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     values = {
         "model_type": model_type,
-        "options": {"vocab_size": VOCAB, **special, **OPTIONS[model_type]},
+        "options": {**SPECIAL, **LANGUAGE_OPTIONS[model_type]},
         "dim": DIM,
         "depth": DEPTH,
         "vocab_size": VOCAB,
@@ -55,12 +40,7 @@ def config(model_type: str = "llama", **changes) -> HuggingFaceLanguageConfig:
 def build(model_type: str = "llama") -> HuggingFaceLanguageModel:
     """In fp32: transformers' MPT takes its softmax there of fp64's minimum, -inf, in fp64."""
     torch.manual_seed(0)
-    wrapped = build_language_model(config(model_type)).eval()
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            # At transformers' initialisation attention hardly shows in the logits.
-            parameter.mul_(8 if parameter.ndim > 1 else 1)
-    return wrapped
+    return sharpen(build_language_model(config(model_type)).eval())
 
 
 def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -294,7 +274,7 @@ class FakeModel(nn.Module):
 @pytest.mark.parametrize("keyword", [None, "hidden_states"])
 def test_hidden_states_by_position_or_keyword(keyword):
     wrapped = HuggingFaceLanguageModel(FakeModel(keyword=keyword))
-    assert wrapped._blocks_name == "layers"  # and not the experts of a block
+    assert wrapped.blocks_name == "layers"  # and not the experts of a block
     logits = wrapped(tokens(1, 2), before_block=lambda i, x: x + 10**i).logits
     assert torch.equal(logits, torch.full((1, 2, 4), 11.0))
 
@@ -332,7 +312,7 @@ def test_activation_checkpointing_is_refused():
     wrapped = build().train()
     wrapped.model.model.layers[1].gradient_checkpointing = True
     with torch.enable_grad():
-        with pytest.raises(RuntimeError, match="activation checkpointing inside LlamaForCausalLM"):
+        with pytest.raises(RuntimeError, match="checkpointing inside LlamaForCausalLM would leave"):
             wrapped(tokens(1, 3), before_block=lambda i, x: x)
     wrapped.eval()
     assert wrapped(tokens(1, 3), before_block=lambda i, x: x).logits.isfinite().all()

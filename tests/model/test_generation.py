@@ -138,7 +138,7 @@ def test_media_is_encoded_once() -> None:
     batch = ragged_batch("left", counts=(2, 2))
     model.generate(**batch.arguments(), **NO_STOP, max_new_tokens=5)
     assert calls.count("vision") == calls.count("resampler") == 1
-    assert [c for c in calls if c not in ("vision", "resampler")][2:] == [(2, 0, 16, 64)] * 8
+    assert [c for c in calls if c not in ("vision", "resampler")] == [(2, 2, 16, 64)] * 2
 
 
 def test_top_p_of_nearly_nothing_is_greedy() -> None:
@@ -211,6 +211,105 @@ def test_the_lowest_temperature_gives_finite_probabilities() -> None:
     ids = torch.tensor([[1, 2]])
     out = make_model().generate(ids, do_sample=True, temperature=1e-4, max_new_tokens=3, **NO_STOP)
     assert out.shape == (1, 5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_prefill_in_chunks(chunk: int) -> None:
+    model = make_model(attend="last_group")
+    batch = ragged_batch("left")
+    options = {**batch.arguments(), **NO_STOP, "max_new_tokens": 5}
+    assert torch.equal(
+        model.generate(**options, prefill_chunk_size=chunk), model.generate(**options)
+    )
+
+
+def test_several_samples_of_each_row() -> None:
+    """Side by side, and each what the row repeated would give."""
+    model = make_model()
+    batch = ragged_batch("left")
+    rows = torch.arange(3).repeat_interleave(2)
+    options = {**NO_STOP, "max_new_tokens": 5, "do_sample": True}
+    several = model.generate(
+        **batch.arguments(),
+        **options,
+        num_return_sequences=2,
+        generator=torch.Generator().manual_seed(1),
+    )
+    repeated = model.generate(
+        **{name: tensor[rows] for name, tensor in batch.arguments().items()},
+        **options,
+        generator=torch.Generator().manual_seed(1),
+    )
+    assert torch.equal(several, repeated)
+    assert not torch.equal(several[4], several[5])
+
+
+def test_a_turn_continues_from_the_cache_of_the_last() -> None:
+    """With an image more for one row, and a row that had stopped early."""
+    model = make_model()
+    batch = ragged_batch("left")
+    free = model.generate(**batch.arguments(), **NO_STOP, max_new_tokens=5)
+    stop = int(free[0, -4])
+    first, cache = model.generate(
+        **batch.arguments(), stop_token_ids=[stop], max_new_tokens=5, return_cache=True
+    )
+    assert cache.input_ids.shape == first.shape and cache.language.length == first.shape[1]
+    assert (cache.attention_mask[0, -3:] == 0).all()
+    new = torch.randint(0, 256, (3, 4))
+    new[1, 1] = IMAGE
+    pixels = torch.randn(3, 1, 1, 3, 32, 32)
+    turn = {"input_ids": new, "num_images": torch.tensor([0, 1, 0]), "max_new_tokens": 4}
+    second = model.generate(pixel_values=pixels, cache=cache, **turn, **NO_STOP)
+    assert torch.equal(second[:, :4], new)
+    slots = torch.cat((batch.pixel_values, torch.full_like(pixels, float("nan"))), 1)
+    slots[1, 1] = pixels[1, 0]
+    whole = model.generate(
+        torch.cat((first, new), 1),
+        slots,
+        torch.cat((cache.attention_mask, torch.ones_like(new)), 1),
+        num_images=torch.tensor([0, 2, 5]),
+        max_new_tokens=4,
+        use_cache=False,
+        **NO_STOP,
+    )
+    assert torch.equal(second, whole[:, first.shape[1] :])
+
+
+class Recorder:
+    """A streamer."""
+
+    def __init__(self) -> None:
+        self.seen: list[torch.Tensor] = []
+        self.ended = False
+
+    def put(self, tokens: torch.Tensor) -> None:
+        self.seen.append(tokens.clone())
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_streaming() -> None:
+    model, streamer = make_model(), Recorder()
+    ids = torch.tensor([[1, 2, 3]])
+    out = model.generate(ids, max_new_tokens=4, streamer=streamer, **NO_STOP)
+    assert streamer.ended and torch.equal(streamer.seen[0], ids)
+    assert torch.equal(torch.stack(streamer.seen[1:], 1), out[:, 3:])
+
+
+def test_options_of_other_language_models_are_named() -> None:
+    model, ids = make_model(), torch.tensor([[1, 2]])
+    with pytest.raises(
+        ValueError, match=r"num_beams, penalty_alpha: only with a Hugging Face .* a D"
+    ):
+        model.generate(ids, num_beams=2, penalty_alpha=0.5)
+    with pytest.raises(ValueError, match="return_cache needs num_beams=1 and use_cache=True"):
+        model.generate(ids, return_cache=True, use_cache=False)
+    with pytest.raises(ValueError, match="num_return_sequences=2 needs do_sample=True"):
+        model.generate(ids, num_return_sequences=2)
+    cache = model(ids, use_cache=True).cache
+    with pytest.raises(ValueError, match="cache was given together with use_cache=False"):
+        model.generate(ids, cache=cache, use_cache=False)
 
 
 def test_right_padding_is_refused() -> None:

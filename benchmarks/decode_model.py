@@ -1,0 +1,171 @@
+"""Decoding of a whole few-shot prompt beside open-flamingo's own ``generate``.
+
+Both run the same GPT-NeoX with the same random weights, cross-attention before every block, greedy,
+by transformers' ``generate``; the vision tower is a single convolution. They must give the same
+tokens before anything is measured. A step is the time between two tokens.
+
+    python -m benchmarks.decode_model                    # 12 layers, width 768, 32 shots
+    python -m benchmarks.decode_model --threads 1 --new-tokens 40
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.measure import summary
+from flamingo_kernels.convert import load_open_flamingo
+from flamingo_kernels.vision import wrap_vision_encoder
+from tests.peers import open_flamingo_model
+
+VOCAB, IMAGE, END_OF_CHUNK = 50_280, 50_278, 50_277
+VISION_DIM, IMAGE_SIZE, PATCH = 1024, 32, 2  # 256 patches of 1024 channels, as CLIP ViT-L/14
+ROUNDS = 3
+GATE = 0.5
+
+
+class Tower(nn.Module):
+    """Patches through one convolution; ``visual`` and the pair of outputs are open_clip's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(3, VISION_DIM, PATCH, PATCH)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.project(images).flatten(2).transpose(1, 2)
+
+
+class Clock:
+    """A streamer: when each step's tokens came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, tokens: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+    @property
+    def steps(self) -> list[float]:
+        """Seconds between tokens; the prompt and the first token are left out."""
+        later = self.times[1:]
+        return [b - a for a, b in itertools.pairwise(later)]
+
+
+def prompt(images: int, tokens: int) -> tuple[Tensor, Tensor]:
+    """ids [1, tokens] with evenly spaced <image> tokens, pixels [1, images, 1, 3, H, W]."""
+    generator = torch.Generator().manual_seed(images)
+    ids = torch.randint(0, END_OF_CHUNK, (1, tokens), generator=generator)
+    ids[0, 1 + torch.arange(images) * (tokens - 1) // images] = IMAGE
+    return ids, torch.randn(1, images, 1, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+
+
+def build(layers: int, width: int) -> tuple[nn.Module, nn.Module]:
+    """Ours and open-flamingo's, with the same weights and open gates."""
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    def language_model() -> nn.Module:
+        torch.manual_seed(0)
+        config = GPTNeoXConfig(
+            vocab_size=VOCAB,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 64,
+            intermediate_size=4 * width,
+        )
+        return GPTNeoXForCausalLM(config).eval()
+
+    tower = Tower().eval()
+    tower.config = type("Config", (), {"hidden_size": VISION_DIM})
+    peer = open_flamingo_model(tower, language_model(), 1, IMAGE, END_OF_CHUNK)
+    peer.vision_encoder.forward = lambda images: (None, tower(images))
+    for name, parameter in peer.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.fill_(GATE)
+    state = {n: t for n, t in peer.state_dict().items() if not n.startswith("vision_encoder.")}
+    ours = load_open_flamingo(
+        state,
+        wrap_vision_encoder(tower, output_dim=VISION_DIM, image_size=IMAGE_SIZE),
+        language_model(),
+        image_token_id=IMAGE,
+        end_of_chunk_token_id=END_OF_CHUNK,
+    )
+    return ours, peer.requires_grad_(False)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_model", description=__doc__)
+    for name, default in (("layers", 12), ("width", 768), ("shots", 32), ("tokens", 512)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--new-tokens", type=int, default=20)
+    parser.add_argument("--threads", type=int)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    ours, peer = build(options.layers, options.width)
+    many, one = options.shots + 1, 1
+    calls: dict[str, Callable[[Clock | None], Tensor]] = {}
+    length = {"max_new_tokens": options.new_tokens, "min_new_tokens": options.new_tokens}
+    for images in (many, one):
+        ids, pixels = prompt(images, options.tokens)
+        # One token of padding: open-flamingo needs a mask, and transformers drops one of ones.
+        mask = torch.ones_like(ids)
+        mask[0, 0] = 0
+        shared = {**length, "attention_mask": mask}
+        calls[f"flamingo_kernels, {images} images"] = (
+            lambda clock, ids=ids, pixels=pixels, shared=shared: ours.generate(
+                ids, pixels, streamer=clock, stop_token_ids=[END_OF_CHUNK], **shared
+            )
+        )
+        calls[f"open-flamingo, {images} images"] = (
+            lambda clock, ids=ids, pixels=pixels, shared=shared: peer.generate(
+                pixels,
+                ids,
+                streamer=clock,
+                do_sample=False,
+                suppress_tokens=[IMAGE],
+                pad_token_id=0,
+                **shared,
+            )
+        )
+    names = list(calls)
+    for mine, theirs in zip(names[::2], names[1::2], strict=True):
+        if not torch.equal(calls[mine](None), calls[theirs](None)):
+            raise SystemExit(f"{mine} and {theirs} give different tokens: nothing is measured")
+    steps: dict[str, list[float]] = {name: [] for name in names}
+    totals: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(ROUNDS):
+        for name in names[number:] + names[:number]:
+            clock, start = Clock(), time.perf_counter()
+            calls[name](clock)
+            totals[name].append(time.perf_counter() - start)
+            steps[name] += clock.steps
+    print(
+        f"{options.layers} layers, width {options.width}, {options.tokens} prompt tokens, "
+        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, {ROUNDS} rounds"
+    )
+    medians = {}
+    for name in names:
+        result = summary(steps[name])
+        medians[name] = result["median_s"]
+        whole = summary(totals[name])["median_s"]
+        print(
+            f"  {name:<32} step {result['median_s'] * 1e3:8.2f} ms "
+            f"({result['q20_s'] * 1e3:.2f}-{result['q80_s'] * 1e3:.2f})   "
+            f"{1 / result['median_s']:7.1f} tokens/s   with the prompt {whole:6.2f} s"
+        )
+    print(f"  steps with {many} images: {medians[names[1]] / medians[names[0]]:.1f} x faster")
+    ratio = medians[names[0]] / medians[names[2]]
+    print(f"  step with {many} images over one with {one}: {ratio:.3f}")
+
+
+if __name__ == "__main__":
+    main()

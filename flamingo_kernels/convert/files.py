@@ -1,0 +1,103 @@
+"""Tensors out of files: safetensors, and pickles as far as they hold nothing but tensors."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = "model.safetensors"
+
+
+def read_tensors(source: str | PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Name -> tensor of a checkpoint, on the CPU.
+
+    Parameters
+    ----------
+    source : a ``.safetensors`` file; a directory with ``model.safetensors``, in one file or in
+        shards; a file of ``torch.save``, of which plain data alone is read
+        (``weights_only=True``); or a mapping, which is copied. Of nested training checkpoints the
+        ``model_state_dict`` or ``state_dict`` is taken, and ``module.`` is removed.
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ValueError
+        If it is truncated, holds code or something else than tensors by name.
+    """
+    if isinstance(source, Mapping):
+        return _state(source, "the mapping")
+    path = Path(source)
+    if path.is_dir():
+        return _read_directory(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors and was not read, as unpickling would run its code "
+            f"(convert it to safetensors where you trust it): {_first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"{path} is truncated or not a file of torch.save: {_first_line(error)}"
+        ) from error
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
+    return _state(loaded, str(path))
+
+
+def _state(loaded: Mapping, what: str) -> dict[str, Tensor]:
+    for key in ("model_state_dict", "state_dict"):
+        if isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    others = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
+    if others or not loaded:
+        raise ValueError(
+            f"{what} holds no tensors by name"
+            + (f": {others[0]!r} is a {type(loaded[others[0]]).__name__}" if others else "")
+        )
+    return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+
+
+def _read_directory(path: Path) -> dict[str, Tensor]:
+    index = path / _INDEX
+    if not index.is_file():
+        if not (path / _WEIGHTS).is_file():
+            raise FileNotFoundError(f"no {_WEIGHTS} and no {_INDEX} in {path}")
+        return _read_safetensors(path / _WEIGHTS)
+    try:
+        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+    tensors: dict[str, Tensor] = {}
+    for shard in shards:
+        if Path(shard).name != shard:
+            raise ValueError(f"{index} names {shard!r}, which is not a file of its own directory")
+        if not (path / shard).is_file():
+            raise FileNotFoundError(f"{index} names {shard}, which is missing")
+        tensors |= _read_safetensors(path / shard)
+    return tensors
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as stored:
+            return {name: stored.get_tensor(name) for name in stored.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

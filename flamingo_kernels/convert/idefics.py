@@ -1,0 +1,201 @@
+"""IDEFICS of transformers: `IdeficsForVisionText2Text` with a resampler.
+
+Layout: transformers 5.23, `models/idefics`. Its language model is a Llama and its vision model a
+CLIP tower whose class token is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from flamingo_kernels.convert.files import read_tensors
+from flamingo_kernels.convert.table import Rule, convert, load_into
+from flamingo_kernels.language import HuggingFaceLanguageConfig
+from flamingo_kernels.model import (
+    CrossAttentionConfig,
+    FlamingoConfig,
+    FlamingoModel,
+    ResamplerConfig,
+)
+from flamingo_kernels.vision import HuggingFaceVisionConfig
+
+WHAT = "an IDEFICS checkpoint"
+_log = logging.getLogger(__name__)
+
+_RESAMPLER, _OURS = r"model\.perceiver_resampler\.", "perceiver."
+_ATTENTION, _OUR_ATTENTION = _RESAMPLER + r"blocks\.(\d+)\.0\.", rf"{_OURS}layers.\1.0."
+_CROSS, _OUR_CROSS = r"model\.gated_cross_attn_layers\.(\d+)\.", r"gated_cross_attn_layers.\1."
+_WEIGHT = r"\.(weight|bias)"
+TABLE = (
+    Rule(_RESAMPLER + r"latents", _OURS + "latents"),
+    Rule(_RESAMPLER + rf"layer_norm{_WEIGHT}", _OURS + r"norm.\1"),
+    Rule(_ATTENTION + rf"context_layer_norm{_WEIGHT}", _OUR_ATTENTION + r"norm_media.\2"),
+    Rule(_ATTENTION + rf"latents_layer_norm{_WEIGHT}", _OUR_ATTENTION + r"norm_latents.\2"),
+    Rule(_ATTENTION + rf"([qk])_layer_norm{_WEIGHT}", _OUR_ATTENTION + r"norm_\2.\3"),
+    Rule(_ATTENTION + r"q_proj\.weight", _OUR_ATTENTION + "to_q.weight"),
+    Rule(_ATTENTION + r"k_proj\.weight", _OUR_ATTENTION + "to_kv.weight", part=0),
+    Rule(_ATTENTION + r"v_proj\.weight", _OUR_ATTENTION + "to_kv.weight", part=1),
+    Rule(_ATTENTION + r"output_proj\.weight", _OUR_ATTENTION + "to_out.weight"),
+    Rule(_RESAMPLER + rf"blocks\.(\d+)\.1\.ln{_WEIGHT}", _OURS + r"layers.\1.1.0.\2"),
+    Rule(_RESAMPLER + r"blocks\.(\d+)\.1\.fc\.weight", _OURS + r"layers.\1.1.1.weight"),
+    Rule(_RESAMPLER + r"blocks\.(\d+)\.1\.c_proj\.weight", _OURS + r"layers.\1.1.3.weight"),
+    Rule(_CROSS + r"input_layernorm\.weight", _OUR_CROSS + "attn.norm.weight"),
+    Rule(_CROSS + r"cross_attn\.q_proj\.weight", _OUR_CROSS + "attn.to_q.weight"),
+    Rule(_CROSS + r"cross_attn\.k_proj\.weight", _OUR_CROSS + "attn.to_kv.weight", part=0),
+    Rule(_CROSS + r"cross_attn\.v_proj\.weight", _OUR_CROSS + "attn.to_kv.weight", part=1),
+    Rule(_CROSS + r"cross_attn\.o_proj\.weight", _OUR_CROSS + "attn.to_out.weight"),
+    Rule(_CROSS + r"cross_attn\.([qk])_layer_norm\.weight", _OUR_CROSS + r"attn.norm_\2.weight"),
+    Rule(_CROSS + r"alpha_cross_attn", _OUR_CROSS + "attn_gate", flatten=True),
+    Rule(_CROSS + r"post_attention_layernorm\.weight", _OUR_CROSS + "ff.0.weight"),
+    Rule(_CROSS + r"mlp\.gate_proj\.weight", _OUR_CROSS + "ff.1.weight", part=0),
+    Rule(_CROSS + r"mlp\.up_proj\.weight", _OUR_CROSS + "ff.1.weight", part=1),
+    Rule(_CROSS + r"mlp\.down_proj\.weight", _OUR_CROSS + "ff.3.weight"),
+    Rule(_CROSS + r"alpha_dense", _OUR_CROSS + "ff_gate", flatten=True),
+    Rule(r".+\.rotary_emb\.inv_freq", reason="computed from the config"),
+    Rule(r"model\.vision_model\.embeddings\.position_ids", reason="computed from the config"),
+    Rule(r"model\.vision_model\.(.+)", r"vision_encoder.module.\1"),
+    Rule(r"model\.((?:layers\.\d+|norm)\..+)", r"language_model.model.model.\1"),
+    *(
+        Rule(rf"{theirs}{more}\.weight", f"language_model.model.{ours}.weight", part=part)
+        for theirs, ours, names in (
+            (r"model\.embed_tokens", "model.embed_tokens", ("", r"\.additional_embedding")),
+            (r"lm_head", "lm_head", ("", r"\.additional_fc")),
+        )
+        for part, more in enumerate(names)
+    ),
+)
+
+
+def load_idefics(
+    checkpoint: str | PathLike | nn.Module,
+    *,
+    image_token_id: int | None = None,
+    end_of_chunk_token_id: int | None = None,
+    kernel: str = "auto",
+) -> FlamingoModel:
+    """A model with all weights of an IDEFICS checkpoint; logits are the original's.
+
+    One difference stays: after an end-of-text token and before the next image, the processor of
+    IDEFICS hides the last image from the text; here a token sees the last image before it.
+
+    Parameters
+    ----------
+    checkpoint : a directory with ``config.json`` and safetensors, or a live
+        ``IdeficsForVisionText2Text``, which is copied.
+    image_token_id, end_of_chunk_token_id : default: the two last ids of the additional vocabulary,
+        ``<image>`` last, as in the released models; end of chunk is ``<fake_token_around_image>``.
+    kernel : as in ``FlamingoModel``.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError
+        No such files; no transformers.
+    ValueError
+        Another architecture, IDEFICS without resampler, or keys that do not fit.
+    """
+    if isinstance(checkpoint, nn.Module):
+        values, tensors = checkpoint.config.to_dict(), checkpoint.state_dict()
+    else:
+        file = Path(checkpoint) / "config.json"
+        if not file.is_file():
+            raise FileNotFoundError(f"no config.json in {checkpoint}")
+        values, tensors = _with_defaults(json.loads(file.read_text())), None
+    if values.get("model_type") != "idefics":
+        raise ValueError(f"not {WHAT}: its model_type is {values.get('model_type')!r}")
+    if not values["use_resampler"]:
+        raise ValueError("IDEFICS without a resampler (use_resampler=False) is not supported")
+    config = _config(values, image_token_id, end_of_chunk_token_id)
+    if tensors is None:
+        tensors = read_tensors(checkpoint)
+    if values["tie_word_embeddings"]:
+        tensors = {k: v for k, v in tensors.items() if not k.startswith("lm_head.")}
+    converted = convert(tensors, TABLE, WHAT)
+    model = FlamingoModel(config, kernel)
+    needed = {name for name, _ in model.named_parameters()}
+    load_into(model, converted.tensors, needed, WHAT)
+    _log.info("%s", converted.report)
+    return model.eval()
+
+
+def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+    """The file's values over the defaults of transformers' class, which no code in it changes."""
+    from transformers import IdeficsConfig
+
+    if values.get("model_type") != "idefics":
+        return values
+    return IdeficsConfig(**values).to_dict()
+
+
+def _config(
+    values: dict[str, Any], image_token_id: int | None, end_of_chunk_token_id: int | None
+) -> FlamingoConfig:
+    vision, resampler = values["vision_config"], values["perceiver_config"]
+    dim, heads = values["hidden_size"], values["num_attention_heads"]
+    vocab_size = values["vocab_size"] + values["additional_vocab_size"]
+    if image_token_id is None:
+        image_token_id = vocab_size - 1
+    if end_of_chunk_token_id is None:
+        end_of_chunk_token_id = vocab_size - 2
+    shared = ("hidden_act", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    return FlamingoConfig(
+        name="idefics",
+        vision=HuggingFaceVisionConfig(
+            model_type="clip_vision_model",
+            options={
+                **{k: vision[k] for k in (*shared, "patch_size", "layer_norm_eps", "num_channels")},
+                "hidden_size": vision["embed_dim"],
+                "image_size": vision["image_size"],
+            },
+            image_size=vision["image_size"],
+            output_dim=vision["embed_dim"],
+            drop_class_token=False,
+        ),
+        language=HuggingFaceLanguageConfig(
+            model_type="llama",
+            options={
+                **{k: values[k] for k in (*shared, "rms_norm_eps", "max_position_embeddings")},
+                "hidden_size": dim,
+                "num_key_value_heads": heads,
+                "vocab_size": vocab_size,
+                "rope_parameters": values["rope_parameters"],
+                "tie_word_embeddings": values["tie_word_embeddings"],
+                **{
+                    f"{name}_token_id": values[f"{name}_token_id"] for name in ("bos", "eos", "pad")
+                },
+            },
+            dim=dim,
+            depth=values["num_hidden_layers"],
+            vocab_size=vocab_size,
+        ),
+        resampler=ResamplerConfig(
+            dim=vision["embed_dim"],
+            depth=resampler["resampler_depth"],
+            heads=resampler["resampler_n_heads"],
+            head_dim=resampler["resampler_head_dim"],
+            num_latents=resampler["resampler_n_latents"],
+            activation="relu",
+            max_num_frames=None,
+            qk_norm=resampler["qk_layer_norms_perceiver"],
+            final_norm=True,
+        ),
+        cross_attention=CrossAttentionConfig(
+            every=values["cross_layer_interval"],
+            heads=heads,
+            head_dim=dim // heads,
+            ff_dim=values["intermediate_size"],
+            activation="swiglu",
+            media_norm=False,
+            rms_norm_eps=values["rms_norm_eps"],
+            qk_norm=values["qk_layer_norms"],
+            gate="vector" if values["alpha_type"] == "vector" else "scalar",
+        ),
+        image_token_id=image_token_id,
+        end_of_chunk_token_id=end_of_chunk_token_id,
+        **{f"{name}_token_id": values[f"{name}_token_id"] for name in ("bos", "eos", "pad")},
+    )

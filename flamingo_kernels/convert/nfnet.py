@@ -1,0 +1,35 @@
+"""NFNet weights of timm (``dm_nfnet_f0`` to ``f6``), whose names the encoder here shares."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from os import PathLike
+
+from torch import Tensor
+
+from flamingo_kernels.convert.files import read_tensors
+from flamingo_kernels.convert.table import Rule, convert, load_into
+from flamingo_kernels.vision import NFNet, NFNetConfig
+
+TABLE = (
+    Rule(r"head\.fc\.(weight|bias)", reason="classifier"),
+    Rule(r"(.+)", r"\1"),
+)
+
+
+def load_timm_nfnet(
+    checkpoint: str | PathLike | Mapping[str, Tensor], config: NFNetConfig
+) -> NFNet:
+    """An encoder with the weights of a timm model: its file, or ``timm_model.state_dict()``.
+
+    ``config`` is ``NFNetConfig.from_variant("F6")`` for ``dm_nfnet_f6.dm_in1k``, and so on.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As ``read_tensors``; or weights of another variant.
+    """
+    encoder = NFNet(config)
+    tensors = convert(read_tensors(checkpoint), TABLE, "a timm NFNet").tensors
+    load_into(encoder, tensors, set(encoder.state_dict()), "the NFNet checkpoint")
+    return encoder.eval()

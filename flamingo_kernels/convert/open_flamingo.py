@@ -1,0 +1,323 @@
+"""OpenFlamingo v2: released checkpoints and those of its training runs, both ways.
+
+Layout: open_flamingo 2.0.1, `src/flamingo.py`, `src/flamingo_lm.py` and `train/train_utils.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+from collections.abc import Mapping
+from os import PathLike
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels.convert.files import read_tensors
+from flamingo_kernels.convert.table import Conversion, Rule, check_fit, convert, load_into
+from flamingo_kernels.language import HuggingFaceLanguageModel
+from flamingo_kernels.language.media_tokens import resize_embeddings
+from flamingo_kernels.model import (
+    CrossAttentionConfig,
+    FlamingoConfig,
+    FlamingoModel,
+    ResamplerConfig,
+)
+from flamingo_kernels.model.backbones import config_of, wrap_language_model, wrap_vision_encoder
+from flamingo_kernels.model.checkpoint import write
+
+WHAT = "an OpenFlamingo v2 checkpoint"
+LANGUAGE = "frozen language model, taken from the one given"
+# Output embeddings that transformers has renamed since.
+_RENAMED = {"embed_out": "lm_head"}
+# Constants of its helpers.py, for every size.
+HEADS, HEAD_DIM = 8, 64
+
+_LAYER = re.compile(r"lang_encoder\.(.+)\.(\d+)\.gated_cross_attn_layer\..+")
+_log = logging.getLogger(__name__)
+
+
+def load_open_flamingo(
+    checkpoint: str | PathLike | Mapping[str, Tensor],
+    vision_encoder: nn.Module,
+    language_model: nn.Module,
+    *,
+    image_token_id: int | None = None,
+    end_of_chunk_token_id: int | None = None,
+    kernel: str = "auto",
+) -> FlamingoModel:
+    """A model with the weights of an OpenFlamingo v2 checkpoint; logits are the original's.
+
+    Parameters
+    ----------
+    checkpoint : what ``read_tensors`` takes: a released ``checkpoint.pt``, one of a training run,
+        or the ``state_dict()`` of a live model.
+    vision_encoder, language_model : the backbones it was trained with, as
+        ``FlamingoModel.from_backbones`` takes them. The language model's embeddings are resized
+        to the checkpoint's rows and overwritten with them.
+    image_token_id, end_of_chunk_token_id : default: those that ``add_media_tokens`` has put into
+        the language model's configuration.
+    kernel : as in ``FlamingoModel``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As ``read_tensors``; keys that are not of this layout; backbones of other sizes.
+    """
+    tensors = read_tensors(checkpoint)
+    language_model = wrap_language_model(language_model)
+    vision_encoder = wrap_vision_encoder(vision_encoder)
+    if not isinstance(language_model, HuggingFaceLanguageModel):
+        raise ValueError("OpenFlamingo checkpoints need a Hugging Face language model")
+    inner = language_model.model
+    for name, value in (
+        ("image_token_id", image_token_id),
+        ("end_of_chunk_token_id", end_of_chunk_token_id),
+    ):
+        if value is not None:
+            setattr(inner.config, name, value)
+    _check_sizes(tensors, vision_encoder, language_model)
+    rows = language_model.vocab_size
+    embeddings = [
+        tensors.get(f"lang_encoder.{name}")
+        for name in _names_of_embeddings(_embedding_names(inner))
+    ]
+    # Models are published with rows to spare; OpenFlamingo cuts them to the tokenizer's.
+    resize_embeddings(inner, next((len(t) for t in embeddings if t is not None), rows))
+    config = _config(tensors, config_of(vision_encoder, language_model))
+    model = FlamingoModel(
+        config, kernel, vision_encoder=vision_encoder, language_model=language_model
+    )
+    converted = convert_open_flamingo(tensors, config, inner)
+    needed = set(model.trainable_parameters())
+    load_into(model, converted.tensors, needed, f"{WHAT} (every={config.cross_attention.every})")
+    model.saved_frozen = converted.tensors.keys() - needed
+    _log.info("%s", converted.report)
+    return model.eval()
+
+
+def convert_open_flamingo_file(
+    checkpoint: str | PathLike | Mapping[str, Tensor],
+    output: str | PathLike,
+    config: FlamingoConfig | None = None,
+) -> Conversion:
+    """Write a checkpoint of this package from an OpenFlamingo file; no backbone is needed.
+
+    Parameters
+    ----------
+    checkpoint : what ``read_tensors`` takes.
+    output : folder for ``model.safetensors``, which appears in one step or not at all.
+    config : default: the named one, such as "open-flamingo-3b", whose sizes the checkpoint has.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, ValueError
+        As ``load_open_flamingo``.
+    """
+    tensors = read_tensors(checkpoint)
+    config = config or _released_config(tensors)
+    with torch.device("meta"):
+        model = FlamingoModel(config)
+    _check_sizes(tensors, model.vision_encoder, model.language_model)
+    converted = convert_open_flamingo(tensors, config, model.language_model.model)
+    check_fit(model, converted.tensors, set(model.trainable_parameters()), WHAT)
+    write(converted.tensors, config, output)
+    return converted
+
+
+def convert_open_flamingo(
+    checkpoint: str | PathLike | Mapping[str, Tensor],
+    config: FlamingoConfig,
+    language_model: nn.Module,
+) -> Conversion:
+    """The tensors of a checkpoint by the names that ``FlamingoModel`` gives them.
+
+    Parameters
+    ----------
+    checkpoint : what ``read_tensors`` takes.
+    config : of the model; fixes which blocks have a cross-attention layer.
+    language_model : the transformers model, which may be on the meta device, for its names.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As ``read_tensors``; keys that are not of this layout, or layers elsewhere than in config.
+    """
+    tensors = read_tensors(checkpoint)
+    blocks = config.cross_attention_blocks
+    name, found = _layers(tensors)
+    if found != list(blocks):
+        raise ValueError(
+            f"{WHAT} has cross-attention before blocks {found}, the config before {list(blocks)}"
+        )
+    inside = f"{re.escape(name)}\\."
+    embeddings = _embedding_names(language_model)
+    others = map(re.escape, language_model.state_dict().keys() - set(embeddings))
+    table = (
+        Rule(r"perceiver\.(.+)", r"perceiver.\1"),
+        Rule(
+            rf"lang_encoder\.{inside}(\d+)\.gated_cross_attn_layer\.(.+)",
+            lambda m: f"gated_cross_attn_layers.{blocks.index(int(m[1]))}.{m[2]}",
+        ),
+        Rule(
+            r"lang_encoder\.(gated_cross_attn_layers|old_decoder_blocks)\..+",
+            reason="second name of another tensor",
+        ),
+        *(
+            Rule(rf"lang_encoder\.({re.escape(theirs)})", f"language_model.model.{ours}")
+            for theirs, ours in _names_of_embeddings(embeddings).items()
+        ),
+        Rule(rf"lang_encoder\.{inside}(\d+)\.decoder_layer\..+", reason=LANGUAGE),
+        Rule(rf"lang_encoder\.({'|'.join(others)})", reason=LANGUAGE),
+        Rule(r"vision_encoder\..+", reason="frozen vision encoder, taken from the one given"),
+    )
+    return convert(tensors, table, WHAT)
+
+
+def to_open_flamingo(model: FlamingoModel) -> dict[str, Tensor]:
+    """The state dict of an OpenFlamingo release: resampler, cross-attention and embeddings.
+
+    ``torch.save`` it, and ``open_flamingo``'s ``Flamingo`` over the same backbones loads it with
+    ``load_state_dict(..., strict=False)``. Names in the language model are those of the installed
+    transformers.
+
+    Raises
+    ------
+    ValueError
+        For an architecture that OpenFlamingo does not have, naming the fields.
+    """
+    config = model.config
+    wanted = _architecture(config.resampler.dim, config.cross_attention.every)
+    free = {"resampler": ("depth", "num_latents", "max_num_frames"), "cross_attention": ()}
+    differing = [
+        f"{part}.{field.name}={getattr(getattr(config, part), field.name)!r} (it has {theirs!r})"
+        for part, section in wanted.items()
+        for field in dataclasses.fields(section)
+        if field.name not in free[part]
+        and getattr(getattr(config, part), field.name) != (theirs := getattr(section, field.name))
+    ]
+    if not isinstance(model.language_model, HuggingFaceLanguageModel):
+        differing.append("a language model that is not Hugging Face's")
+    if differing:
+        raise ValueError(f"OpenFlamingo has no {', '.join(differing)}")
+    blocks, name = config.cross_attention_blocks, model.language_model.blocks_name
+    state = {f"perceiver.{k}": v for k, v in model.perceiver.state_dict().items()}
+    for block, layer in zip(blocks, model.gated_cross_attn_layers, strict=True):
+        prefix = f"lang_encoder.{name}.{block}.gated_cross_attn_layer"
+        state |= {f"{prefix}.{k}": v for k, v in layer.state_dict().items()}
+    inner = model.language_model.model
+    tensors = inner.state_dict()
+    state |= {f"lang_encoder.{k}": tensors[k] for k in _embedding_names(inner)}
+    return {k: v.detach().clone() for k, v in state.items()}
+
+
+def _architecture(
+    dim: int, every: int, **resampler: int | None
+) -> dict[str, ResamplerConfig | CrossAttentionConfig]:
+    return {
+        "resampler": ResamplerConfig(
+            dim=dim,
+            heads=HEADS,
+            head_dim=HEAD_DIM,
+            activation="gelu",
+            final_norm=True,
+            **{"max_num_frames": None, **resampler},
+        ),
+        "cross_attention": CrossAttentionConfig(
+            every=every,
+            offset=every - 1,
+            heads=HEADS,
+            head_dim=HEAD_DIM,
+            activation="gelu",
+            media_norm=False,
+        ),
+    }
+
+
+def _config(tensors: Mapping[str, Tensor], base: FlamingoConfig) -> FlamingoConfig:
+    """``base`` with the architecture read off the checkpoint's keys and shapes."""
+    _, blocks = _layers(tensors)
+    num_latents, dim = tensors["perceiver.latents"].shape
+    frames = tensors.get("perceiver.frame_embs")
+    depth = len({k.split(".")[2] for k in tensors if k.startswith("perceiver.layers.")})
+    parts = _architecture(
+        dim,
+        blocks[0] + 1,
+        depth=depth,
+        num_latents=num_latents,
+        max_num_frames=None if frames is None else len(frames),
+    )
+    return dataclasses.replace(base, name="open-flamingo", **parts)
+
+
+def _released_config(tensors: Mapping[str, Tensor]) -> FlamingoConfig:
+    """The named configuration of a released model, by its blocks and widths."""
+    name, blocks = _layers(tensors)
+    gate = f"lang_encoder.{name}.{blocks[0]}.gated_cross_attn_layer.attn.norm.weight"
+    width = len(tensors.get(gate, ()))
+    names = [known for known in FlamingoConfig.names() if known.startswith("open-flamingo")]
+    for config in map(FlamingoConfig.from_name, names):
+        if config.language.dim == width and list(config.cross_attention_blocks) == blocks:
+            return config
+    raise ValueError(
+        f"the checkpoint (width {width}, cross-attention before blocks {blocks}) is none of "
+        f"{', '.join(names)}: a config is needed"
+    )
+
+
+def _check_sizes(
+    tensors: Mapping[str, Tensor], vision_encoder: nn.Module, language_model: nn.Module
+) -> None:
+    name, blocks = _layers(tensors)
+    if "perceiver.latents" not in tensors:
+        raise ValueError(f"not {WHAT}: it has no perceiver.latents")
+    prefix = f"lang_encoder.{name}.{blocks[0]}.gated_cross_attn_layer."
+    norm = tensors.get(f"{prefix}attn.norm.weight")
+    faults = []
+    if norm is not None and len(norm) != language_model.dim:
+        faults.append(f"the language model is {language_model.dim} wide, not {len(norm)}")
+    if blocks[-1] >= language_model.num_blocks:
+        faults.append(
+            f"the language model has {language_model.num_blocks} blocks, not more than {blocks[-1]}"
+        )
+    if name != language_model.blocks_name:
+        faults.append(f"its blocks are {language_model.blocks_name!r}, not {name!r}")
+    vision = tensors["perceiver.latents"].shape[1]
+    if vision_encoder.output_dim != vision:
+        faults.append(
+            f"the vision encoder gives {vision_encoder.output_dim} channels, not {vision}"
+        )
+    if faults:
+        raise ValueError("the checkpoint was trained with other backbones: " + "; ".join(faults))
+
+
+def _layers(tensors: Mapping[str, Tensor]) -> tuple[str, list[int]]:
+    """Name of the list of blocks, and which of them have a cross-attention layer."""
+    matches = [m for m in map(_LAYER.fullmatch, tensors) if m]
+    names = {m[1] for m in matches}
+    if len(names) != 1:
+        raise ValueError(
+            f"not {WHAT}: "
+            + (f"blocks in several places, {sorted(names)}" if names else "no cross-attention keys")
+        )
+    return names.pop(), sorted({int(m[2]) for m in matches})
+
+
+def _names_of_embeddings(embeddings: tuple[str, ...]) -> dict[str, str]:
+    """Name in a checkpoint -> name now."""
+    old = {}
+    for before, after in _RENAMED.items():
+        for name in embeddings:
+            if name.startswith(f"{after}."):
+                old[name.replace(after, before, 1)] = name
+    return old | {name: name for name in embeddings}
+
+
+def _embedding_names(inner: nn.Module) -> tuple[str, ...]:
+    """Names of the input and output embeddings in a Hugging Face language model's state dict."""
+    layers = (inner.get_input_embeddings(), inner.get_output_embeddings())
+    tied = layers[1] is None or layers[1].weight is layers[0].weight
+    wanted = [layer for layer in (layers[:1] if tied else layers)]
+    names = {module: name for name, module in inner.named_modules()}
+    return tuple(f"{names[layer]}.{k}" for layer in wanted for k in layer.state_dict())

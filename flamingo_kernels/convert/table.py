@@ -1,0 +1,111 @@
+"""Conversion tables: every key of a checkpoint is used, or left out for a stated reason."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One line of a table: keys that match ``pattern`` as a whole.
+
+    Attributes
+    ----------
+    pattern : regular expression.
+    target : new name as a template (``\\1``) or a function of the match; empty: leave the key out.
+    part : where several keys make one tensor, concatenated over rows, which one this is.
+    flatten : make it a vector.
+    reason : why the key is left out.
+    """
+
+    pattern: str
+    target: str | Callable[[re.Match], str] = ""
+    part: int = 0
+    flatten: bool = False
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Converted tensors by name, and how many keys were used and left out."""
+
+    tensors: dict[str, Tensor]
+    used: int
+    left_out: Counter[str]
+
+    @property
+    def report(self) -> str:
+        """One line."""
+        reasons = "; ".join(f"{count} left out ({why})" for why, count in self.left_out.items())
+        return f"{self.used} tensors used" + (f", {reasons}" if reasons else "")
+
+
+def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], what: str) -> Conversion:
+    """Rename by the first rule that matches each key.
+
+    Raises
+    ------
+    ValueError
+        For keys that no rule knows, and tensors of which parts are missing.
+    """
+    rules = [(re.compile(rule.pattern), rule) for rule in table]
+    parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
+    left_out: Counter[str] = Counter()
+    unknown = []
+    for key, tensor in tensors.items():
+        hits = ((m, rule) for pattern, rule in rules if (m := pattern.fullmatch(key)))
+        match, rule = next(hits, (None, None))
+        if rule is None:
+            unknown.append(key)
+            continue
+        if rule.reason:
+            left_out[rule.reason] += 1
+            continue
+        target = match.expand(rule.target) if isinstance(rule.target, str) else rule.target(match)
+        parts[target][rule.part] = tensor.flatten() if rule.flatten else tensor
+    if unknown:
+        raise ValueError(f"not {what}: {_some(unknown)} not in its layout")
+    broken = [t for t, found in parts.items() if sorted(found) != list(range(len(found)))]
+    if broken:
+        raise ValueError(f"{what}: parts are missing of {_some(broken)}")
+    joined = {
+        target: found[0] if len(found) == 1 else torch.cat([found[i] for i in sorted(found)])
+        for target, found in parts.items()
+    }
+    return Conversion(joined, sum(map(len, parts.values())), left_out)
+
+
+def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], needed: set[str], what: str) -> None:
+    """Raise ValueError if a needed tensor is missing, or one is unknown or of another shape."""
+    expected = model.state_dict()
+    wrong = [
+        f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.shape != expected[name].shape
+    ]
+    faults = {
+        "missing": needed - tensors.keys(),
+        "unknown": tensors.keys() - expected.keys(),
+        "of another shape": wrong,
+    }
+    found = [f"{_some(names)} {fault}" for fault, names in faults.items() if names]
+    if found:
+        raise ValueError(f"{what} does not fit the model: " + "; ".join(found))
+
+
+def load_into(model: nn.Module, tensors: Mapping[str, Tensor], needed: set[str], what: str) -> None:
+    """Copy tensors into a model, whose dtypes and devices stay, after :func:`check_fit`."""
+    check_fit(model, tensors, needed, what)
+    model.load_state_dict(tensors, strict=False)
+
+
+def _some(names: Iterable[str]) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,98 @@
+"""Few-shot prompts as text (Flamingo, appendix B.1.5; OpenFlamingo's evaluation)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+
+Fields = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PromptTemplate:
+    """One task: ``query`` with named fields, and what separates it from the answer.
+
+    Examples
+    --------
+    >>> build_prompt(VQA, [{"question": "What?", "answer": "A cat."}], {"question": "Where?"})
+    '<image>Question: What? Answer: A cat.<|endofchunk|><image>Question: Where? Answer:'
+    """
+
+    query: str
+    separator: str = " "
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names that a query must give; an example gives ``answer`` too."""
+        return tuple(name for _, name, _, _ in Formatter().parse(self.query) if name)
+
+    def fill(self, values: Fields, answered: bool) -> str:
+        """The text of a query, or of an example with its answer."""
+        wanted = (*self.fields, "answer") if answered else self.fields
+        missing = [name for name in wanted if name not in values]
+        if missing:
+            raise ValueError(
+                f"{'an example' if answered else 'the query'} lacks {', '.join(missing)}; it has "
+                f"{', '.join(values) or 'nothing'}"
+            )
+        # Not str.format: a value may hold braces, and a template no attribute access.
+        text = "".join(
+            literal + (values[name] if name else "")
+            for literal, name, _, _ in Formatter().parse(self.query)
+        )
+        return text + self.separator + values["answer"] if answered else text
+
+
+CAPTION = PromptTemplate("Output:")
+VQA = PromptTemplate("Question: {question} Answer:")
+HATEFUL_MEMES = PromptTemplate('is an image with written: "{text}" on it. Is it hateful? Answer:')
+OPEN_FLAMINGO_CAPTION = PromptTemplate("Output:", separator="")
+OPEN_FLAMINGO_VQA = PromptTemplate("Question:{question} Short answer:", separator="")
+OPEN_FLAMINGO_HATEFUL_MEMES = PromptTemplate(
+    "is an image with: '{text}' written on it. Is it hateful? Answer:", separator=""
+)
+TEMPLATES = {
+    "caption": CAPTION,
+    "vqa": VQA,
+    "hateful-memes": HATEFUL_MEMES,
+    "open-flamingo-caption": OPEN_FLAMINGO_CAPTION,
+    "open-flamingo-vqa": OPEN_FLAMINGO_VQA,
+    "open-flamingo-hateful-memes": OPEN_FLAMINGO_HATEFUL_MEMES,
+}
+
+
+def build_prompt(
+    template: PromptTemplate,
+    examples: Sequence[Fields],
+    query: Fields,
+    *,
+    examples_have_images: bool = True,
+    image_token: str = "<image>",
+    end_of_chunk_token: str = "<|endofchunk|>",
+    bos_token: str = "",
+) -> str:
+    """Examples with answers, then the query without, each behind its ``<image>``.
+
+    Zero-shot is two examples without images (``examples_have_images=False``): they show the form
+    of the answer; a single one is "highly detrimental" (appendix A.2).
+
+    Parameters
+    ----------
+    template : of the task.
+    examples, query : fields by name; images belong to them in this order.
+
+    Raises
+    ------
+    ValueError
+        A field is missing, or a value holds the image or the end-of-chunk token.
+    """
+    for number, values in enumerate((*examples, query)):
+        for name, value in values.items():
+            for token in (image_token, end_of_chunk_token):
+                if token in value:
+                    where = f"example {number}" if number < len(examples) else "the query"
+                    raise ValueError(f"{name} of {where} holds {token!r}, which would count")
+    shown = image_token if examples_have_images else ""
+    parts = [shown + template.fill(values, True) + end_of_chunk_token for values in examples]
+    return bos_token + "".join(parts) + image_token + template.fill(query, False)

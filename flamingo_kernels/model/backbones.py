@@ -1,0 +1,72 @@
+"""A configuration and wrapped parts for backbones that exist already."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from flamingo_kernels import vision
+from flamingo_kernels.language import HuggingFaceLanguageModel, LanguageModel
+from flamingo_kernels.model.config import CrossAttentionConfig, FlamingoConfig, ResamplerConfig
+from flamingo_kernels.vision import PrecomputedFeatures
+
+# The paper's: all heads are this wide (table 4, appendix A.1.4).
+HEAD_DIM = 128
+
+
+def wrap_vision_encoder(module: nn.Module | int) -> nn.Module:
+    """A ``VisionEncoder`` over a module, or in place of one for so many channels of features."""
+    if isinstance(module, int):
+        return PrecomputedFeatures(module)
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"vision_encoder must be a module, got {type(module).__name__}")
+    return vision.wrap_vision_encoder(module)
+
+
+def wrap_language_model(module: nn.Module) -> nn.Module:
+    """A ``LanguageModel`` over a transformers causal language model; one is returned as it is."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"language_model must be a module, got {type(module).__name__}")
+    return module if isinstance(module, LanguageModel) else HuggingFaceLanguageModel(module)
+
+
+def config_of(vision_encoder: nn.Module, language_model: nn.Module) -> FlamingoConfig:
+    """The paper's architecture over wrapped parts: one cross-attention layer before every block.
+
+    Token ids are those in the language model's own configuration.
+
+    Raises
+    ------
+    ValueError
+        If that has no `image_token_id` or no `end_of_chunk_token_id`.
+    """
+    inner = getattr(getattr(language_model, "model", None), "config", None)
+    ids: dict[str, Any] = {}
+    for name in ("image", "end_of_chunk", "bos", "eos", "pad"):
+        value = getattr(inner, f"{name}_token_id", None)
+        ids[f"{name}_token_id"] = value[0] if isinstance(value, list) else value
+    missing = [name for name in ("image_token_id", "end_of_chunk_token_id") if ids[name] is None]
+    if missing:
+        raise ValueError(
+            f"the language model's config has no {' and no '.join(missing)}: call "
+            "flamingo_kernels.language.add_media_tokens(tokenizer, language_model) first, or pass "
+            "config="
+        )
+    for name in ("bos", "eos", "pad"):
+        value = ids[f"{name}_token_id"]
+        if value is not None and not 0 <= value < language_model.vocab_size:
+            ids[f"{name}_token_id"] = None  # ids of a tokenizer that the model was not made for
+    dim = vision_encoder.output_dim
+    return FlamingoConfig(
+        name=f"{type(getattr(language_model, 'model', language_model)).__name__}-flamingo",
+        vision=vision_encoder.config,
+        language=language_model.config,
+        resampler=ResamplerConfig(dim=dim, **_heads(dim)),
+        cross_attention=CrossAttentionConfig(every=1, **_heads(language_model.dim)),
+        **ids,
+    )
+
+
+def _heads(dim: int) -> dict[str, int]:
+    return {"heads": max(1, dim // HEAD_DIM), "head_dim": min(dim, HEAD_DIM)}

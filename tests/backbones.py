@@ -1,0 +1,83 @@
+"""Tiny random models of the architectures that people have."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+DIM, DEPTH, VOCAB, IMAGE, END_OF_CHUNK = 32, 3, 97, 95, 96
+_HEADED = {"num_hidden_layers": DEPTH, "num_attention_heads": 4}
+_GROUPED = {"hidden_size": DIM, "intermediate_size": 48, "num_key_value_heads": 2, **_HEADED}
+LANGUAGE_OPTIONS = {
+    "llama": _GROUPED,
+    "qwen3": {**_GROUPED, "head_dim": 8},
+    "mistral": _GROUPED,
+    "gemma3_text": {**_GROUPED, "head_dim": 8, "sliding_window": 6},
+    "phi": {"hidden_size": DIM, "intermediate_size": 48, **_HEADED},
+    "gpt_neox": {"hidden_size": DIM, "intermediate_size": 48, **_HEADED},
+    "opt": {
+        "hidden_size": DIM,
+        "word_embed_proj_dim": DIM,
+        "ffn_dim": 48,
+        "max_position_embeddings": 64,
+        **_HEADED,
+    },
+    "gpt2": {"n_embd": DIM, "n_layer": DEPTH, "n_head": 4, "n_positions": 64},
+    "mpt": {"d_model": DIM, "n_layers": DEPTH, "n_heads": 4, "max_seq_len": 64},
+    "falcon": {"hidden_size": DIM, **_HEADED},
+    "bloom": {"hidden_size": DIM, "n_layer": DEPTH, "n_head": 4},
+    "gptj": {"n_embd": DIM, "n_layer": DEPTH, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+}
+EAGER_ONLY = ("bloom", "gptj", "mpt")
+SPECIAL = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def sharpen(model: nn.Module) -> nn.Module:
+    """Away from transformers' initialisation, at which attention hardly shows in the logits."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    return model
+
+
+def language_model(model_type: str, attention: str | None = None, **changes: object) -> nn.Module:
+    """A transformers causal language model in evaluation mode, with the media tokens' ids."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    options = {**SPECIAL, **LANGUAGE_OPTIONS[model_type], **changes}
+    config = AutoConfig.for_model(model_type, **options)
+    config.image_token_id, config.end_of_chunk_token_id = IMAGE, END_OF_CHUNK
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    return sharpen(model.eval())
+
+
+def clip() -> nn.Module:
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(1)
+    return CLIPVisionModel(CLIPVisionConfig(**_TOWER)).eval()
+
+
+def siglip() -> nn.Module:
+    from transformers import SiglipVisionConfig, SiglipVisionModel
+
+    torch.manual_seed(1)
+    return SiglipVisionModel(SiglipVisionConfig(**_TOWER, vision_use_head=False)).eval()
+
+
+def open_gates(model: nn.Module) -> nn.Module:
+    """Random gates, so that the images matter."""
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.uniform_(0.5, 1.0, generator=generator)
+    return model

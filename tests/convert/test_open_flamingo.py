@@ -1,0 +1,249 @@
+"""OpenFlamingo 2.0.1's own model, converted: same logits, same tokens."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import re
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels import FlamingoModel
+from flamingo_kernels.convert import load_open_flamingo, to_open_flamingo
+from tests.backbones import END_OF_CHUNK, IMAGE, clip, language_model
+from tests.budgets import assert_parity
+from tests.peers import open_flamingo_model
+
+pytest.importorskip("einops_exts")
+CASES = [("gpt_neox", 1), ("gpt_neox", 2), ("mpt", 1), ("mpt", 3)]
+
+
+def original(model_type: str, every: int) -> nn.Module:
+    """Random weights and open gates."""
+    peer = open_flamingo_model(clip(), language_model(model_type), every, IMAGE, END_OF_CHUNK)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in peer.named_parameters():
+        if name.endswith("_gate"):
+            parameter.data.uniform_(0.5, 1.0, generator=generator)
+        elif "gated_cross_attn" in name and name.endswith("norm.weight"):
+            parameter.data.uniform_(0.5, 1.5, generator=generator)
+    return peer.requires_grad_(False)
+
+
+def released(peer: nn.Module) -> OrderedDict[str, Tensor]:
+    """What `filter_state_dict_to_trainable` of its train_utils.py keeps."""
+    state = OrderedDict()
+    for name, tensor in peer.state_dict().items():
+        if name == "lang_encoder.lm_head.weight":
+            if peer.lang_encoder.config.model_type == "mpt":
+                continue  # tied; the MPT it was trained with has none
+            name = "lang_encoder.embed_out.weight"  # its name then
+        block = ".decoder_layer." in name or "final" in name or "norm_f" in name
+        if not block and not re.match(
+            r"vision_encoder|lang_encoder\.(old_decoder_blocks|gated_cross_attn_layers)", name
+        ):
+            state[name] = tensor.clone()
+    return state
+
+
+def prompt(*, text_first: bool = True) -> dict[str, Tensor]:
+    """Left padding, text before the first image, several images per row."""
+    generator = torch.Generator().manual_seed(6)
+    ids = torch.randint(3, 90, (2, 12), generator=generator)
+    ids[0, :4] = 0
+    ids[0, [6, 9]] = IMAGE
+    ids[1, [2 if text_first else 0, 7]] = IMAGE
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    pixels = torch.randn(2, 2, 1, 3, 16, 16, generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}
+
+
+def theirs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    names = {"input_ids": "lang_x", "pixel_values": "vision_x"}
+    return {names.get(name, name): tensor for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize(("model_type", "every"), CASES)
+def test_parity(model_type: str, every: int, caplog) -> None:
+    peer = original(model_type, every)
+    state = released(peer)
+    with caplog.at_level(logging.INFO, "flamingo_kernels"):
+        model = load_open_flamingo(state, clip(), language_model(model_type))
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0] == f"{len(state)} tensors used"
+    batch = prompt()
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        ours = model(**batch).logits
+        assert_parity(ours[real], peer(**theirs(batch)).logits[real])
+        blind = model(**{**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}).logits
+    assert (blind - ours)[real].abs().max() > 100 * 1e-4  # the images matter
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize(("model_type", "every"), CASES)
+def test_same_tokens(model_type: str, every: int, num_beams: int) -> None:
+    peer = original(model_type, every)
+    model = load_open_flamingo(released(peer), clip(), language_model(model_type))
+    batch, new = prompt(), 8
+    expected = peer.generate(
+        **theirs(batch),
+        max_new_tokens=new,
+        num_beams=num_beams,
+        do_sample=False,
+        suppress_tokens=[IMAGE],
+        pad_token_id=0,
+    )
+    options = {"num_beams": num_beams} if num_beams > 1 else {}
+    ours = model.generate(**batch, max_new_tokens=new, stop_token_ids=[END_OF_CHUNK], **options)
+    assert torch.equal(ours, expected)
+
+
+def test_more_markers_than_images_is_where_we_differ() -> None:
+    """OpenFlamingo spreads such text over all images (SEMANTICS 3); here it is an error."""
+    peer = original("gpt_neox", 1)
+    model = load_open_flamingo(released(peer), clip(), language_model("gpt_neox"))
+    batch = prompt()
+    fewer = {**batch, "pixel_values": batch["pixel_values"][:, :1]}
+    with torch.no_grad():
+        one = peer(**theirs(fewer)).logits
+        other = {**fewer, "pixel_values": fewer["pixel_values"] + 1}
+        last = one - peer(**theirs(other)).logits
+    assert last[1, 8:].abs().max() > 1e-3  # text after the second marker sees the first image
+    with pytest.raises(ValueError, match=r"row 0 has 2 <image> token\(s\) but 1 image\(s\)"):
+        model(**fewer)
+
+
+def test_a_step_by_step_marker_is_where_the_original_differs() -> None:
+    """OpenFlamingo counts markers anew in each chunk that has one; here they are counted once."""
+    peer = original("gpt_neox", 1)
+    model = load_open_flamingo(released(peer), clip(), language_model("gpt_neox"))
+    batch = prompt(text_first=False)
+    ids, pixels = batch["input_ids"][1:], batch["pixel_values"][1:]
+    with torch.no_grad():
+        whole = model(ids, pixels).logits
+        first = model(ids[:, :7], pixels[:, :1], use_cache=True)
+        second = model(ids[:, 7:], pixels[:, 1:], cache=first.cache).logits
+        assert_parity(second, whole[:, 7:])
+        peer.lang_encoder._use_cached_vision_x = True
+        peer._encode_vision_x(pixels)
+        start = peer.lang_encoder(input_ids=ids[:, :7], attention_mask=None, use_cache=True)
+        rest = peer.lang_encoder(
+            input_ids=ids[:, 7:], attention_mask=None, past_key_values=start.past_key_values
+        ).logits
+    assert (rest - whole[:, 7:]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("wrap", ["module", "nested", "live", "file"])
+def test_every_form_of_a_checkpoint(wrap: str, tmp_path) -> None:
+    peer = original("mpt", 1)
+    state = released(peer)
+    expected = load_open_flamingo(state, clip(), language_model("mpt"))(**prompt()).logits
+    prefixed = {f"module.{name}": tensor for name, tensor in state.items()}
+    source = {
+        "module": prefixed,
+        "nested": {"epoch": 3, "model_state_dict": prefixed, "lr_scheduler_state_dict": {}},
+        "live": peer.state_dict(),
+        "file": tmp_path / "checkpoint.pt",
+    }[wrap]
+    torch.save({"model_state_dict": prefixed}, tmp_path / "checkpoint.pt")
+    model = load_open_flamingo(source, clip(), language_model("mpt"))
+    assert torch.equal(model(**prompt()).logits, expected)
+
+
+@pytest.mark.parametrize(("model_type", "every"), CASES)
+def test_there_and_back(model_type: str, every: int) -> None:
+    peer = original(model_type, every)
+    state = released(peer)
+    back = to_open_flamingo(load_open_flamingo(state, clip(), language_model(model_type)))
+    if model_type == "gpt_neox":  # by its name in this transformers
+        state["lang_encoder.lm_head.weight"] = state.pop("lang_encoder.embed_out.weight")
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+    fresh = open_flamingo_model(clip(), language_model(model_type), every, IMAGE, END_OF_CHUNK)
+    assert not fresh.load_state_dict(back, strict=False).unexpected_keys
+    with torch.no_grad():
+        logits = fresh(**theirs(prompt())).logits
+        assert torch.equal(logits, peer(**theirs(prompt())).logits)
+
+
+def test_embeddings_come_along_when_saved(tmp_path) -> None:
+    """The checkpoint's embeddings are those of new tokens; the base model does not have them."""
+    peer = original("gpt_neox", 1)
+    state = released(peer)
+    name = "lang_encoder.gpt_neox.embed_in.weight"
+    state[name] = state[name] + 0.5
+    model = load_open_flamingo(state, clip(), language_model("gpt_neox"))
+    expected = model(**prompt()).logits
+    for step in ("one", "two"):
+        model.save_pretrained(tmp_path / step)
+        parts = {"vision_encoder": clip(), "language_model": language_model("gpt_neox")}
+        model = FlamingoModel.from_pretrained(tmp_path / step, **parts).eval()
+        assert torch.equal(model(**prompt()).logits, expected)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])
+@pytest.mark.parametrize("rows", [90, 128])
+def test_embeddings_take_the_checkpoints_rows(model_type: str, rows: int, tmp_path) -> None:
+    """Of a model without the new tokens, or with rows to spare; when saved and loaded too."""
+    peer = original(model_type, 1)
+
+    def published() -> nn.Module:
+        lm = language_model(model_type)
+        lm.resize_token_embeddings(rows, mean_resizing=False)
+        return lm
+
+    model = load_open_flamingo(released(peer), clip(), published())
+    model.save_pretrained(tmp_path)
+    parts = {"vision_encoder": clip(), "language_model": published()}
+    loaded = FlamingoModel.from_pretrained(tmp_path, **parts).eval()
+    real = prompt()["attention_mask"].bool()
+    with torch.no_grad():
+        expected = peer(**theirs(prompt())).logits[real]
+        for ours in (model, loaded):
+            logits = ours(**prompt()).logits
+            assert logits.shape[-1] == 97
+            assert_parity(logits[real], expected)
+
+
+def test_bad_checkpoints() -> None:
+    state = released(original("gpt_neox", 1))
+
+    def load(state, lm: str = "gpt_neox", tower=clip, **options) -> FlamingoModel:
+        return load_open_flamingo(state, tower(), language_model(lm, **options))
+
+    with pytest.raises(ValueError, match=r"not an OpenFlamingo v2 checkpoint: extra\.weight not"):
+        load({**state, "extra.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"checkpoint: lang_encoder\.head\.weight not in its layo"):
+        load({**state, "lang_encoder.head.weight": torch.zeros(1)})
+    gate = "lang_encoder.gpt_neox.layers.1.gated_cross_attn_layer.ff_gate"
+    with pytest.raises(ValueError, match=r"gated_cross_attn_layers\.1\.ff_gate missing"):
+        load({name: t for name, t in state.items() if name != gate})
+    with pytest.raises(ValueError, match=r"ff_gate \(2,\) instead of \(1,\) of another shape"):
+        load({**state, gate: torch.zeros(2)})
+    with pytest.raises(ValueError, match="other backbones: the language model is 64 wide, not 32"):
+        load(state, hidden_size=64)
+    with pytest.raises(ValueError, match="has 2 blocks, not more than 2"):
+        load(state, num_hidden_layers=2)
+    with pytest.raises(ValueError, match=r"its blocks are 'model.layers', not 'gpt_neox.layers'"):
+        load(state, "llama")
+    with pytest.raises(ValueError, match="the vision encoder gives 8 channels, not 16"):
+        load_open_flamingo(state, 8, language_model("gpt_neox"))
+    with pytest.raises(ValueError, match="no cross-attention keys"):
+        load({"perceiver.latents": torch.zeros(2, 2)})
+    without = copy.deepcopy(language_model("gpt_neox"))
+    del without.config.image_token_id
+    with pytest.raises(ValueError, match="has no image_token_id"):
+        load_open_flamingo(state, clip(), without)
+    model = load_open_flamingo(state, clip(), without, image_token_id=IMAGE)
+    assert model.config.image_token_id == IMAGE
+
+
+def test_what_open_flamingo_cannot_express() -> None:
+    model = FlamingoModel.from_backbones(clip(), language_model("gpt_neox"))
+    with pytest.raises(ValueError, match=r"OpenFlamingo has no .*activation='squared_relu' \(it"):
+        to_open_flamingo(model)

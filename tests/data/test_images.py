@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from flamingo_kernels.data.images import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    load_image,
+    sample_frames,
+    stack_media,
+    to_pixel_values,
+)
+
+Image = pytest.importorskip("PIL.Image")
+
+
+def picture(width: int, height: int):
+    """Red grows to the right, green downwards."""
+    pixels = np.zeros((height, width, 3), dtype=np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)[None]
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(("width", "height"), [(64, 32), (32, 64), (20, 7), (300, 1)])
+def test_pad_keeps_the_whole_picture_and_pads_with_the_mean(width: int, height: int) -> None:
+    values = to_pixel_values(picture(width, height), 16)
+    assert values.shape == (3, 16, 16) and values.dtype == torch.float32
+    seen = (values != 0).any(0)
+    expected = [max(1, round(side * 16 / max(width, height))) for side in (height, width)]
+    assert [int(seen.any(1).sum()), int(seen.any(0).sum())] == expected
+
+
+def test_crop_takes_the_centre() -> None:
+    values = to_pixel_values(picture(64, 32), 32, fit="crop")
+    left = 16 * np.float32(255 / 63) / 255
+    raw = values * torch.tensor(IMAGE_STD)[:, None, None] + torch.tensor(IMAGE_MEAN)[:, None, None]
+    assert abs(float(raw[0, 0, 0]) - left) < 1 / 255
+    assert float(raw[1, 0, 0]) == pytest.approx(0, abs=1 / 255)
+    assert float(raw[1, -1, 0]) == pytest.approx(1, abs=1 / 255)
+
+
+def test_normalised_by_the_encoders_constants() -> None:
+    white = Image.new("L", (8, 8), 255)
+    values = to_pixel_values(white, 4, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
+    assert torch.equal(values, torch.tensor([1.0, 3.0, 0.5])[:, None, None].expand(3, 4, 4))
+    assert torch.equal(to_pixel_values(white, 4, mean=None, std=None), to_pixel_values(white, 4))
+    with pytest.raises(ValueError, match="unknown fit 'stretch'; known: pad, crop"):
+        to_pixel_values(white, 4, fit="stretch")
+
+
+def test_files_that_are_no_pictures(tmp_path) -> None:
+    good = tmp_path / "good.png"
+    picture(40, 30).save(good)
+    assert load_image(good).size == (40, 30)
+    cut, text = tmp_path / "cut.png", tmp_path / "text.jpg"
+    cut.write_bytes(good.read_bytes()[:60])
+    text.write_text("not a picture")
+    for file in (cut, text):
+        with pytest.raises(ValueError, match=rf"cannot decode the image .*{file.name}: "):
+            load_image(file)
+    with pytest.raises(FileNotFoundError):
+        load_image(tmp_path / "none.png")
+
+
+def test_frames_are_spread_over_the_clip() -> None:
+    assert sample_frames(8, 8) == list(range(8))
+    assert sample_frames(100, 4) == [12, 37, 62, 87]
+    assert sample_frames(2, 4) == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="0 available, 4 wanted"):
+        sample_frames(0, 4)
+
+
+def test_ragged_rows_make_one_batch() -> None:
+    image, clip = torch.ones(3, 4, 4), torch.full((2, 3, 4, 4), 2.0)
+    batch = stack_media([[image, clip], [], [image]])
+    assert batch["pixel_values"].shape == (3, 2, 2, 3, 4, 4)
+    assert batch["num_images"].tolist() == [2, 0, 1]
+    assert batch["num_frames"].tolist() == [[1, 2], [1, 1], [1, 1]]
+    assert torch.equal(batch["pixel_values"][0, 1], clip)
+    assert not batch["pixel_values"][1].any() and not batch["pixel_values"][0, 0, 1].any()
+    assert stack_media([[], []]) == {}
+    with pytest.raises(ValueError, match=r"row 1 has media of shape \(1, 3, 5, 5\); all must be"):
+        stack_media([[image], [torch.ones(3, 5, 5)]])

@@ -1,0 +1,349 @@
+"""FlamingoModel around transformers' models."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.language import Decoder, add_media_tokens
+from tests.backbones import (
+    DIM,
+    EAGER_ONLY,
+    END_OF_CHUNK,
+    IMAGE,
+    LANGUAGE_OPTIONS,
+    VOCAB,
+    clip,
+    language_model,
+    open_gates,
+    siglip,
+)
+from tests.budgets import assert_close_to_reference, assert_gradients_close
+
+pytest.importorskip("transformers")
+MODEL_TYPES = list(LANGUAGE_OPTIONS)
+
+
+def prompt() -> dict[str, Tensor]:
+    """Left-padded rows with text before the first image and one and two images."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(3, 90, (2, 9), generator=generator)
+    ids[0, :3], ids[0, 5], ids[1, 2], ids[1, 6] = 0, IMAGE, IMAGE, IMAGE
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    pixels = torch.randn(2, 2, 1, 3, 16, 16, generator=generator)
+    pixels[0, 1] = float("nan")
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": pixels,
+        "num_images": torch.tensor([1, 2]),
+    }
+
+
+def build(model_type: str = "llama", **changes) -> FlamingoModel:
+    torch.manual_seed(4)
+    lm = language_model(model_type, **changes)
+    return open_gates(FlamingoModel.from_backbones(clip(), lm)).eval()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    model.zero_grad()
+    arguments = prompt()
+    model(**arguments, labels=arguments["input_ids"]).loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert any(gradient.any() for gradient in found.values())
+    return found
+
+
+@pytest.mark.parametrize(
+    ("model_type", "attention"),
+    [(t, "eager") for t in MODEL_TYPES] + [(t, "sdpa") for t in MODEL_TYPES if t not in EAGER_ONLY],
+)
+def test_wrap_run_train_and_unwrap(model_type: str, attention: str) -> None:
+    """Zero gates give the LM's own bits, training moves nothing frozen, nothing stays behind."""
+    lm, encoder = language_model(model_type, attention), clip()
+    weights = copy.deepcopy(lm.state_dict())
+    wanted = {n: p.requires_grad for n, p in lm.named_parameters()}
+    attributes = {n: set(module.__dict__) for n, module in lm.named_modules()}
+    arguments = prompt()
+    ids, mask = arguments["input_ids"], arguments["attention_mask"]
+    model = FlamingoModel.from_backbones(encoder, lm)
+    closed = model(**arguments).logits
+    untouched = plain_logits(lm, ids, mask)
+    assert torch.equal(closed, model.language_model(ids, mask).logits)
+
+    open_gates(model).train()
+    model.gradient_checkpointing_enable()
+    optimiser = torch.optim.SGD(model.trainable_parameters().values(), lr=0.1)
+    first = model(**arguments, labels=ids).loss
+    first.backward()
+    optimiser.step()
+    assert model(**arguments, labels=ids).loss < first
+
+    vision, unwrapped = model.unwrap()
+    assert vision is encoder and unwrapped is lm
+    assert {n: p.requires_grad for n, p in lm.named_parameters()} == wanted
+    assert {n: set(module.__dict__) for n, module in lm.named_modules()} == attributes
+    assert all(torch.equal(tensor, weights[n]) for n, tensor in lm.state_dict().items())
+    assert torch.equal(plain_logits(lm, ids, mask), untouched)
+    hooked = [n for n, m in lm.named_modules() if m._forward_pre_hooks or m._forward_hooks]
+    assert not hooked
+
+
+def plain_logits(lm: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    with torch.no_grad():
+        return lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("include_frozen", [False, True])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_save_and_load(model_type: str, include_frozen: bool, tmp_path) -> None:
+    model = build(model_type)
+    expected = model(**prompt()).logits
+    model.save_pretrained(tmp_path, include_frozen)
+    parts = {}
+    if not include_frozen:
+        parts = {"vision_encoder": clip(), "language_model": language_model(model_type)}
+    loaded = FlamingoModel.from_pretrained(tmp_path, **parts).eval()
+    assert loaded.config == model.config
+    assert torch.equal(loaded(**prompt()).logits, expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_activation_checkpointing_changes_no_gradient(model_type: str, use_reentrant: bool) -> None:
+    model = build(model_type).train()
+    plain = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    runs = []
+    inner = next(m for m in model.language_model.blocks[1].modules() if "Norm" in type(m).__name__)
+    handle = inner.register_forward_hook(lambda *_: runs.append(1))
+    assert_gradients_close(gradients(model), plain, torch.float32)
+    assert len(runs) == 2  # forward, and again in the backward
+    handle.remove()
+    model.gradient_checkpointing_disable()
+    assert "forward" not in model.language_model.blocks[1].__dict__
+
+
+def test_activation_checkpointing_leaves_caches_alone() -> None:
+    model = build()
+    arguments = prompt()
+    plain = model(**arguments, use_cache=True)
+    model.gradient_checkpointing_enable()
+    again = model(**arguments, use_cache=True)
+    again.logits.sum().backward()
+    assert again.cache.language.length == plain.cache.language.length
+    with pytest.raises(ValueError, match=r"unknown checkpointing options \['depth'\]"):
+        model.gradient_checkpointing_enable({"depth": 2})
+
+
+def test_own_decoder_checkpoints_too() -> None:
+    config = FlamingoConfig.from_name("tiny")
+    model = open_gates(FlamingoModel(config)).train()
+    ids = torch.tensor([[3, config.image_token_id, 5, 6]])
+    pixels = torch.randn(1, 1, 1, 3, 32, 32)
+
+    def run() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(ids, pixels, labels=ids).loss.backward()
+        return {n: p.grad.clone() for n, p in model.trainable_parameters().items()}
+
+    plain = run()
+    for use_reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        assert_gradients_close(run(), plain, torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model_type", "checkpointing"), [("llama", True), ("gpt_neox", False)])
+def test_compile(model_type: str, checkpointing: bool) -> None:
+    model = build(model_type).train()
+    plain = gradients(model)
+    logits = model(**prompt()).logits
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    model.compile(backend="aot_eager")
+    assert_close_to_reference(model(**prompt()).logits, logits, torch.float32)
+    assert_gradients_close(gradients(model), plain, torch.float32)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_bf16_and_autocast(model_type: str) -> None:
+    model = build(model_type)
+    with torch.no_grad():
+        exact = model(**prompt()).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model(**prompt()).logits
+        # A frozen model in bf16 with a bridge in fp32, as one trains it.
+        model.language_model.bfloat16()
+        model.vision_encoder.bfloat16()
+        mixed = model(**prompt())
+        narrow = model.bfloat16()(**prompt())
+    assert mixed.logits.dtype == narrow.logits.dtype == torch.bfloat16
+    real = prompt()["attention_mask"].bool()
+    for what, logits in (("autocast", autocast), ("mixed", mixed.logits), ("bf16", narrow.logits)):
+        assert_close_to_reference(logits[real], exact[real], torch.bfloat16, what)
+
+
+@pytest.mark.parametrize("tower", [clip, siglip])
+def test_vision_encoders(tower) -> None:
+    model = FlamingoModel.from_backbones(tower(), language_model("llama"))
+    images = torch.randn(2, 3, 16, 16)
+    patches = tower()(images).last_hidden_state
+    kept = patches[:, 1:] if tower is clip else patches
+    assert torch.equal(model.vision_encoder(images), kept)
+    assert model.vision_encoder.image_mean is not None
+
+
+def test_two_towers_give_their_vision_model() -> None:
+    from transformers import CLIPConfig, CLIPModel
+
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    small["num_attention_heads"] = 2
+    vision = {**small, "image_size": 16, "patch_size": 8}
+    both = CLIPModel(CLIPConfig(vision_config=vision, text_config=small))
+    model = FlamingoModel.from_backbones(both, language_model("llama"))
+    assert model.vision_encoder.module is both.vision_model
+
+
+class Patches(nn.Module):
+    """Any module [N, 3, H, W] -> [N, S, D]."""
+
+    image_size = 16
+    output_dim = 3 * 64
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.unfold(images, 8, stride=8).transpose(1, 2)
+
+
+def test_any_module_as_encoder(tmp_path) -> None:
+    from flamingo_kernels.vision import wrap_vision_encoder
+
+    encoder = wrap_vision_encoder(Patches(), output_dim=192, image_size=16)
+    model = open_gates(FlamingoModel.from_backbones(encoder, language_model("llama"))).eval()
+    expected = model(**prompt()).logits
+    model.save_pretrained(tmp_path, include_frozen=True)
+    with pytest.raises(ValueError, match="holds no vision_encoder; pass vision_encoder="):
+        FlamingoModel.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="module of its user's: pass vision_encoder="):
+        FlamingoModel(model.config)
+    loaded = FlamingoModel.from_pretrained(tmp_path, vision_encoder=encoder).eval()
+    assert torch.equal(loaded(**prompt()).logits, expected)
+    with pytest.raises(ValueError, match=r"output_dim must be given: .* no config.hidden_size"):
+        FlamingoModel.from_backbones(nn.Linear(2, 2), language_model("llama"))
+
+
+def test_features_take_the_place_of_pixels(tmp_path) -> None:
+    """Of any model, and of one without an encoder; padded slots are not read."""
+    model = build()
+    arguments = prompt()
+    expected = model(**arguments).logits
+    pixels = arguments.pop("pixel_values")
+    features = model.vision_encoder(pixels.nan_to_num().flatten(0, 2)).unflatten(0, (2, 2, 1))
+    features[0, 1] = float("nan")
+    assert torch.equal(model(pixel_values=features, **arguments).logits, expected)
+    with pytest.raises(ValueError, match=r"must have 16 channels, got shape \(2, 2, 1, 4, 8\)"):
+        model(pixel_values=features[..., :8], **arguments)
+
+    blind = FlamingoModel.from_backbones(16, language_model("llama"))
+    blind.perceiver.load_state_dict(model.perceiver.state_dict())
+    blind.gated_cross_attn_layers.load_state_dict(model.gated_cross_attn_layers.state_dict())
+    blind.save_pretrained(tmp_path, include_frozen=True)
+    blind = FlamingoModel.from_pretrained(tmp_path).eval()
+    assert torch.equal(blind(pixel_values=features, **arguments).logits, expected)
+    with pytest.raises(ValueError, match=r"no vision encoder: give features \[B, I, F, S, 16\]"):
+        blind(**prompt())
+
+
+def word_tokenizer(*words: str):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(("[UNK]", *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "mpt", "opt"])
+def test_media_tokens_in_one_call(model_type: str) -> None:
+    """New ids at the end, in OpenFlamingo's order; new rows repeat, old rows keep their bits."""
+    results = []
+    for _ in range(2):
+        tokenizer = word_tokenizer("a", "cat")
+        lm = language_model(model_type, vocab_size=3)
+        before = lm.get_input_embeddings().weight.clone()
+        tokens = add_media_tokens(tokenizer, lm)
+        assert tokens == (4, 3, 5)
+        weight = lm.get_input_embeddings().weight
+        assert weight.shape[0] == lm.get_output_embeddings().weight.shape[0] == 6
+        assert torch.equal(weight[:3], before)
+        results.append(weight.clone())
+    assert torch.equal(*results)
+    assert tokenizer("<image> a cat <|endofchunk|>")["input_ids"] == [4, 1, 2, 3]
+    assert add_media_tokens(tokenizer, lm) == tokens and len(tokenizer) == 6
+    model = FlamingoModel.from_backbones(clip(), lm)
+    assert (model.config.image_token_id, model.config.end_of_chunk_token_id) == (4, 3)
+    with pytest.raises(ValueError, match="are both '<x>'"):
+        add_media_tokens(tokenizer, image_token="<x>", end_of_chunk_token="<x>")
+
+
+def test_rows_to_spare_are_kept() -> None:
+    lm = language_model("llama")
+    tokens = add_media_tokens(word_tokenizer("a", "cat"), lm)
+    assert lm.get_input_embeddings().weight.shape[0] == VOCAB
+    assert tokens.image_token_id == lm.config.image_token_id == 4
+
+
+def test_a_base_model_without_the_new_tokens(tmp_path) -> None:
+    """It is told what to do; then the same call gives the same rows."""
+    lm = language_model("llama", vocab_size=3)
+    add_media_tokens(word_tokenizer("a", "cat"), lm)
+    model = open_gates(FlamingoModel.from_backbones(16, lm)).eval()
+    model.save_pretrained(tmp_path)
+    base = language_model("llama", vocab_size=3)
+    with pytest.raises(ValueError, match=r"has 3 embeddings, .* with 6: call add_media_tokens"):
+        FlamingoModel.from_pretrained(tmp_path, language_model=base)
+    add_media_tokens(word_tokenizer("a", "cat"), base)
+    loaded = FlamingoModel.from_pretrained(tmp_path, language_model=base).eval()
+    ids, features = torch.tensor([[1, 4, 2, 3]]), torch.randn(1, 1, 1, 5, 16)
+    assert torch.equal(loaded(ids, features).logits, model(ids, features).logits)
+
+
+def test_what_cannot_be_wrapped_says_why() -> None:
+    lm = language_model("llama")
+    del lm.config.image_token_id
+    with pytest.raises(ValueError, match=r"no image_token_id: call .*add_media_tokens\(tokenizer"):
+        FlamingoModel.from_backbones(clip(), lm)
+    with pytest.raises(ValueError, match="cannot wrap Linear: it has no config"):
+        FlamingoModel.from_backbones(clip(), nn.Linear(1, 1))
+    with pytest.raises(TypeError, match="language_model must be a module, got str"):
+        FlamingoModel.from_backbones(clip(), "gpt2")
+    with pytest.raises(TypeError, match="vision_encoder must be a module, got str"):
+        FlamingoModel.from_backbones("clip", lm)
+    with pytest.raises(ValueError, match=r"language_model.dim is 32, the config says 64"):
+        config = FlamingoConfig.from_name("tiny")
+        FlamingoModel.from_backbones(FlamingoModel(config).vision_encoder, lm, config)
+
+
+def test_the_default_config_is_the_papers() -> None:
+    model = build()
+    config = model.config
+    assert config.cross_attention_blocks == (0, 1, 2)
+    assert config.cross_attention.activation == "squared_relu" and config.cross_attention.media_norm
+    assert (config.image_token_id, config.end_of_chunk_token_id) == (IMAGE, END_OF_CHUNK)
+    assert (config.language.dim, config.vision.output_dim) == (DIM, 16)
+    assert FlamingoConfig.from_dict(config.to_dict()) == config
+
+
+def test_own_parts_are_taken_as_they_are() -> None:
+    config = FlamingoConfig.from_name("tiny")
+    parts = FlamingoModel(config)
+    model = FlamingoModel.from_backbones(parts.vision_encoder, parts.language_model, config)
+    assert isinstance(model.language_model, Decoder)
+    assert model.unwrap() == (parts.vision_encoder, parts.language_model)
