@@ -35,8 +35,10 @@ from flamingo_kernels._triton.traffic import meta
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # 96 leaves columns of its tile to mask, and so does 32 in fp32 on NVIDIA. fp16 has the tiles of
-# bf16: one head dim shows that it compiles.
+# bf16, and items of 128 latents those of 64 in fp32: once each shows that they compile.
 HEAD_DIMS = {"bf16": (16, 32, 64, 96, 128), "fp16": (64,), "fp32": (32, 64, 128)}
+LATENTS = {"bf16": (64, 128), "fp16": (64,), "fp32": (64,)}
+CHANNELS = {"bf16": (1024, 2048, 4096, 8192), "fp16": (4096,), "fp32": (1024, 2048, 4096, 8192)}
 ATTENTION = re.compile("^(media|latent)_(forward|backward|rows|keys)")
 POINTERS = {
     torch.bfloat16: "*bf16",
@@ -165,15 +167,16 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
     """(label, calls) that between them use every shipped config."""
     for name, dtype in DTYPES.items():
         for head_dim in HEAD_DIMS[name]:
-            for latents in (64, 128):
+            for latents in LATENTS[name]:
                 yield (
                     f"{name} D{head_dim} R{latents}",
                     lambda d=dtype, h=head_dim, r=latents: media_calls(d, h, r),
                 )
             yield f"{name} D{head_dim}", lambda d=dtype, h=head_dim: latent_calls(d, h)
-        yield f"{name} D64 R64 G4", lambda d=dtype: media_calls(d, 64, 64, group=4)
-        for channels in (1024, 2048, 4096, 8192):
+        for channels in CHANNELS[name]:
             yield f"{name} C{channels}", lambda d=dtype, c=channels: pointwise_calls(d, c)
+    yield "fp32 D64 R128", lambda: media_calls(torch.float32, 64, 128)
+    yield "bf16 D64 R64 G4", lambda: media_calls(torch.bfloat16, 64, 64, group=4)
     yield "bf16 C4096 past 32 bits", lambda: pointwise_calls(torch.bfloat16, 4096, rows=2**20)
 
 

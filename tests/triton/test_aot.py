@@ -42,7 +42,7 @@ def test_configs_compile_within_limits(architecture: str, only: str, tmp_path: P
     done = compiled("--arch", architecture, "--only", only, "--output", str(output))
     assert done.returncode == 0, done.stdout + done.stderr
     table = [line for line in output.read_text().splitlines() if f"| {architecture} |" in line]
-    assert len(table) > 3 and "0 failed" in done.stdout
+    assert len(table) >= 3 and "0 failed" in done.stdout
 
 
 def test_the_committed_table_is_current() -> None:
