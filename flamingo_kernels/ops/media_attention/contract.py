@@ -51,7 +51,8 @@ def _plan_shape(
 plan = kernel_op(
     "media_attention",
     "plan",
-    "(Tensor first, Tensor last, int media, int kv_heads, bool single_item, str kernel) -> Tensor",
+    "(Tensor first, Tensor last, SymInt media, SymInt kv_heads, bool single_item, str kernel) "
+    "-> Tensor",
     _plan_shape,
 )
 forward = kernel_op("media_attention", "forward", f"({_INPUTS}) -> Tensor", _forward_shapes)
