@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map_only
 
-from flamingo_kernels.ops import dispatch
+from flamingo_kernels.ops import dispatch, kernel_op
 
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("repository")
@@ -36,3 +39,29 @@ def any_kernel_may_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     dispatch._choose.cache_clear()
     yield
     dispatch._choose.cache_clear()
+
+
+@pytest.fixture
+def stand_in_kernels(
+    any_kernel_may_run: None, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    """Kernels that give zeros of the shapes their operators promise; the names of those called."""
+    called: list[str] = []
+
+    def stand_in(op: str, kernel: str, function: str) -> Callable[..., Any]:
+        name = function if op == "pointwise" else f"{op}_{function}"
+        operator = getattr(torch.ops.flamingo_kernels, name).default
+
+        def zeros(*inputs: Any) -> Any:
+            called.append(name)
+            with FakeTensorMode() as mode:
+                fakes = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+                promised = operator(*fakes, kernel)
+            return tree_map_only(
+                torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), promised
+            )
+
+        return zeros
+
+    monkeypatch.setattr(kernel_op, "_implementation", stand_in)
+    yield called

@@ -132,7 +132,9 @@ def media_calls(dtype: torch.dtype, head_dim: int, latents: int, group: int = 1)
     for single_item in (True, False):
         rest = (q, k, v, first, last, gate, head_dim**-0.5, single_item)
         op.forward(*rest)
-        op.backward(d_out, None, *rest)
+        # The two passes loop over an item's tiles: one head dim shows that several of them compile.
+        if single_item or latents == 64 or head_dim == 64:
+            op.backward(d_out, None, *rest)
 
 
 def latent_calls(dtype: torch.dtype, head_dim: int) -> None:

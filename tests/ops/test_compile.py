@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map_only
 
-from flamingo_kernels.ops import kernel_op
 from tests.cases import kernels_for
 from tests.compiled import check_graphs
 from tests.operators import check_operator, operator_calls
@@ -30,23 +24,7 @@ def test_at_most_two_graphs_over_20_shapes(kernel: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("any_kernel_may_run")
-def test_at_most_two_graphs_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With kernels that give zeros of the shapes that the operators promise: nothing is run."""
-
-    def stand_in(op: str, kernel: str, function: str) -> Any:
-        name = function if op == "pointwise" else f"{op}_{function}"
-        operator = getattr(torch.ops.flamingo_kernels, name).default
-
-        def zeros(*inputs: Any) -> Any:
-            with FakeTensorMode() as mode:
-                fakes = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
-                promised = operator(*fakes, kernel)
-            return tree_map_only(
-                torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), promised
-            )
-
-        return zeros
-
-    monkeypatch.setattr(kernel_op, "_implementation", stand_in)
+def test_at_most_two_graphs_of_triton(stand_in_kernels: list[str]) -> None:
+    """Nothing is run, so this is about the operators and what is between them."""
     check_graphs("triton")
+    assert "media_attention_backward" in stand_in_kernels

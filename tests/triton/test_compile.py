@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.compiled import SHAPES, check_graphs
+from tests.compiled import check_graphs
 from tests.operators import check_operator, operator_calls
 from tests.triton.targets import HAS_GPU
 
@@ -17,5 +17,5 @@ def test_opcheck(name: str) -> None:
 
 
 def test_compiled_results() -> None:
-    """Static and dynamic shapes; tests/ops/test_compile.py counts the graphs of many more."""
-    check_graphs("triton", SHAPES[:2])
+    """The second shape's equal eager ones; tests/ops/test_compile.py counts graphs of 20."""
+    check_graphs("triton", [(1, 3, 2), (2, 5, 2)])
