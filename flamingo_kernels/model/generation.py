@@ -15,6 +15,7 @@ from torch import Tensor
 from flamingo_kernels.fields import is_integer, is_number
 from flamingo_kernels.language import HuggingFaceCache, HuggingFaceLanguageModel
 from flamingo_kernels.language.protocol import BeforeBlock
+from flamingo_kernels.model.beams import Beams
 from flamingo_kernels.model.cache import FlamingoCache
 from flamingo_kernels.model.context import Context
 
@@ -73,7 +74,7 @@ def generate(
         Shape the sampled distribution; used with ``do_sample`` only. The temperature is at least
         1e-4.
     num_beams : int
-        Beams kept per prompt; the paper evaluates with 3. Hugging Face language models only.
+        Beams kept per prompt; the paper evaluates with 3.
     num_return_sequences : int
         Sequences per prompt, side by side: samples, or the best beams.
     stop_token_ids : sequence of int, optional
@@ -162,24 +163,27 @@ def generate(
         if not isinstance(sequences, Tensor):
             return sequences
     else:
-        refused = ["num_beams"] * (num_beams > 1) + sorted(options)
-        if refused:
+        if options:
             raise ValueError(
-                f"{', '.join(refused)}: only with a Hugging Face language model, whose generate "
-                f"takes it; this one is a {type(self.language_model).__name__}"
+                f"{', '.join(sorted(options))}: only with a Hugging Face language model, whose "
+                f"generate takes it; this one is a {type(self.language_model).__name__}"
             )
         shape = None
         if do_sample:
             shape = lambda logits: _shape_distribution(logits, **sampling)  # noqa: E731
-        sequences, language = _decode(
-            self,
-            context,
-            None if cache is None else cache.language,
-            stops,
-            shape,
-            generator,
-            **common,
-        )
+        language = None if cache is None else cache.language
+        if num_beams > 1:
+            if do_sample or streamer is not None:
+                raise ValueError(
+                    "num_beams > 1 with do_sample or a streamer: only with a Hugging Face language "
+                    f"model; this one is a {type(self.language_model).__name__}"
+                )
+            del common["streamer"]
+            sequences = _decode_beams(self, context, language, stops, num_beams, **common)
+        else:
+            sequences, language = _decode(
+                self, context, language, stops, shape, generator, **common
+            )
     if not return_cache:
         return sequences[:, given:]
     context = context.repeat(num_return_sequences)
@@ -269,18 +273,8 @@ def _decode(
     sequence, mask = context.input_ids, context.attention_mask
     if streamer is not None:
         streamer.put(sequence.cpu())
-    start = 0 if language is None else language.length
-    piece = prefill_chunk_size or sequence.shape[1]
-    while use_cache and start < sequence.shape[1]:
-        end = min(start + piece, sequence.shape[1])
-        logits, language = model.language_model(
-            sequence[:, start:end],
-            None if mask is None else mask[:, :end],
-            language,
-            model.cross_attention(context, start, end),
-            use_cache=True,
-        )
-        start = end
+    if use_cache:
+        logits, language = _prefill(model, context, language, prefill_chunk_size)
     context = context.repeat(copies)
     sequence, mask = context.input_ids, context.attention_mask
     if copies > 1 and use_cache:
@@ -290,18 +284,9 @@ def _decode(
     if mask is None:
         mask = torch.ones_like(sequence)
     for step in range(max_new_tokens):
-        end = sequence.shape[1]
         if step or not use_cache:
-            begin = end - 1 if use_cache else 0
-            logits, language = model.language_model(
-                sequence[:, begin:],
-                mask,
-                language,
-                model.cross_attention(context, begin, end),
-                use_cache=use_cache,
-            )
-        latest = logits[:, -1].float()
-        latest[:, config.image_token_id] = float("-inf")
+            logits, language = _next(model, context, sequence, mask, language, use_cache)
+        latest = _without_image(logits, config.image_token_id)
         if shape is None:
             token = latest.argmax(-1)
         else:
@@ -321,6 +306,100 @@ def _decode(
     if streamer is not None:
         streamer.end()
     return sequence, language
+
+
+def _decode_beams(
+    model: FlamingoModel,
+    context: Context,
+    language: Any,
+    stops: Tensor,
+    num_beams: int,
+    *,
+    max_new_tokens: int,
+    num_return_sequences: int,
+    use_cache: bool,
+    prefill_chunk_size: int | None,
+) -> Tensor:
+    """Sequences [B * n, all tokens] by beam search."""
+    config, rows = model.config, context.input_ids.shape[0]
+    if num_return_sequences > num_beams:
+        raise ValueError(
+            f"num_return_sequences={num_return_sequences} is more than num_beams={num_beams}"
+        )
+    pad = config.pad_token_id
+    if pad is None:
+        pad = int(stops[0]) if len(stops) else 0
+    prompt = context.input_ids
+    each = torch.arange(rows, device=prompt.device).repeat_interleave(num_beams)
+    if use_cache:
+        logits, language = _prefill(model, context, language, prefill_chunk_size)
+        logits, language = logits[each], language.index_select(each)
+    context = context.repeat(num_beams)
+    mask = context.attention_mask
+    if mask is None:
+        mask = torch.ones_like(context.input_ids)
+    beams = Beams(rows, num_beams, stops, pad)
+    for step in range(max_new_tokens):
+        if step or not use_cache:
+            sequence = torch.cat((context.input_ids, beams.tokens.flatten(0, 1)), 1)
+            logits, language = _next(model, context, sequence, mask, language, use_cache)
+        latest = _without_image(logits, config.image_token_id).log_softmax(-1)
+        parents = beams.extend(latest.unflatten(0, (rows, num_beams)))
+        if beams.done:
+            break
+        if use_cache:
+            first = num_beams * torch.arange(rows, device=prompt.device)
+            language = language.index_select((first[:, None] + parents).flatten())
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    found = beams.best(num_return_sequences)
+    return torch.cat((prompt.repeat_interleave(num_return_sequences, 0), found), 1)
+
+
+def _prefill(
+    model: FlamingoModel, context: Context, language: Any, chunk_size: int | None
+) -> tuple[Tensor, Any]:
+    """Read what the language model's cache does not hold yet; logits of the last piece."""
+    sequence, mask = context.input_ids, context.attention_mask
+    start = 0 if language is None else language.length
+    piece = chunk_size or sequence.shape[1]
+    while start < sequence.shape[1]:
+        end = min(start + piece, sequence.shape[1])
+        logits, language = model.language_model(
+            sequence[:, start:end],
+            None if mask is None else mask[:, :end],
+            language,
+            model.cross_attention(context, start, end),
+            use_cache=True,
+        )
+        start = end
+    return logits, language
+
+
+def _next(
+    model: FlamingoModel,
+    context: Context,
+    sequence: Tensor,
+    mask: Tensor,
+    language: Any,
+    use_cache: bool,
+) -> tuple[Tensor, Any]:
+    """Logits and cache after the last token of the sequence, or after all of it without a cache."""
+    end = sequence.shape[1]
+    begin = end - 1 if use_cache else 0
+    return model.language_model(
+        sequence[:, begin:],
+        mask,
+        language,
+        model.cross_attention(context, begin, end),
+        use_cache=use_cache,
+    )
+
+
+def _without_image(logits: Tensor, image_token_id: int) -> Tensor:
+    """fp32 logits [B, V] of the last place, with no chance for ``<image>``."""
+    latest = logits[:, -1].float()
+    latest[:, image_token_id] = float("-inf")
+    return latest
 
 
 def _completed(

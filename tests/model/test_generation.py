@@ -36,6 +36,26 @@ def test_cached_equals_uncached_on_a_ragged_batch(attend: str, options: dict) ->
     assert not (results[0][:, batch.input_ids.shape[1] :] == IMAGE).any()
 
 
+@pytest.mark.parametrize("stops", [[], list(range(40, 80))])
+def test_beams_cached_equal_uncached_and_alone(stops: list[int]) -> None:
+    model, batch = make_model(), ragged_batch("left")
+    options = {
+        "num_beams": 3,
+        "num_return_sequences": 2,
+        "stop_token_ids": stops,
+        "max_new_tokens": 6,
+    }
+    together = model.generate(**batch.arguments(), **options)
+    assert torch.equal(together, model.generate(**batch.arguments(), **options, use_cache=False))
+    chunked = model.generate(**batch.arguments(), **options, prefill_chunk_size=4)
+    assert torch.equal(together, chunked)
+    prompt = batch.input_ids.shape[1]
+    for row in range(3):
+        alone = model.generate(**batch.alone(row), **options)
+        new = alone[:, batch.alone(row)["input_ids"].shape[1] :]
+        assert torch.equal(together[2 * row : 2 * row + 2, prompt : prompt + new.shape[1]], new)
+
+
 def test_a_row_generates_what_it_generates_alone() -> None:
     model = make_model()
     batch = ragged_batch("left")
@@ -300,9 +320,13 @@ def test_streaming() -> None:
 def test_options_of_other_language_models_are_named() -> None:
     model, ids = make_model(), torch.tensor([[1, 2]])
     with pytest.raises(
-        ValueError, match=r"num_beams, penalty_alpha: only with a Hugging Face .* a D"
+        ValueError, match=r"num_beam_groups, penalty_alpha: only with a Hugging Face .* a D"
     ):
-        model.generate(ids, num_beams=2, penalty_alpha=0.5)
+        model.generate(ids, num_beam_groups=2, penalty_alpha=0.5)
+    with pytest.raises(ValueError, match="num_beams > 1 with do_sample or a streamer: only with"):
+        model.generate(ids, num_beams=2, do_sample=True)
+    with pytest.raises(ValueError, match="num_return_sequences=3 is more than num_beams=2"):
+        model.generate(ids, num_beams=2, num_return_sequences=3)
     with pytest.raises(ValueError, match="return_cache needs num_beams=1 and use_cache=True"):
         model.generate(ids, return_cache=True, use_cache=False)
     with pytest.raises(ValueError, match="num_return_sequences=2 needs do_sample=True"):

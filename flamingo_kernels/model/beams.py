@@ -1,0 +1,95 @@
+"""Beam search: which sequences to keep; the loop that runs the model is in ``generation``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+NEVER = float("-inf")
+
+
+class Beams:
+    """The best ``num_beams`` unfinished and finished continuations of each of B rows.
+
+    As in transformers with its defaults: a continuation's score is the sum of its log-probabilities
+    over its length; those that end in a stop token compete at the length they have; a row is done
+    when ``num_beams`` are finished and the best unfinished one, at its present length, scores lower
+    than all of them.
+
+    Attributes
+    ----------
+    tokens : Tensor
+        int64 [B, K, n], the unfinished ones.
+    """
+
+    def __init__(self, rows: int, num_beams: int, stops: Tensor, pad_token_id: int) -> None:
+        device = stops.device
+        self.num_beams = num_beams
+        self._stops = stops
+        self._pad = pad_token_id
+        self.tokens = torch.zeros(rows, num_beams, 0, dtype=torch.int64, device=device)
+        # All beams start equal: only the first may be extended at first.
+        self._scores = torch.full((rows, num_beams), NEVER, device=device)
+        self._scores[:, 0] = 0
+        self._finished = self.tokens.clone()
+        self._finished_scores = torch.full((rows, num_beams), NEVER, device=device)
+        self._done = torch.zeros(rows, dtype=torch.bool, device=device)
+
+    @property
+    def done(self) -> bool:
+        """Nothing that is still running can be returned."""
+        return bool(self._done.all())
+
+    def extend(self, log_probabilities: Tensor) -> Tensor:
+        """Choose the next tokens; returns int64 [B, K], the beam that each new one extends.
+
+        Parameters
+        ----------
+        log_probabilities : Tensor
+            fp32 [B, K, V] of each unfinished continuation's next token.
+        """
+        _, beams, vocab = log_probabilities.shape
+        totals = (self._scores[..., None] + log_probabilities).flatten(1)
+        # Enough that so many go on even if each beam's best are all stop tokens.
+        wanted = min((1 + len(self._stops)) * beams, totals.shape[1])
+        totals, index = totals.topk(wanted, dim=1)
+        parents, tokens = index // vocab, index % vocab
+        stops = torch.isin(tokens, self._stops)
+        candidates = torch.cat((self._of(self.tokens, parents), tokens[..., None]), 2)
+
+        length = candidates.shape[2]
+        among_best = torch.arange(wanted, device=tokens.device) < beams
+        self._finish(candidates, (totals / length).masked_fill(~(stops & among_best), NEVER))
+
+        going_on = stops.long().argsort(dim=1, stable=True)[:, :beams]
+        stopped = stops.gather(1, going_on)  # only where the vocabulary has too few other tokens
+        self._scores = totals.gather(1, going_on).masked_fill(stopped, NEVER)
+        self.tokens = self._of(candidates, going_on)
+        best_running = self._scores.amax(1) / length
+        self._done |= self._finished_scores.amin(1) >= best_running
+        return parents.gather(1, going_on)
+
+    def best(self, count: int) -> Tensor:
+        """int64 [B * count, n]: each row's best continuations, padded after their stop token."""
+        length = max(self.tokens.shape[2], 1)
+        running = (self._scores / length).masked_fill(self._done[:, None], NEVER)
+        self._finish(self.tokens, running)
+        found = self._finished[:, :count]
+        ended = torch.isin(found, self._stops).cumsum(2)
+        after = torch.nn.functional.pad(ended, (1, 0))[..., :-1] > 0
+        found = found.masked_fill(after, self._pad)
+        longest = int((~after).sum(2).max()) if found.numel() else 0
+        return found[..., :longest].flatten(0, 1)
+
+    def _finish(self, candidates: Tensor, scores: Tensor) -> None:
+        """Keep the best of the finished ones and these, unless the row is done."""
+        scores = scores.masked_fill(self._done[:, None], NEVER)
+        grown = candidates.shape[2] - self._finished.shape[2]
+        held = torch.nn.functional.pad(self._finished, (0, grown), value=self._pad)
+        scores = torch.cat((self._finished_scores, scores), 1)
+        self._finished_scores, order = scores.topk(self.num_beams, dim=1)
+        self._finished = self._of(torch.cat((held, candidates), 1), order)
+
+    @staticmethod
+    def _of(sequences: Tensor, index: Tensor) -> Tensor:
+        return sequences.gather(1, index[..., None].expand(-1, -1, sequences.shape[2]))
