@@ -62,6 +62,10 @@ def check(problem: Problem, implementation: Implementation, truth: Truth) -> dic
     if implementation.exact is not None:
         truth = implementation.exact()
     results = implementation.results(problem)
+    trains = problem.case.training and not implementation.no_backward
+    missing = [name for name in (truth.exact if trains else ["out"]) if name not in results]
+    if missing:
+        raise AssertionError(f"no result for {', '.join(missing)}")
     largest = max(_magnitude(value) for value in truth.exact.values())
     errors = {}
     for name, value in results.items():

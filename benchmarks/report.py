@@ -17,7 +17,8 @@ _SHOWN = ("media_cross_attention", "latent_attention", "block")
 def load(paths: list[Path] | None) -> dict[tuple[str, str, str], list[Record]]:
     """Lines by (device, commit, dirty digest), the newest measurement of each case and peer.
 
-    Without paths: for every device the file that was written last.
+    Without paths: for every device the file of the latest run. Lines of other threads or another
+    instruction set than those of the file's latest run are left out.
 
     Raises
     ------
@@ -26,7 +27,7 @@ def load(paths: list[Path] | None) -> dict[tuple[str, str, str], list[Record]]:
     """
     if paths is None:
         folders = [f for f in sorted(results.RESULTS.glob("*")) if f.is_dir()]
-        found = [sorted(f.glob("*.jsonl"), key=lambda p: p.stat().st_mtime)[-1:] for f in folders]
+        found = [sorted(f.glob("*.jsonl"), key=_latest_run)[-1:] for f in folders]
         files = [file for group in found for file in group]
     else:
         files = []
@@ -41,7 +42,17 @@ def load(paths: list[Path] | None) -> dict[tuple[str, str, str], list[Record]]:
             groups.setdefault(key, []).append(record)
     if not groups:
         raise ValueError(f"no results in {', '.join(map(str, paths or [results.RESULTS]))}")
-    return {key: results.newest(records) for key, records in groups.items()}
+    return {key: results.newest(_of_latest_setting(records)) for key, records in groups.items()}
+
+
+def _latest_run(file: Path) -> str:
+    return max((record["run"] for record in results.read(file)), default="")
+
+
+def _of_latest_setting(records: list[Record]) -> list[Record]:
+    settings = ("threads", "instruction_set")
+    latest = max(records, key=lambda record: record["run"])
+    return [r for r in records if all(r[name] == latest[name] for name in settings)]
 
 
 def write(paths: list[Path] | None, output: Path) -> list[Path]:
@@ -105,7 +116,8 @@ def _readme_section(records: list[Record], folder: Path) -> list[str]:
         "",
         f"Commit {last['commit'][:12]}, torch {last['versions']['torch']}. How many times as long "
         "as ours each peer takes: median over the cases of an op, lowest and highest; below 1 it "
-        f"is faster than ours. [Every figure]({folder}/report.md).",
+        "is faster than ours. Only pairs of one run are counted. "
+        f"[Every figure]({folder}/report.md).",
         "",
         *markdown_table(_ratio_summary(records)),
         "",
@@ -128,7 +140,7 @@ def _ratio_summary(records: list[Record]) -> Table:
             for lines in tables.by_case(of_op, phase).values():
                 ours = tables.baseline(lines)
                 for peer in lines if ours else ():
-                    if peer != ours:
+                    if peer != ours and lines[peer]["run"] == lines[ours]["run"]:
                         ratio = lines[peer]["median_s"] / lines[ours]["median_s"]
                         ratios.setdefault(peer, []).append(ratio)
             for peer, found in ratios.items():

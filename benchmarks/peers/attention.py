@@ -213,7 +213,7 @@ def _flex(block_size: tuple[int, int] | None, problem: Problem) -> Implementatio
     )
 
 
-peer("flex", MEDIA, compiled=True)(functools.partial(_flex, None))
+peer("flex", MEDIA, compiled=True, quick=False)(functools.partial(_flex, None))
 peer("flex-64", MEDIA, compiled=True, quick=False)(functools.partial(_flex, (128, 64)))
 
 

@@ -31,16 +31,21 @@ struct Plan : MediaPlan {
         std::vector<Chunk> blind;
         for (int64_t b = 0; b < p.rows; ++b) {
             const int32_t *first = p.first + b * p.tokens, *last = p.last + b * p.tokens;
-            for (int64_t begin = 0, end = 0; begin < p.tokens; begin = end) {
-                while (end < p.tokens && end - begin < limit && first[end] == first[begin] &&
-                       last[end] == last[begin]) {
-                    ++end;
+            for (int64_t begin = 0, end = 0, run = 0, run_end = 0; begin < p.tokens; begin = end) {
+                if (begin == run_end) {
+                    while (run_end < p.tokens && first[run_end] == first[begin] &&
+                           last[run_end] == last[begin]) {
+                        ++run_end;
+                    }
+                    run = run_end - begin;
                 }
+                end = std::min(run_end, begin + limit);
                 Chunk c = {b,
                            begin,
                            end,
                            std::max<int64_t>(first[begin], 0),
                            std::min<int64_t>(last[begin], p.media - 1),
+                           run,
                            -1};
                 longest = std::max(longest, end - begin);
                 if (c.first > c.last || p.latents == 0) {

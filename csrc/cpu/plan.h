@@ -10,6 +10,7 @@ struct Chunk {
     int64_t row;          // batch row
     int64_t begin, end;   // tokens
     int64_t first, last;  // media items, clipped to the slots; empty if first > last
+    int64_t run;          // tokens of the whole run of this range, however it was cut
     int64_t slot;         // where the backward keeps its share of d_k, d_v; -1: it is the only one
 };
 

@@ -26,19 +26,25 @@ def require_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
+_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+
+
+def _is_bare(module: nn.Module) -> bool:
+    """Whether calling ``module`` runs the ``forward`` of its class and nothing else."""
+    return (
+        "forward" not in module.__dict__
+        and not any(getattr(module, f"_{hooks}") for hooks in _HOOKS)
+        and not any(getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS)
+    )
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling ``module`` is the product with its weight and nothing else.
 
-    Adapters and sharding wrap or replace a Linear, or hook into it: those have to be called.
+    Adapters, sharding and offloading wrap or replace a Linear, or hook into it: those have to be
+    called.
     """
-    return (
-        type(module) is nn.Linear
-        and module.bias is None
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-    )
+    return type(module) is nn.Linear and module.bias is None and _is_bare(module)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -56,7 +62,7 @@ class LayerNorm(nn.LayerNorm):
 
     def then(self, linear: nn.Module, x: Tensor) -> Tensor:
         """``linear(self(x))``, without keeping the normalised values for the backward."""
-        if not is_plain_linear(linear):
+        if not (_is_bare(self) and is_plain_linear(linear)):
             return linear(self(x))
         return layer_norm_linear(
             x, self.weight, self.bias, linear.weight, self.eps, kernel=self.kernel
@@ -105,7 +111,7 @@ class _Activation(nn.Module):
 
     def then(self, linear: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
         """``linear(self(x, gate))``, without keeping the activated values for the backward."""
-        if self.activation == "swiglu" or not is_plain_linear(linear):
+        if self.activation == "swiglu" or not (_is_bare(self) and is_plain_linear(linear)):
             return linear(self(x, gate))
         return gated_activation_linear(x, linear.weight, gate, self.activation, kernel=self.kernel)
 

@@ -15,7 +15,7 @@ class PerceiverAttention(nn.Module):
     """Latents [N, L, dim] attend to features [N, M, dim] and to themselves.
 
     The features come normalised but without scale and bias: those are a layer's own, the rest is
-    the same in all layers.
+    the same in all layers. ``norm_media`` holds them and is never called: hooks on it do not run.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -52,7 +52,7 @@ class MediaSpans:
     first: Tensor
     last: Tensor
     single_item: bool = False
-    plan: MediaPlan | None = None
+    plan: MediaPlan | None = field(default=None, init=False)  # so that no copy keeps it
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
@@ -65,6 +65,12 @@ class MediaSpans:
                 "MediaSpans.first and .last must have one shape [B, T], got "
                 f"{tuple(self.first.shape)} and {tuple(self.last.shape)}"
             )
+
+    def planned(self, plan: MediaPlan) -> MediaSpans:
+        """The same ranges with a plan made from them."""
+        spans = MediaSpans(self.first, self.last, self.single_item)
+        object.__setattr__(spans, "plan", plan)
+        return spans
 
     @property
     def shape(self) -> torch.Size:

@@ -41,6 +41,14 @@ def test_gate_is_red_for_a_wrong_gradient() -> None:
         gate.check(problem, wrong, gate.truth(problem))
 
 
+def test_gate_is_red_for_a_missing_gradient() -> None:
+    problem = build(MEDIA, "cpu")
+    right = load_all()["ours-torch"].setup(problem)
+    wrong = dataclasses.replace(right, rename=lambda g: {n: g[n] for n in g if n != "v"})
+    with pytest.raises(AssertionError, match="no result for v"):
+        gate.check(problem, wrong, gate.truth(problem))
+
+
 def test_red_peer_gets_a_line_and_no_figure(tmp_path: Path, monkeypatch, capsys) -> None:
     load_all()
     monkeypatch.setitem(REGISTRY, "wrong", Peer("wrong", ("media_cross_attention",), wrong_peer))

@@ -153,3 +153,22 @@ def test_a_hooked_or_replaced_projection_is_called() -> None:
         feed_forward[3].register_forward_hook(lambda module, given, out: 2 * out)
     x = torch.randn(1, 2, 1, 4, 8, dtype=torch.float64)
     assert_close_to_reference(resampler(x), expected(x), torch.float64)
+
+
+def test_hooks_and_replaced_forwards_run() -> None:
+    """Those of the modules whose work is joined with a projection, too."""
+    feed_forward, called = FeedForward(8), []
+    for place in (0, 2):
+        feed_forward[place].register_forward_hook(lambda m, given, out: called.append(type(m)))
+    forward = feed_forward[3].forward
+    feed_forward[3].forward = lambda x: called.append("replaced") or forward(x)
+    feed_forward(torch.randn(2, 8))
+    assert [*called[:1], *called[2:]] == [type(feed_forward[0]), "replaced"] and len(called) == 3
+
+    called.clear()
+    hook = nn.modules.module.register_module_forward_hook(lambda m, *_: called.append(type(m)))
+    try:
+        FeedForward(8)(torch.randn(2, 8))
+    finally:
+        hook.remove()
+    assert called.count(nn.Linear) == 2 and len(called) == 5

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 
 from flamingo_kernels.ops import MediaSpans, media_cross_attention
+from flamingo_kernels.ops.spans import MediaPlan
 from reference.attention import media_cross_attention as oracle
-from tests.budgets import assert_within_budget, attention_terms
+from tests.budgets import assert_close_to_reference, assert_within_budget, attention_terms
 from tests.cases import MediaCase, kernels_for, media_case, media_shapes
 
 OP = "media_cross_attention"
@@ -111,6 +114,57 @@ def test_row_bits_do_not_depend_on_the_batch(kernel: str, dtype: torch.dtype) ->
         spans = MediaSpans(case.spans.first[pick], case.spans.last[pick])
         alone = MediaCase(case.q[pick], case.k[pick], case.v[pick], spans, case.gate)
         assert torch.equal(run(alone, kernel)[0], whole[row])
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
+@pytest.mark.parametrize(("tokens", "segment"), [(400, 51), (512, 65), (1024, 130)])
+def test_row_bits_where_the_batch_moves_the_cuts_of_segments(
+    kernel: str, dtype: torch.dtype, tokens: int, segment: int
+) -> None:
+    """SEMANTICS 18: a cut may leave a piece of a token or two, whatever the batch."""
+    torch.manual_seed(0)
+    index = torch.arange(tokens) // segment
+    media = int(index[-1]) + 1
+    q = torch.randn(8, tokens, 8, 16).to(dtype)
+    k, v = torch.randn(2, 8, media, 8, 8, 16).to(dtype)
+    spans = MediaSpans.from_media_index(index.expand(8, -1))
+    together = media_cross_attention(q, k, v, spans, kernel=kernel)
+    alone = MediaSpans.from_media_index(index[None])
+    assert torch.equal(
+        media_cross_attention(q[:1], k[:1], v[:1], alone, kernel=kernel)[0], together[0]
+    )
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
+def test_an_item_with_scores_of_minus_infinity_has_no_weight(
+    kernel: str, dtype: torch.dtype
+) -> None:
+    q = torch.ones(1, 4, 1, 16, dtype=dtype)
+    k = torch.ones(1, 2, 3, 1, 16, dtype=dtype)
+    k[:, 0] = float("-inf")
+    v = torch.randn(1, 2, 3, 1, 16).to(dtype)
+    spans = MediaSpans.everything(1, 4, 2, q.device)
+    out = media_cross_attention(q, k, v, spans, kernel=kernel)
+    one = MediaSpans.everything(1, 4, 1, q.device)
+    expected = media_cross_attention(q, k[:, 1:], v[:, 1:], one, kernel=kernel)
+    assert_close_to_reference(out, expected, dtype)
+
+
+@pytest.mark.parametrize("kernel", sorted({kernel for kernel, _ in TRAINING} - {"torch"}))
+def test_a_second_derivative_is_refused(kernel: str) -> None:
+    """Kernels have none; ``kernel="torch"`` does."""
+    case = media_case(torch.float32, nan=False).require_grad()
+    (d_q,) = torch.autograd.grad(run(case, kernel).sin().sum(), case.q, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        d_q.square().sum().backward()
+
+
+def test_a_changed_copy_of_spans_has_no_plan() -> None:
+    spans = MediaSpans.from_media_index(torch.tensor([[0, 0, 1]]))
+    planned = spans.planned(MediaPlan(torch.zeros(1), 2, 1))
+    assert planned.plan is not None
+    assert replace(planned, last=planned.last + 1).plan is None
+    assert planned.newest(2).plan is None
 
 
 @pytest.mark.parametrize("attend", ["last", "last_group", "previous"])

@@ -223,7 +223,7 @@ def test_a_shared_plan_gives_the_same_bits(
     table = implementation.plan(
         case.spans.first, case.spans.last, media, kv_heads, case.spans.single_item
     )
-    case.spans = replace(case.spans, plan=MediaPlan(table, media, kv_heads))
+    case.spans = case.spans.planned(MediaPlan(table, media, kv_heads))
     monkeypatch.delattr(implementation, "plan")  # nothing is derived again
     shared = gradients(run(case), case, seed)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))

@@ -194,7 +194,8 @@ inline void soften_rows(Real *scores, int64_t rows, int64_t keys, int64_t padded
     }
     for (int64_t r = 0; r < rows; ++r) {
         Real *row = scores + r * padded;
-        const Real top = states[r].top;
+        // Where every score so far is -inf all weights are 0; a later block may hold others.
+        const Real top = states[r].top == -Real(INFINITY) ? Real(0) : states[r].top;
         vec<Real> total = {};
         for (int64_t j = 0; j < padded; j += lanes<Real>) {
             const vec<Real> weight = exponential(load(row + j) - top);
@@ -343,12 +344,12 @@ template <typename Real> struct QueryRows {
         product<Real>(rows, block.padded_keys, head_dim, {d_out, padded_dim, 1}, block.v_transposed,
                       block.padded_keys, score_grads, block.padded_keys, false);
     }
-    // Adds to d_k, d_v [keys, padded_dim] from final weights and score gradients.
-    void add_key_gradients(const KeyBlock<Real> &block, Real *d_k, Real *d_v) const {
+    // d_k, d_v [keys, padded_dim] (+)= what final weights and score gradients give.
+    void key_gradients(const KeyBlock<Real> &block, Real *d_k, Real *d_v, bool accumulate) const {
         product<Real>(block.keys, padded_dim, rows, {weights, 1, block.padded_keys}, d_out, padded_dim,
-                      d_v, padded_dim, true);
+                      d_v, padded_dim, accumulate);
         product<Real>(block.keys, padded_dim, rows, {score_grads, 1, block.padded_keys}, q, padded_dim,
-                      d_k, padded_dim, true);
+                      d_k, padded_dim, accumulate);
     }
     // d_q[rows, padded_dim] (+)= score gradients times keys (which carry the scale).
     void query_gradients(const KeyBlock<Real> &block, Real *d_q, bool accumulate) const {

@@ -143,8 +143,6 @@ template <typename T, typename Real> struct Latents {
                                  int64_t key, int64_t count) {
             keys.template pack<T>(rows_of<const T>(k, item, key, head),
                                   rows_of<const T>(v, item, key, head), count, p.head_dim, scale);
-            clear(d_k, count * padded_dim);
-            clear(d_v, count * padded_dim);
             for (int64_t r = 0; r < p.latents; r += score_rows) {
                 if (!packed_once) {
                     pack_queries(r);
@@ -157,7 +155,7 @@ template <typename T, typename Real> struct Latents {
                                        keys.padded_keys, deltas[r + i], Real(1));
                 }
                 queries.query_gradients(keys, d_q + r * padded_dim, !first_block);
-                queries.add_key_gradients(keys, d_k, d_v);
+                queries.key_gradients(keys, d_k, d_v, r > 0);
             }
             first_block = false;
             const Rows<T> k_rows = rows_of<T>(to_k, item, key, head);

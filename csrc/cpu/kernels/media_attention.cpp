@@ -89,7 +89,7 @@ template <typename T, typename Real> struct Media {
             pack_rows(q, length, p.head_dim, Real(1), a.q + g * length * padded_dim, padded_dim);
         }
         std::fill_n(a.states, group * length, RowState<Real>::empty());
-        const bool packed = group * length > few_rows;
+        const bool packed = group * c.run > few_rows;
         bool first_block = true;
         for (int64_t item = c.first; item <= c.last; ++item) {
             for (int64_t block = 0; block < blocks; ++block, first_block = false) {
@@ -214,7 +214,7 @@ template <typename T, typename Real> struct Media {
             write_zeros(p.out, c, kv_head);
             return;
         }
-        if (c.first == c.last && blocks == 1 && group * (c.end - c.begin) > few_rows) {
+        if (c.first == c.last && blocks == 1 && group * c.run > few_rows) {
             forward_one_block(c, kv_head, keys, a);
             return;
         }
@@ -289,8 +289,7 @@ template <typename T, typename Real> struct Media {
     Real backward_chunk(const Chunk &c, int64_t kv_head, SingleBlock &s, Real *share) const {
         pack(s.keys, c.row, c.first, 0, kv_head);
         const int64_t padded_keys = s.keys.padded_keys;
-        clear(s.d_k, p.latents * padded_dim);
-        clear(s.d_v, p.latents * padded_dim);
+        bool first_rows = true;
         Real d_gate = 0;
         for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
             for (int64_t t = c.begin; t < c.end; t += score_rows) {
@@ -312,7 +311,8 @@ template <typename T, typename Real> struct Media {
                 for (int64_t r = 0; r < queries.rows; ++r) {
                     narrow_row(s.d_q + r * padded_dim, Real(1), d_q[r], p.head_dim);
                 }
-                queries.add_key_gradients(s.keys, s.d_k, s.d_v);
+                queries.key_gradients(s.keys, s.d_k, s.d_v, !first_rows);
+                first_rows = false;
             }
         }
         if (share) {
@@ -477,7 +477,7 @@ template <typename T, typename Real> struct Media {
             for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
                 for (int64_t t = c.begin; t < c.end; t += score_rows) {
                     score_gradients(m, b, t, smaller(score_rows, c.end - t), h, log_sums, deltas);
-                    m.queries.add_key_gradients(m.keys, m.d_k, m.d_v);
+                    m.queries.key_gradients(m.keys, m.d_k, m.d_v, true);
                 }
             }
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.latent_attention import contract, impl_torch
@@ -94,6 +95,7 @@ class _LatentAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         gradients = contract.backward(d_out, *ctx.saved_tensors, *ctx.options)
         return *gradients, None, None, None

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.media_attention import contract, impl_torch
@@ -111,7 +110,7 @@ def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> 
         return spans
     media, kv_heads = k.shape[1], k.shape[3]
     table = contract.plan(spans.first, spans.last, media, kv_heads, spans.single_item, chosen)
-    return replace(spans, plan=MediaPlan(table, media, kv_heads))
+    return spans.planned(MediaPlan(table, media, kv_heads))
 
 
 class _MediaCrossAttention(torch.autograd.Function):
@@ -136,6 +135,7 @@ class _MediaCrossAttention(torch.autograd.Function):
         return contract.forward(q, k, v, first, last, gate, scale, single_item, kernel)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         d_q, d_k, d_v, d_gate = contract.backward(d_out, *saved, *ctx.options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from flamingo_kernels._cpp.pointwise import row_strides
 from flamingo_kernels.ops import checks, dispatch
@@ -268,6 +269,7 @@ class _GatedResidual(torch.autograd.Function):
         return contract.gated_residual_forward(x, y, gate, kernel)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         d_y, d_gate = contract.gated_residual_backward(d_out, *ctx.saved_tensors, ctx.kernel)
         return d_out, d_y, d_gate, None
@@ -281,6 +283,7 @@ class _GatedActivation(torch.autograd.Function):
         return contract.gated_activation_forward(x, gate, activation, kernel)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, gate = ctx.saved_tensors
         d_x, d_gate = contract.gated_activation_backward(d_out, x, gate, *ctx.options)
@@ -298,9 +301,11 @@ class _LayerNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
         has_bias, kernel = ctx.options
+        has_bias = has_bias and ctx.needs_input_grad[2]
         d_x, d_weight, d_bias = contract.layer_norm_backward(
             d_out, x, weight, mean, rstd, has_bias, kernel
         )
@@ -324,6 +329,7 @@ class _GatedActivationLinear(torch.autograd.Function):
         return F.linear(activated, projection)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, projection = ctx.saved_tensors
         d_x = d_gate = d_projection = None
@@ -352,23 +358,23 @@ class _LayerNormLinear(torch.autograd.Function):
         return F.linear(contract.layer_norm_forward(x, weight, bias, eps, kernel)[0], projection)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, projection = ctx.saved_tensors
         eps, kernel = ctx.options
         normed, mean, rstd = contract.layer_norm_forward(x, weight, bias, eps, kernel)
-        d_projection = _projection_gradient(d_out, normed) if ctx.needs_input_grad[3] else None
-        d_normed = (d_out @ projection.to(d_out.dtype)).to(x.dtype)
-        d_x, d_weight, d_bias = contract.layer_norm_backward(
-            d_normed, x, weight, mean, rstd, bias is not None, kernel
-        )
-        return (
-            d_x,
-            None if weight is None else d_weight,
-            None if bias is None else d_bias,
-            d_projection,
-            None,
-            None,
-        )
+        d_x = d_weight = d_bias = d_projection = None
+        if ctx.needs_input_grad[3]:
+            d_projection = _projection_gradient(d_out, normed)
+        if any(ctx.needs_input_grad[:3]):
+            d_normed = (d_out @ projection.to(d_out.dtype)).to(x.dtype)
+            has_bias = bias is not None and ctx.needs_input_grad[2]
+            d_x, d_weight, d_bias = contract.layer_norm_backward(
+                d_normed, x, weight, mean, rstd, has_bias, kernel
+            )
+            d_weight = None if weight is None else d_weight
+            d_bias = d_bias if has_bias else None
+        return d_x, d_weight, d_bias, d_projection, None, None
 
 
 def _projection_gradient(d_out: Tensor, x: Tensor) -> Tensor:
