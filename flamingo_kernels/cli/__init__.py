@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("--kernel", default="auto", help="auto, triton, cpp or torch")
     generate.add_argument("--max-new-tokens", type=int, default=20)
     generate.add_argument("--num-beams", type=int, default=1)
-    generate.add_argument("--fit", default="pad", help="pad, or crop as CLIP does")
+    generate.add_argument(
+        "--fit", choices=("pad", "crop"), default="pad", help="pad, or crop as CLIP does"
+    )
 
     convert = commands.add_parser("convert", help="another project's checkpoint to safetensors")
     convert.add_argument("layout", choices=("open-flamingo", "idefics"))

@@ -52,12 +52,7 @@ def run(
         values = [to_pixel_values(p, encoder.image_size, fit=fit, **constants) for p in pictures]
         media = {name: tensor.to(device) for name, tensor in stack_media([values]).items()}
     _progress(f"{ids.shape[1]} tokens, {len(images)} image(s), {device}")
-    out = model.generate(
-        ids,
-        **media,
-        max_new_tokens=max_new_tokens,
-        **({"num_beams": num_beams} if num_beams > 1 else {}),
-    )
+    out = model.generate(ids, **media, max_new_tokens=max_new_tokens, num_beams=num_beams)
     print(decode(out[0, ids.shape[1] :]))
     return 0
 

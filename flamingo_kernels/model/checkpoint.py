@@ -117,7 +117,8 @@ def load(
             f"{file} does not fit its config {config.name!r}: tensors " + "; ".join(problems)
         )
     for name, parameter in model.named_parameters():
-        if name in tensors:
+        # A part that was given keeps its own dtype: one tensor of another would not run with it.
+        if name in tensors and given.get(name.split(".", 1)[0]) is None:
             parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
     model.saved_frozen = {name for name in tensors if given.get(name.split(".", 1)[0]) is not None}

@@ -451,14 +451,17 @@ class FlamingoModel(nn.Module):
             if block not in layers:
                 return hidden
             layer, kv = layers[block]
-            dtype = layer.attn.to_q.weight.dtype  # the frozen model's may be narrower
+            dtype = layer.attn.to_q.weight.dtype  # the frozen model's may be another
+            inside = hidden.to(dtype)
             if self._use_reentrant is None or not torch.is_grad_enabled():
-                return run(hidden.to(dtype), *kv, layer).to(hidden.dtype)
-            # Arguments, not captured: the re-entrant mode needs all that gradients flow to.
-            out = run_checkpointed(
-                run, hidden.to(dtype), *kv, layer, use_reentrant=self._use_reentrant
-            )
-            return out.to(hidden.dtype)
+                out = run(inside, *kv, layer)
+            else:
+                # Arguments, not captured: the re-entrant mode needs all that gradients flow to.
+                out = run_checkpointed(run, inside, *kv, layer, use_reentrant=self._use_reentrant)
+            if torch.promote_types(dtype, hidden.dtype) == dtype:
+                return out.to(hidden.dtype)
+            # A narrower layer's part alone is rounded, not the residual stream of a wider model.
+            return hidden + (out - inside).to(hidden.dtype)
 
         def run(hidden: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
             return layer(hidden, spans=spans, media_kv=MediaKeyValue(key, value))
@@ -488,8 +491,9 @@ class FlamingoModel(nn.Module):
     ) -> FlamingoModel:
         """Load what :meth:`save_pretrained` wrote.
 
-        Tensors keep the dtype they were saved in. A checkpoint of the trainable tensors only needs
-        the frozen parts it was trained with, wrapped or as :meth:`from_backbones` takes them.
+        Tensors keep the dtype they were saved in, those of a part that is given the part's own. A
+        checkpoint of the trainable tensors only needs the frozen parts it was trained with,
+        wrapped or as :meth:`from_backbones` takes them.
 
         Raises
         ------

@@ -13,7 +13,7 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.convert import load_open_flamingo
 from flamingo_kernels.language import add_media_tokens
-from tests.backbones import clip, language_model, open_gates
+from tests.backbones import END_OF_CHUNK, IMAGE, clip, language_model, open_gates
 from tests.convert.test_idefics import original as idefics
 from tests.convert.test_open_flamingo import original, released
 from tests.model.test_backbones import word_tokenizer
@@ -47,6 +47,11 @@ def test_generate(tiny: str, picture: str, capsys) -> None:
     assert main(["generate", "--model", tiny, *images, "--text", marked, *short]) == 0
     assert capsys.readouterr().out == first.out
     assert main(["generate", "--model", tiny, "--text", "no image", *short]) == 0
+    beams = [*images, "--text", "Output:", "--num-beams", "2"]
+    assert main(["generate", "--model", tiny, *beams, *short]) == 0
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", tiny, "--text", "x", "--fit", "stretch"])
+    assert "invalid choice: 'stretch' (choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -85,7 +90,8 @@ def test_generate_errors(tiny: str, picture: str, tmp_path, capsys) -> None:
         (["--model", tiny, "--image", str(tmp_path / "none.jpg")], "No such file"),
         (["--model", tiny, "--text", "<image><image>", "--image", picture], "2 <image> marker(s)"),
         (["--model", str(tmp_path)], "no model.safetensors in"),
-        (["--model", tiny, "--num-beams", "2"], "num_beams: only with a Hugging Face"),
+        (["--model", tiny, "--num-beams", "0"], "num_beams must be at least 1, got 0"),
+        (["--model", tiny, "--num-beams", "-3"], "num_beams must be at least 1, got -3"),
         (["--model", str(tmp_path / "other")], "has no token for images with id 7"),
     ):
         command = ["generate", *arguments]
@@ -111,6 +117,30 @@ def test_convert_open_flamingo(tmp_path, capsys) -> None:
     loaded = FlamingoModel.from_pretrained(tmp_path / "out", **parts)
     for name, tensor in expected.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_with_a_converted_checkpoint(
+    dtype: torch.dtype, tmp_path, picture, capsys
+) -> None:
+    """Its embeddings are in fp32; the published language model may be in bf16."""
+    state = released(original("gpt_neox", 1))
+    model = load_open_flamingo(state, clip(), language_model("gpt_neox"))
+    torch.save(state, tmp_path / "checkpoint.pt")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(model.config.to_dict()))
+    paths = [str(tmp_path / "checkpoint.pt"), str(tmp_path / "out")]
+    assert main(["convert", "open-flamingo", *paths, "--config", str(config)]) == 0
+    tokenizer = word_tokenizer(*(f"w{i}" for i in range(IMAGE - 1)))
+    tokenizer.add_tokens(["<image>", "<|endofchunk|>"], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<|endofchunk|>"]) == [IMAGE, END_OF_CHUNK]
+    tokenizer.save_pretrained(tmp_path / "lm")
+    language_model("gpt_neox").to(dtype).save_pretrained(tmp_path / "lm")
+    clip().save_pretrained(tmp_path / "vision")
+    command = ["generate", "--model", paths[1], "--text", "w1 w2", "--max-new-tokens", "3"]
+    command += ["--language-model", str(tmp_path / "lm"), "--image", picture]
+    command += ["--vision-encoder", str(tmp_path / "vision")]
+    assert main(command) == 0, capsys.readouterr().err
 
 
 def test_convert_errors_leave_nothing(tmp_path, capsys) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.convert import load_open_flamingo, to_open_flamingo
 from tests.backbones import END_OF_CHUNK, IMAGE, clip, language_model
-from tests.budgets import assert_parity
+from tests.budgets import assert_close_to_reference, assert_parity
 from tests.peers import open_flamingo_model
 
 pytest.importorskip("einops_exts")
@@ -184,6 +184,32 @@ def test_embeddings_come_along_when_saved(tmp_path) -> None:
         parts = {"vision_encoder": clip(), "language_model": language_model("gpt_neox")}
         model = FlamingoModel.from_pretrained(tmp_path / step, **parts).eval()
         assert torch.equal(model(**prompt()).logits, expected)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_a_given_language_model_keeps_its_dtype(saved, model_type: str, tmp_path) -> None:
+    """The embeddings in the file are of another dtype than the model they are put into."""
+    other = torch.bfloat16 if saved == torch.float32 else torch.float32
+    state = released(original(model_type, 1))
+    model = load_open_flamingo(state, clip(), language_model(model_type).to(saved))
+    model.save_pretrained(tmp_path)
+    lm = language_model(model_type).to(other)
+    parts = {"vision_encoder": clip(), "language_model": lm}
+    loaded = FlamingoModel.from_pretrained(tmp_path, **parts).eval()
+    assert {p.dtype for p in lm.parameters()} == {other}
+    assert {p.dtype for p in loaded.perceiver.parameters()} == {torch.float32}
+    expected = load_open_flamingo(state, clip(), language_model(model_type).to(saved).to(other))
+    embeddings = lm.get_input_embeddings().weight
+    assert torch.equal(
+        embeddings, model.language_model.model.get_input_embeddings().weight.to(other)
+    )
+    with torch.no_grad():
+        logits = loaded(**prompt()).logits
+        assert logits.dtype == other
+        real = prompt()["attention_mask"].bool()
+        exact = expected(**prompt()).logits
+        assert_close_to_reference(logits[real], exact[real], torch.bfloat16)
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])

@@ -190,6 +190,35 @@ def test_bf16_and_autocast(model_type: str) -> None:
         assert_close_to_reference(logits[real], exact[real], torch.bfloat16, what)
 
 
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_a_narrower_bridge_leaves_the_residual_stream_alone(wide, narrow, checkpointing) -> None:
+    """With zero gates the logits keep the language model's bits; with open ones its own error."""
+    lm = language_model("llama").to(wide)
+    arguments = prompt()
+    model = FlamingoModel.from_backbones(clip(), lm).eval()
+    expected = model.language_model(arguments["input_ids"], arguments["attention_mask"]).logits
+    for part in (model.perceiver, model.gated_cross_attn_layers):
+        part.to(narrow)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    real = arguments["attention_mask"].bool()
+    assert torch.equal(model(**arguments).logits[real], expected[real])
+    open_gates(model)
+    logits = model(**arguments).logits
+    assert logits.dtype == wide and not torch.equal(logits[real], expected[real])
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    exact = model.double()(**arguments).logits
+    assert_close_to_reference(logits[real], exact[real], narrow)
+
+
 @pytest.mark.parametrize("tower", [clip, siglip])
 def test_vision_encoders(tower) -> None:
     model = FlamingoModel.from_backbones(tower(), language_model("llama"))
