@@ -26,6 +26,7 @@ from flamingo_kernels.model import (
 )
 from flamingo_kernels.model.backbones import config_of, wrap_language_model, wrap_vision_encoder
 from flamingo_kernels.model.checkpoint import write
+from flamingo_kernels.model.untouched import untouched_unless_done
 
 WHAT = "an OpenFlamingo v2 checkpoint"
 LANGUAGE = "frozen language model, taken from the one given"
@@ -63,18 +64,31 @@ def load_open_flamingo(
     Raises
     ------
     FileNotFoundError, ValueError
-        As ``read_tensors``; keys that are not of this layout; backbones of other sizes.
+        As ``read_tensors``; keys that are not of this layout; backbones of other sizes. The
+        backbones are then as they were.
     """
     tensors = read_tensors(checkpoint)
+    ids = {"image_token_id": image_token_id, "end_of_chunk_token_id": end_of_chunk_token_id}
+    given = {"vision_encoder": vision_encoder, "language_model": language_model}
+    with untouched_unless_done(*given.values()):
+        model = _load(tensors, vision_encoder, language_model, ids, kernel)
+    model._given = given
+    return model.eval()
+
+
+def _load(
+    tensors: Mapping[str, Tensor],
+    vision_encoder: nn.Module,
+    language_model: nn.Module,
+    ids: Mapping[str, int | None],
+    kernel: str,
+) -> FlamingoModel:
     language_model = wrap_language_model(language_model)
     vision_encoder = wrap_vision_encoder(vision_encoder)
     if not isinstance(language_model, HuggingFaceLanguageModel):
         raise ValueError("OpenFlamingo checkpoints need a Hugging Face language model")
     inner = language_model.model
-    for name, value in (
-        ("image_token_id", image_token_id),
-        ("end_of_chunk_token_id", end_of_chunk_token_id),
-    ):
+    for name, value in ids.items():
         if value is not None:
             setattr(inner.config, name, value)
     _check_sizes(tensors, vision_encoder, language_model)
@@ -94,7 +108,7 @@ def load_open_flamingo(
     load_into(model, converted.tensors, needed, f"{WHAT} (every={config.cross_attention.every})")
     model.saved_frozen = converted.tensors.keys() - needed
     _log.info("%s", converted.report)
-    return model.eval()
+    return model
 
 
 def convert_open_flamingo_file(

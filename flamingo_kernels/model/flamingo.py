@@ -18,6 +18,7 @@ from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.context import Context
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
 from flamingo_kernels.model.loss import next_token_loss
+from flamingo_kernels.model.untouched import untouched_unless_done
 from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
 from flamingo_kernels.ops import MediaSpans, plan_media_attention
 from flamingo_kernels.ops.dispatch import check_kernel_name
@@ -120,9 +121,12 @@ class FlamingoModel(nn.Module):
         # holds them beside the trainable ones.
         self.saved_frozen: set[str] = set()
         self._use_reentrant: bool | None = None  # None: no activation checkpointing
+        # For unwrap: what was given, before it was wrapped, and how.
+        self._given: dict[str, Any] = {}
         self._unfrozen = [
             p for part in self._frozen_modules() for p in part.parameters() if p.requires_grad
         ]
+        self._modes = [(m, m.training) for part in self._frozen_modules() for m in part.modules()]
         for part in self._frozen_modules():
             part.requires_grad_(False)
         self.train(self.training)
@@ -156,31 +160,41 @@ class FlamingoModel(nn.Module):
         Raises
         ------
         TypeError, ValueError
-            A model that cannot be wrapped, with the reason, or a config of other sizes.
+            A model that cannot be wrapped, with the reason, or a config of other sizes. The models
+            are then as they were.
         """
-        vision_encoder = backbones.wrap_vision_encoder(vision_encoder)
-        language_model = backbones.wrap_language_model(language_model)
-        if config is None:
-            config = backbones.config_of(vision_encoder, language_model)
-        model = cls(config, kernel, vision_encoder=vision_encoder, language_model=language_model)
-        # Next to the frozen parts, whose dtype may be narrower than is good for training.
-        device = next(language_model.parameters()).device
-        for part in (model.perceiver, model.gated_cross_attn_layers):
-            part.to(device)
+        given = {"vision_encoder": vision_encoder, "language_model": language_model}
+        with untouched_unless_done(*given.values()):
+            parts = {
+                "vision_encoder": backbones.wrap_vision_encoder(vision_encoder, config),
+                "language_model": backbones.wrap_language_model(language_model),
+            }
+            model = cls(config or backbones.config_of(**parts), kernel, **parts)
+            # Next to the frozen parts, whose dtype may be narrower than is good for training.
+            device = next(language_model.parameters()).device
+            for part in (model.perceiver, model.gated_cross_attn_layers):
+                part.to(device)
+        model._given = given
         return model
 
-    def unwrap(self) -> tuple[nn.Module, nn.Module]:
-        """The vision encoder and language model as they were given, bit for bit.
+    def unwrap(self) -> tuple[nn.Module | int, nn.Module]:
+        """The vision encoder and language model that were given, bit for bit and in their mode.
 
-        Hooks are removed and ``requires_grad`` is restored; this model cannot run any more.
+        Hooks that came with wrapping are removed, ``requires_grad`` is restored; this model cannot
+        run any more.
         """
         self.gradient_checkpointing_disable()
         for parameter in self._unfrozen:
             parameter.requires_grad_(True)
+        for module, training in self._modes:
+            module.training = training
         language_model = self.language_model
-        if hasattr(language_model, "unwrap"):
+        # A wrapper that was given is given back with its hooks.
+        given = self._given.get("language_model")
+        if language_model is not given and hasattr(language_model, "unwrap"):
             language_model = language_model.unwrap()
-        return getattr(self.vision_encoder, "module", self.vision_encoder), language_model
+        vision_encoder = getattr(self.vision_encoder, "module", self.vision_encoder)
+        return self._given.get("vision_encoder", vision_encoder), language_model
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
@@ -499,15 +513,14 @@ class FlamingoModel(nn.Module):
         ------
         FileNotFoundError, ValueError
             Missing, corrupt, truncated or foreign checkpoint, or frozen parts that are neither in
-            the checkpoint nor given; the message names the file and the tensors.
+            the checkpoint nor given; the message names the file and the tensors. Parts that were
+            given are then as they were.
         """
-        if vision_encoder is not None:
-            vision_encoder = backbones.wrap_vision_encoder(vision_encoder)
-        if language_model is not None:
-            language_model = backbones.wrap_language_model(language_model)
-        return checkpoint.load(
-            cls, path, kernel, vision_encoder=vision_encoder, language_model=language_model
-        )
+        given = {"vision_encoder": vision_encoder, "language_model": language_model}
+        with untouched_unless_done(*given.values()):
+            model = checkpoint.load(cls, path, kernel, **given)
+        model._given = {name: part for name, part in given.items() if part is not None}
+        return model
 
 
 def _check_part(name: str, module: nn.Module, **expected: int) -> None:

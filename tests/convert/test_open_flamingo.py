@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.convert import load_open_flamingo, to_open_flamingo
-from tests.backbones import END_OF_CHUNK, IMAGE, clip, language_model
+from tests.backbones import END_OF_CHUNK, IMAGE, VOCAB, clip, language_model
 from tests.budgets import assert_close_to_reference, assert_parity
+from tests.model.test_backbones import state_of
 from tests.peers import open_flamingo_model
 
 pytest.importorskip("einops_exts")
@@ -267,6 +268,21 @@ def test_bad_checkpoints() -> None:
         load_open_flamingo(state, clip(), without)
     model = load_open_flamingo(state, clip(), without, image_token_id=IMAGE)
     assert model.config.image_token_id == IMAGE
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])
+def test_a_failed_load_leaves_the_backbones_alone(model_type: str) -> None:
+    """It has the embeddings of other tokens, and lacks a tensor."""
+    state = released(original(model_type, 1))
+    state = {name: t[:90] if t.shape[:1] == (VOCAB,) else t for name, t in state.items()}
+    gate = next(name for name in state if name.endswith("attn_gate"))
+    del state[gate]
+    lm, encoder = language_model(model_type).train(), clip().train()
+    before, weights = state_of(lm, encoder), copy.deepcopy(lm.state_dict())
+    with pytest.raises(ValueError, match=r"attn_gate.* missing"):
+        load_open_flamingo(state, encoder, lm, image_token_id=80, end_of_chunk_token_id=81)
+    assert state_of(lm, encoder) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in lm.state_dict().items())
 
 
 def test_what_open_flamingo_cannot_express() -> None:
