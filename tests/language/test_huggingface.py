@@ -381,10 +381,11 @@ def test_caches_that_do_not_count_are_refused():
     run = wrapped.model.forward
 
     def with_cache(kind):
-        def forward(*args, past_key_values=None, **kwargs):
-            if kwargs.get("use_cache"):
-                past_key_values = past_key_values or kind()
-            return run(*args, past_key_values=past_key_values, **kwargs)
+        def forward(*args, **kwargs):
+            output = run(*args, **kwargs)
+            if kwargs["use_cache"]:
+                output.past_key_values = kind()
+            return output
 
         return forward
 

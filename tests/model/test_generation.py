@@ -323,6 +323,8 @@ def test_options_of_other_language_models_are_named() -> None:
         ValueError, match=r"num_beam_groups, penalty_alpha: only with a Hugging Face .* a D"
     ):
         model.generate(ids, num_beam_groups=2, penalty_alpha=0.5)
+    with pytest.raises(ValueError, match="does not take eos_token_id: say stop_token_ids="):
+        model.generate(ids, eos_token_id=3)
     with pytest.raises(ValueError, match="num_beams > 1 with do_sample or a streamer: only with"):
         model.generate(ids, num_beams=2, do_sample=True)
     with pytest.raises(ValueError, match="num_return_sequences=3 is more than num_beams=2"):
