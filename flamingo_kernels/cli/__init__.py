@@ -71,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return run(options.kernel, options.shots, options.output)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
-        print(f"flamingo-kernels {options.command}: {error}", file=sys.stderr)
+        reason = " ".join(str(error).split())
+        print(f"flamingo-kernels {options.command}: {reason}", file=sys.stderr)
         return 1
     return 0
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -147,16 +148,62 @@ def test_convert_errors_leave_nothing(tmp_path, capsys) -> None:
     torch.save(released(original("gpt_neox", 2)), tmp_path / "small.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "small.pt").read_bytes()[:1000])
     torch.save({"model": print}, tmp_path / "code.pt")
+    torch.save({0: torch.ones(1)}, tmp_path / "numbers.pt")
     for name, message in (
         ("small.pt", "width 32, cross-attention before blocks [1]) is none of open-flamingo-3b"),
         ("cut.pt", "is truncated or not a file of torch.save"),
         ("code.pt", "holds more than tensors and was not read"),
+        ("numbers.pt", "holds no tensors by name: 0 is not a name"),
         ("none.pt", "no checkpoint"),
     ):
         paths = [str(tmp_path / name), str(tmp_path / "out")]
         assert main(["convert", "open-flamingo", *paths]) == 1
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 2 and message in error[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_of_others_are_one_line(tmp_path, picture, capsys) -> None:
+    """Of the language model, of its tokenizer, and configurations."""
+    tokenizer, lm = word_tokenizer("a", "cat"), language_model("llama", vocab_size=3)
+    add_media_tokens(tokenizer, lm)
+    FlamingoModel.from_backbones(clip(), lm).save_pretrained(tmp_path / "m")
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    clip().save_pretrained(tmp_path / "vision")
+
+    def damaged(name: str, file: str, content: bytes) -> str:
+        shutil.copytree(tmp_path / "lm", tmp_path / name)
+        (tmp_path / name / file).write_bytes(content)
+        return str(tmp_path / name)
+
+    whole = (tmp_path / "lm" / "model.safetensors").read_bytes()
+    command = ["generate", "--model", str(tmp_path / "m"), "--image", picture, "--text", " a cat"]
+    command += ["--max-new-tokens", "2"]
+    vision, good = str(tmp_path / "vision"), str(tmp_path / "lm")
+    for language, encoder, message in (
+        (damaged("cut", "model.safetensors", whole[:-100]), vision, "load a language model from"),
+        (damaged("config", "config.json", b"{"), vision, "cannot load a language model from"),
+        (damaged("tokens", "tokenizer.json", b"{}"), vision, "cannot load a tokenizer from"),
+        (vision, vision, "cannot load a language model from"),
+        (good, good, "has no config.image_size"),
+    ):
+        assert main([*command, "--language-model", language, "--vision-encoder", encoder]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("flamingo-kernels generate: ") and message in error
+    torch.save(released(original("gpt_neox", 2)), tmp_path / "ok.pt")
+    paths = [str(tmp_path / "ok.pt"), str(tmp_path / "out")]
+    for name, content in (
+        ("list.json", "[]"),
+        ("broken.json", "{"),
+        ("half.json", '{"name": "x"}'),
+        ("wrong.json", '{"vision": 3, "language": 4, "resampler": 5, "cross_attention": 6}'),
+    ):
+        (tmp_path / name).write_text(content)
+        config = ["--config", str(tmp_path / name)]
+        assert main(["convert", "open-flamingo", *paths, *config]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{name} is not one of flamingo_kernels" in error
     assert not (tmp_path / "out").exists()
 
 

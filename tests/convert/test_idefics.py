@@ -171,6 +171,17 @@ def test_bad_checkpoints(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="not an IDEFICS checkpoint: its model_type is 'llama'"):
         load_idefics(tmp_path)
+    for text, message in (
+        ("[]", "config.json must hold a JSON object, not a list"),
+        ("{", "config.json is not JSON: "),
+        ('{"model_type": "idefics", "vision_config": 3}', "config.* IDEFICS: "),
+        ('{"model_type": "idefics", "hidden_size": "a"}', "config.* IDEFICS: "),
+    ):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_idefics(tmp_path)
+    with pytest.raises(ValueError, match="Linear is not an IDEFICS checkpoint"):
+        load_idefics(nn.Linear(1, 1))
     peer = original()
     peer.config.use_resampler = False
     with pytest.raises(ValueError, match=r"without a resampler \(use_resampler=False\)"):

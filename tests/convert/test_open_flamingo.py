@@ -260,6 +260,21 @@ def test_bad_checkpoints() -> None:
         load(state, "llama")
     with pytest.raises(ValueError, match="the vision encoder gives 8 channels, not 16"):
         load_open_flamingo(state, 8, language_model("gpt_neox"))
+    norm = "lang_encoder.gpt_neox.layers.0.gated_cross_attn_layer.attn.norm.weight"
+    with pytest.raises(ValueError, match=r"attn\.norm\.weight has shape \(\), 1 dimension"):
+        load({**state, norm: torch.tensor(1.0)})
+    with pytest.raises(ValueError, match=r"perceiver\.latents has shape \(3,\), 2 dimension"):
+        load({**state, "perceiver.latents": torch.ones(3)})
+    embeddings = "lang_encoder.gpt_neox.embed_in.weight"
+    with pytest.raises(ValueError, match=r"embed_in\.weight has shape \(\), some dimension"):
+        load({**state, embeddings: torch.tensor(1.0)})
+    again = state["lang_encoder.embed_out.weight"]
+    with pytest.raises(ValueError, match="keys for one tensor: lang_encoder"):
+        load({**state, "lang_encoder.lm_head.weight": again})
+    with pytest.raises(
+        ValueError, match=r"floating-point tensors: perceiver\.latents \(torch\.int8"
+    ):
+        load({**state, "perceiver.latents": state["perceiver.latents"].to(torch.int8)})
     with pytest.raises(ValueError, match="no cross-attention keys"):
         load({"perceiver.latents": torch.zeros(2, 2)})
     without = copy.deepcopy(language_model("gpt_neox"))
