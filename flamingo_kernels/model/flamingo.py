@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from flamingo_kernels.language import BeforeBlock, build_language_model, checkpoint_blocks
 from flamingo_kernels.model import backbones, checkpoint, generation, scoring
-from flamingo_kernels.model.cache import FlamingoCache, append_media
+from flamingo_kernels.model.cache import FlamingoCache, append_media, writable
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.context import Context
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
@@ -320,7 +320,7 @@ class FlamingoModel(nn.Module):
             loss = next_token_loss(out.logits, self._counted_labels(labels, real))
         if not use_cache:
             return FlamingoOutput(loss, out.logits)
-        return FlamingoOutput(loss, out.logits, FlamingoCache.after(context, out.cache))
+        return FlamingoOutput(loss, out.logits, FlamingoCache.after(context, out.cache).with_room())
 
     def read(
         self,
@@ -355,23 +355,25 @@ class FlamingoModel(nn.Module):
             input_ids, self.config.image_token_id, pixel_values, num_images, num_frames
         )
         counts = (input_ids == self.config.image_token_id).sum(1)
-        history, mask = input_ids, attention_mask
+        history, mask, owned = input_ids, attention_mask, False
         if cache is None or media_inputs is not None:
             media = self.encode_media(media_inputs, input_ids.shape[0])
             media_kv = [layer.project_media(media) for layer in self.gated_cross_attn_layers]
         if cache is not None:
+            owned = cache.owned and writable(cache.media)
             if media_inputs is None:
                 media_kv = cache.media
             else:
                 media_kv = [
-                    append_media(old, cache.num_images, new, counts)
+                    append_media(old, cache.num_images, new, counts, owned)
                     for old, new in zip(cache.media, media_kv, strict=True)
                 ]
             counts = counts + cache.num_images
             history = torch.cat((cache.input_ids, input_ids), 1)
             if mask is None and cache.attention_mask is not None:
                 mask = torch.cat((cache.attention_mask, torch.ones_like(input_ids)), 1)
-        return Context(tuple(media_kv), counts, history, mask, self._spans(history, assign))
+        spans = self._spans(history, assign)
+        return Context(tuple(media_kv), counts, history, mask, spans, owned)
 
     def _spans(self, input_ids: Tensor, assign: str | Sequence[str]) -> MediaSpans:
         config = self.config

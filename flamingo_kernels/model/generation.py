@@ -420,7 +420,12 @@ def _completed(
         mask = torch.ones_like(context.input_ids)
     mask = torch.cat((mask, real.to(mask.dtype)), 1)
     before = FlamingoCache(
-        language, context.media, context.num_images, sequences[:, :held], mask[:, :held]
+        language,
+        context.media,
+        context.num_images,
+        sequences[:, :held],
+        mask[:, :held],
+        context.owned,
     )
     return model(sequences[:, held:], None, mask, cache=before).cache
 
