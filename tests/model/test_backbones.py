@@ -347,6 +347,19 @@ def test_media_tokens_in_one_call(model_type: str) -> None:
         add_media_tokens(tokenizer, image_token="<x>", end_of_chunk_token="<x>")
 
 
+def test_markers_that_are_ordinary_words_become_special() -> None:
+    """They keep their ids, and are found inside a word too."""
+    tokenizer = word_tokenizer("a", "cat", "<image>", "<|endofchunk|>")
+    unknown = tokenizer.convert_tokens_to_ids("[UNK]")
+    assert tokenizer.encode("a<image>cat") == [unknown]
+    tokens = add_media_tokens(tokenizer)
+    assert tokens[:2] == (3, 4)
+    assert tokenizer.encode("a<image>cat<|endofchunk|>") == [1, 3, 2, 4]
+    assert tokenizer.decode([3, 1, 4], skip_special_tokens=True).split() == ["a"]
+    assert {"<image>": 3, "<|endofchunk|>": 4}.items() <= tokenizer.get_added_vocab().items()
+    assert add_media_tokens(tokenizer) == tokens
+
+
 def test_rows_to_spare_are_kept() -> None:
     lm = language_model("llama")
     tokens = add_media_tokens(word_tokenizer("a", "cat"), lm)
