@@ -82,8 +82,8 @@ def test_grey_of_16_bits_is_scaled(mode: str, tmp_path) -> None:
     if mode == "I":
         image = Image.fromarray(grey.astype(np.int32))
     assert image.mode == mode
-    image.save(tmp_path / "a.png")
-    loaded = to_pixel_values(load_image(tmp_path / "a.png"), 4)
+    image.save(tmp_path / "a.tiff")
+    loaded = to_pixel_values(load_image(tmp_path / "a.tiff"), 4)
     for values in (loaded, to_pixel_values(image, 4)):
         eight = Image.fromarray((grey >> 8).astype(np.uint8))
         assert torch.equal(values, to_pixel_values(eight, 4))
