@@ -186,7 +186,7 @@ def test_bad_files_of_others_are_one_line(tmp_path, picture, capsys) -> None:
         (damaged("config", "config.json", b"{"), vision, "cannot load a language model from"),
         (damaged("tokens", "tokenizer.json", b"{}"), vision, "cannot load a tokenizer from"),
         (vision, vision, "cannot load a language model from"),
-        (good, good, "has no config.image_size"),
+        (good, good, "vision_encoder.output_dim is 32, the config says 16"),
     ):
         assert main([*command, "--language-model", language, "--vision-encoder", encoder]) == 1
         error = capsys.readouterr().err.splitlines()[-1]
