@@ -432,6 +432,9 @@ def test_a_failed_wrap_or_load_leaves_the_models_alone(tmp_path) -> None:
     before = state_of(lm, encoder)
     with pytest.raises(ValueError, match="no image_token_id"):
         FlamingoModel.from_backbones(encoder, lm)
+    assert state_of(lm, encoder) == before
+    lm.config.image_token_id = IMAGE
+    before = state_of(lm, encoder)
     with pytest.raises(ValueError, match=r"unknown kernel 'cudnn'"):
         FlamingoModel.from_backbones(encoder, lm, kernel="cudnn")
     assert state_of(lm, encoder) == before
