@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -47,7 +48,9 @@ def read_tensors(source: str | PathLike | Mapping[str, Tensor]) -> dict[str, Ten
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of odd protocols: the error says enough
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no pickle can raise anything in it
         called = _CALLED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if called is None:
