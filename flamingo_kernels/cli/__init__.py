@@ -33,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("--kernel", default="auto", help="auto, triton, cpp or torch")
     generate.add_argument("--max-new-tokens", type=int, default=20)
     generate.add_argument("--num-beams", type=int, default=1)
-    generate.add_argument("--fit", default="pad", help="pad, or crop as CLIP does")
+    generate.add_argument(
+        "--fit", choices=("pad", "crop"), default="pad", help="pad, or crop as CLIP does"
+    )
 
     convert = commands.add_parser("convert", help="another project's checkpoint to safetensors")
     convert.add_argument("layout", choices=("open-flamingo", "idefics"))
@@ -69,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return run(options.kernel, options.shots, options.output)
     except (ValueError, RuntimeError, ImportError, OSError) as error:
-        print(f"flamingo-kernels {options.command}: {error}", file=sys.stderr)
+        reason = " ".join(str(error).split())
+        print(f"flamingo-kernels {options.command}: {reason}", file=sys.stderr)
         return 1
     return 0
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 from flamingo_kernels import FlamingoConfig
 from flamingo_kernels.convert import convert_open_flamingo_file, load_idefics
-
-LAYOUTS = ("open-flamingo", "idefics")
+from flamingo_kernels.convert.files import read_json
 
 
 def run(layout: str, checkpoint: Path, output: Path, config: str | None) -> int:
@@ -31,4 +29,7 @@ def read_config(name: str) -> FlamingoConfig:
     """A named configuration, or one in a JSON file."""
     if not name.endswith(".json"):
         return FlamingoConfig.from_name(name)
-    return FlamingoConfig.from_dict(json.loads(Path(name).read_text()))
+    try:
+        return FlamingoConfig.from_dict(read_json(name))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"the config in {name} is not one of flamingo_kernels: {error}") from error

@@ -52,12 +52,7 @@ def run(
         values = [to_pixel_values(p, encoder.image_size, fit=fit, **constants) for p in pictures]
         media = {name: tensor.to(device) for name, tensor in stack_media([values]).items()}
     _progress(f"{ids.shape[1]} tokens, {len(images)} image(s), {device}")
-    out = model.generate(
-        ids,
-        **media,
-        max_new_tokens=max_new_tokens,
-        **({"num_beams": num_beams} if num_beams > 1 else {}),
-    )
+    out = model.generate(ids, **media, max_new_tokens=max_new_tokens, num_beams=num_beams)
     print(decode(out[0, ids.shape[1] :]))
     return 0
 
@@ -89,9 +84,7 @@ def _coding(path: Path, config: FlamingoConfig) -> tuple[Any, Any]:
         raise ImportError(
             'reading a tokenizer needs transformers: pip install "flamingo_kernels[hf]"'
         ) from error
-    tokenizer = AutoTokenizer.from_pretrained(
-        _folder(path), local_files_only=True, trust_remote_code=False
-    )
+    tokenizer = _load(AutoTokenizer, "a tokenizer", path)
     added = {token: name for name, token in tokenizer.get_added_vocab().items()}
     marker = added.get(config.image_token_id)
     if marker is None:
@@ -112,15 +105,19 @@ def _frozen(auto_class: str, path: Path | None) -> torch.nn.Module | None:
     import transformers
 
     _progress(f"loading {path}")
-    return getattr(transformers, auto_class).from_pretrained(
-        _folder(path), local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
+    what = "a language model" if auto_class == "AutoModelForCausalLM" else "a vision encoder"
+    return _load(getattr(transformers, auto_class), what, path, use_safetensors=True)
 
 
-def _folder(path: Path) -> Path:
+def _load(auto_class: Any, what: str, path: Path, **options: Any) -> Any:
+    """What transformers reads from a folder; ValueError that names it for whatever is in it."""
     if not path.is_dir():
         raise FileNotFoundError(f"no folder {path}")
-    return path
+    options |= {"local_files_only": True, "trust_remote_code": False}
+    try:
+        return auto_class.from_pretrained(path, **options)
+    except Exception as error:  # broken files raise what their parsers raise
+        raise ValueError(f"cannot load {what} from {path}: {error}") from error
 
 
 def _progress(text: str) -> None:

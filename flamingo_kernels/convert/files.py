@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,6 +17,8 @@ from torch import Tensor
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
+# What torch.load says of a function or class that it does not call.
+_CALLED = re.compile(r"GLOBAL (\S+)")
 
 
 def read_tensors(source: str | PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -43,32 +48,52 @@ def read_tensors(source: str | PathLike | Mapping[str, Tensor]) -> dict[str, Ten
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():  # of odd protocols: the error says enough
+            warnings.simplefilter("ignore")
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # bytes that are no pickle can raise anything in it
+        called = _CALLED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        if called is None:
+            raise ValueError(f"{path} is truncated or not a file of torch.save") from error
         raise ValueError(
-            f"{path} holds more than tensors and was not read, as unpickling would run its code "
-            f"(convert it to safetensors where you trust it): {_first_line(error)}"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"{path} is truncated or not a file of torch.save: {_first_line(error)}"
+            f"{path} holds more than tensors and was not read, as unpickling would run its "
+            f"{called[1]} (convert it to safetensors where you trust it)"
         ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
     return _state(loaded, str(path))
 
 
+def read_json(path: str | PathLike) -> dict[str, Any]:
+    """The object in a JSON file; ValueError that names the file if there is none."""
+    try:
+        values = json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
 def _state(loaded: Mapping, what: str) -> dict[str, Tensor]:
     for key in ("model_state_dict", "state_dict"):
         if isinstance(loaded.get(key), Mapping):
             loaded = loaded[key]
-    others = [name for name, value in loaded.items() if not isinstance(value, Tensor)]
+    others = [
+        f"{name!r} is a {type(value).__name__}"
+        for name, value in loaded.items()
+        if not isinstance(value, Tensor)
+    ]
+    others += [f"{name!r} is not a name" for name in loaded if not isinstance(name, str)]
     if others or not loaded:
-        raise ValueError(
-            f"{what} holds no tensors by name"
-            + (f": {others[0]!r} is a {type(loaded[others[0]]).__name__}" if others else "")
-        )
-    return {name.removeprefix("module."): tensor for name, tensor in loaded.items()}
+        raise ValueError(f"{what} holds no tensors by name" + (f": {others[0]}" if others else ""))
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in loaded.items():
+        short = name.removeprefix("module.")
+        if short in tensors:
+            raise ValueError(f"{what} holds {short!r} twice, with and without 'module.'")
+        tensors[short] = tensor
+    return tensors
 
 
 def _read_directory(path: Path) -> dict[str, Tensor]:
@@ -77,12 +102,11 @@ def _read_directory(path: Path) -> dict[str, Tensor]:
         if not (path / _WEIGHTS).is_file():
             raise FileNotFoundError(f"no {_WEIGHTS} and no {_INDEX} in {path}")
         return _read_safetensors(path / _WEIGHTS)
-    try:
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ValueError(f"{index} is not an index of safetensors files: {error!r}") from error
+    places = read_json(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(p, str) for p in places.values()):
+        raise ValueError(f"{index} is not an index of safetensors files: its weight_map is wrong")
     tensors: dict[str, Tensor] = {}
-    for shard in shards:
+    for shard in sorted(set(places.values())):
         if Path(shard).name != shard:
             raise ValueError(f"{index} names {shard!r}, which is not a file of its own directory")
         if not (path / shard).is_file():
@@ -97,7 +121,3 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
             return {name: stored.get_tensor(name) for name in stored.keys()}
     except SafetensorError as error:
         raise ValueError(f"{path} is truncated or not a safetensors file: {error}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

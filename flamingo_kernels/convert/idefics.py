@@ -6,7 +6,6 @@ CLIP tower whose class token is kept.
 
 from __future__ import annotations
 
-import json
 import logging
 from os import PathLike
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from flamingo_kernels.convert.files import read_tensors
+from flamingo_kernels.convert.files import read_json, read_tensors
 from flamingo_kernels.convert.table import Rule, convert, load_into
 from flamingo_kernels.language import HuggingFaceLanguageConfig
 from flamingo_kernels.model import (
@@ -100,17 +99,22 @@ def load_idefics(
         Another architecture, IDEFICS without resampler, or keys that do not fit.
     """
     if isinstance(checkpoint, nn.Module):
-        values, tensors = checkpoint.config.to_dict(), checkpoint.state_dict()
+        where = type(checkpoint).__name__
+        values = checkpoint.config.to_dict() if hasattr(checkpoint, "config") else {}
+        tensors = checkpoint.state_dict()
     else:
-        file = Path(checkpoint) / "config.json"
-        if not file.is_file():
+        where = Path(checkpoint) / "config.json"
+        if not where.is_file():
             raise FileNotFoundError(f"no config.json in {checkpoint}")
-        values, tensors = _with_defaults(json.loads(file.read_text())), None
+        values, tensors = _with_defaults(where), None
     if values.get("model_type") != "idefics":
-        raise ValueError(f"not {WHAT}: its model_type is {values.get('model_type')!r}")
+        raise ValueError(f"{where} is not {WHAT}: its model_type is {values.get('model_type')!r}")
     if not values["use_resampler"]:
         raise ValueError("IDEFICS without a resampler (use_resampler=False) is not supported")
-    config = _config(values, image_token_id, end_of_chunk_token_id)
+    try:
+        config = _config(values, image_token_id, end_of_chunk_token_id)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"the config of {where} is not one of IDEFICS: {error!r}") from error
     if tensors is None:
         tensors = read_tensors(checkpoint)
     if values["tie_word_embeddings"]:
@@ -123,13 +127,18 @@ def load_idefics(
     return model.eval()
 
 
-def _with_defaults(values: dict[str, Any]) -> dict[str, Any]:
+def _with_defaults(file: Path) -> dict[str, Any]:
     """The file's values over the defaults of transformers' class, which no code in it changes."""
-    from transformers import IdeficsConfig
-
+    values = read_json(file)
     if values.get("model_type") != "idefics":
         return values
-    return IdeficsConfig(**values).to_dict()
+    from transformers import IdeficsConfig
+
+    try:
+        return IdeficsConfig(**values).to_dict()
+    except Exception as error:  # of kinds that depend on transformers' version
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} is not a config of IDEFICS: {reason}") from error
 
 
 def _config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from os import PathLike
 
@@ -10,6 +11,8 @@ from torch import Tensor
 from flamingo_kernels.convert.files import read_tensors
 from flamingo_kernels.convert.table import Rule, convert, load_into
 from flamingo_kernels.vision import NFNet, NFNetConfig
+
+_log = logging.getLogger(__name__)
 
 TABLE = (
     Rule(r"head\.fc\.(weight|bias)", reason="classifier"),
@@ -30,6 +33,7 @@ def load_timm_nfnet(
         As ``read_tensors``; or weights of another variant.
     """
     encoder = NFNet(config)
-    tensors = convert(read_tensors(checkpoint), TABLE, "a timm NFNet").tensors
-    load_into(encoder, tensors, set(encoder.state_dict()), "the NFNet checkpoint")
+    converted = convert(read_tensors(checkpoint), TABLE, "a timm NFNet")
+    load_into(encoder, converted.tensors, set(encoder.state_dict()), "the NFNet checkpoint")
+    _log.info("%s", converted.report)
     return encoder.eval()

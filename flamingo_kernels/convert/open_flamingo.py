@@ -26,6 +26,7 @@ from flamingo_kernels.model import (
 )
 from flamingo_kernels.model.backbones import config_of, wrap_language_model, wrap_vision_encoder
 from flamingo_kernels.model.checkpoint import write
+from flamingo_kernels.model.untouched import untouched_unless_done
 
 WHAT = "an OpenFlamingo v2 checkpoint"
 LANGUAGE = "frozen language model, taken from the one given"
@@ -63,28 +64,39 @@ def load_open_flamingo(
     Raises
     ------
     FileNotFoundError, ValueError
-        As ``read_tensors``; keys that are not of this layout; backbones of other sizes.
+        As ``read_tensors``; keys that are not of this layout; backbones of other sizes. The
+        backbones are then as they were.
     """
     tensors = read_tensors(checkpoint)
+    ids = {"image_token_id": image_token_id, "end_of_chunk_token_id": end_of_chunk_token_id}
+    given = {"vision_encoder": vision_encoder, "language_model": language_model}
+    with untouched_unless_done(*given.values()):
+        model = _load(tensors, vision_encoder, language_model, ids, kernel)
+    model._given = given
+    return model.eval()
+
+
+def _load(
+    tensors: Mapping[str, Tensor],
+    vision_encoder: nn.Module,
+    language_model: nn.Module,
+    ids: Mapping[str, int | None],
+    kernel: str,
+) -> FlamingoModel:
     language_model = wrap_language_model(language_model)
     vision_encoder = wrap_vision_encoder(vision_encoder)
     if not isinstance(language_model, HuggingFaceLanguageModel):
         raise ValueError("OpenFlamingo checkpoints need a Hugging Face language model")
     inner = language_model.model
-    for name, value in (
-        ("image_token_id", image_token_id),
-        ("end_of_chunk_token_id", end_of_chunk_token_id),
-    ):
+    for name, value in ids.items():
         if value is not None:
             setattr(inner.config, name, value)
     _check_sizes(tensors, vision_encoder, language_model)
     rows = language_model.vocab_size
-    embeddings = [
-        tensors.get(f"lang_encoder.{name}")
-        for name in _names_of_embeddings(_embedding_names(inner))
-    ]
+    embeddings = [f"lang_encoder.{n}" for n in _names_of_embeddings(_embedding_names(inner))]
+    sizes = [_shape(tensors, name, None)[0] for name in embeddings if name in tensors]
     # Models are published with rows to spare; OpenFlamingo cuts them to the tokenizer's.
-    resize_embeddings(inner, next((len(t) for t in embeddings if t is not None), rows))
+    resize_embeddings(inner, sizes[0] if sizes else rows)
     config = _config(tensors, config_of(vision_encoder, language_model))
     model = FlamingoModel(
         config, kernel, vision_encoder=vision_encoder, language_model=language_model
@@ -94,7 +106,7 @@ def load_open_flamingo(
     load_into(model, converted.tensors, needed, f"{WHAT} (every={config.cross_attention.every})")
     model.saved_frozen = converted.tensors.keys() - needed
     _log.info("%s", converted.report)
-    return model.eval()
+    return model
 
 
 def convert_open_flamingo_file(
@@ -238,15 +250,15 @@ def _architecture(
 def _config(tensors: Mapping[str, Tensor], base: FlamingoConfig) -> FlamingoConfig:
     """``base`` with the architecture read off the checkpoint's keys and shapes."""
     _, blocks = _layers(tensors)
-    num_latents, dim = tensors["perceiver.latents"].shape
-    frames = tensors.get("perceiver.frame_embs")
+    num_latents, dim = _shape(tensors, "perceiver.latents", 2)
+    frames = "perceiver.frame_embs"
     depth = len({k.split(".")[2] for k in tensors if k.startswith("perceiver.layers.")})
     parts = _architecture(
         dim,
         blocks[0] + 1,
         depth=depth,
         num_latents=num_latents,
-        max_num_frames=None if frames is None else len(frames),
+        max_num_frames=_shape(tensors, frames, 2)[0] if frames in tensors else None,
     )
     return dataclasses.replace(base, name="open-flamingo", **parts)
 
@@ -255,7 +267,7 @@ def _released_config(tensors: Mapping[str, Tensor]) -> FlamingoConfig:
     """The named configuration of a released model, by its blocks and widths."""
     name, blocks = _layers(tensors)
     gate = f"lang_encoder.{name}.{blocks[0]}.gated_cross_attn_layer.attn.norm.weight"
-    width = len(tensors.get(gate, ()))
+    width = _shape(tensors, gate, 1)[0] if gate in tensors else 0
     names = [known for known in FlamingoConfig.names() if known.startswith("open-flamingo")]
     for config in map(FlamingoConfig.from_name, names):
         if config.language.dim == width and list(config.cross_attention_blocks) == blocks:
@@ -273,23 +285,33 @@ def _check_sizes(
     if "perceiver.latents" not in tensors:
         raise ValueError(f"not {WHAT}: it has no perceiver.latents")
     prefix = f"lang_encoder.{name}.{blocks[0]}.gated_cross_attn_layer."
-    norm = tensors.get(f"{prefix}attn.norm.weight")
+    norm = f"{prefix}attn.norm.weight"
     faults = []
-    if norm is not None and len(norm) != language_model.dim:
-        faults.append(f"the language model is {language_model.dim} wide, not {len(norm)}")
+    if norm in tensors and (width := _shape(tensors, norm, 1)[0]) != language_model.dim:
+        faults.append(f"the language model is {language_model.dim} wide, not {width}")
     if blocks[-1] >= language_model.num_blocks:
         faults.append(
             f"the language model has {language_model.num_blocks} blocks, not more than {blocks[-1]}"
         )
     if name != language_model.blocks_name:
         faults.append(f"its blocks are {language_model.blocks_name!r}, not {name!r}")
-    vision = tensors["perceiver.latents"].shape[1]
+    vision = _shape(tensors, "perceiver.latents", 2)[1]
     if vision_encoder.output_dim != vision:
         faults.append(
             f"the vision encoder gives {vision_encoder.output_dim} channels, not {vision}"
         )
     if faults:
         raise ValueError("the checkpoint was trained with other backbones: " + "; ".join(faults))
+
+
+def _shape(tensors: Mapping[str, Tensor], name: str, rank: int | None) -> tuple[int, ...]:
+    """Of a tensor that must have so many dimensions; None: at least one."""
+    shape = tuple(tensors[name].shape)
+    if not shape or len(shape) != (rank or len(shape)):
+        raise ValueError(
+            f"{WHAT}: {name} has shape {shape}, {rank or 'some'} dimension(s) expected"
+        )
+    return shape
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> tuple[str, list[int]]:

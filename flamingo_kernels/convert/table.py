@@ -52,12 +52,13 @@ def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], what: str) -> 
     Raises
     ------
     ValueError
-        For keys that no rule knows, and tensors of which parts are missing.
+        For keys that no rule knows, two keys for one tensor, tensors of which parts are missing,
+        and what is no dense floating-point tensor.
     """
     rules = [(re.compile(rule.pattern), rule) for rule in table]
     parts: dict[str, dict[int, Tensor]] = defaultdict(dict)
     left_out: Counter[str] = Counter()
-    unknown = []
+    unknown, twice, wrong = [], [], []
     for key, tensor in tensors.items():
         hits = ((m, rule) for pattern, rule in rules if (m := pattern.fullmatch(key)))
         match, rule = next(hits, (None, None))
@@ -68,9 +69,17 @@ def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], what: str) -> 
             left_out[rule.reason] += 1
             continue
         target = match.expand(rule.target) if isinstance(rule.target, str) else rule.target(match)
+        if not tensor.is_floating_point() or tensor.layout != torch.strided:
+            wrong.append(f"{key} ({tensor.dtype}, {tensor.layout})")
+        if rule.part in parts[target]:
+            twice.append(f"{key} for {target}")
         parts[target][rule.part] = tensor.flatten() if rule.flatten else tensor
     if unknown:
         raise ValueError(f"not {what}: {_some(unknown)} not in its layout")
+    if twice:
+        raise ValueError(f"{what}: two keys for one tensor: {_some(twice)}")
+    if wrong:
+        raise ValueError(f"{what}: not dense floating-point tensors: {_some(wrong)}")
     broken = [t for t, found in parts.items() if sorted(found) != list(range(len(found)))]
     if broken:
         raise ValueError(f"{what}: parts are missing of {_some(broken)}")

@@ -22,23 +22,23 @@ FITS = ("pad", "crop")
 
 
 def load_image(path: str | PathLike) -> Image:
-    """The picture in a file, in RGB.
+    """The picture in a file, in RGB, turned as its EXIF data say.
 
     Raises
     ------
     FileNotFoundError
         If there is no such file.
     ValueError
-        If Pillow cannot decode it, truncated files included.
+        If Pillow cannot decode it, truncated files included; grey of more than 16 bits.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return _rgb(ImageOps.exif_transpose(image))
     except FileNotFoundError:
         raise
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # Pillow's decoders raise of many kinds
         raise ValueError(f"cannot decode the image {path}: {error}") from error
 
 
@@ -50,11 +50,12 @@ def to_pixel_values(
     std: Channels | None = IMAGE_STD,
     fit: str = "pad",
 ) -> Tensor:
-    """A Pillow image of any mode and size -> fp32 [3, size, size].
+    """A Pillow image of any size -> fp32 [3, size, size].
 
     Parameters
     ----------
     image : Image
+        Of any mode; of 16-bit grey the upper 8 bits count.
     size : int
         Pixels on a side; an encoder's ``image_size``.
     mean, std : three floats
@@ -67,13 +68,15 @@ def to_pixel_values(
     Raises
     ------
     ValueError
-        Unknown ``fit``.
+        Unknown ``fit``, an image without pixels, or grey of more than 16 bits.
     """
     if fit not in FITS:
         raise ValueError(f"unknown fit {fit!r}; known: {', '.join(FITS)}")
+    if 0 in image.size:
+        raise ValueError(f"the image has no pixels: its size is {image.size}")
     side = max(image.size) if fit == "pad" else min(image.size)
     width, height = (max(1, round(length * size / side)) for length in image.size)
-    resized = image.convert("RGB").resize((width, height))
+    resized = _rgb(image).resize((width, height))
     if fit == "crop":
         left, top = (width - size) // 2, (height - size) // 2
         resized = resized.crop((left, top, left + size, top + size))
@@ -84,6 +87,23 @@ def to_pixel_values(
     canvas = np.zeros((3, size, size), dtype=np.float32)
     canvas[:, top : top + height, left : left + width] = normalised.transpose(2, 0, 1)
     return torch.from_numpy(canvas)
+
+
+def _rgb(image: Image) -> Image:
+    """In 8 bits per channel: Pillow's own conversion clips 16-bit grey to white."""
+    if image.mode == "F":
+        raise ValueError("the image is of mode F, floats of unknown range: convert it to L first")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        import PIL.Image
+
+        values = np.asarray(image)
+        if values.size and not 0 <= values.min() <= values.max() < 2**16:
+            raise ValueError(
+                f"the image is grey of {values.min()} to {values.max()}, outside 16 bits: convert "
+                "it to L first"
+            )
+        image = PIL.Image.fromarray((values >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def sample_frames(available: int, frames: int) -> list[int]:

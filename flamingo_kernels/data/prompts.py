@@ -52,14 +52,6 @@ OPEN_FLAMINGO_VQA = PromptTemplate("Question:{question} Short answer:", separato
 OPEN_FLAMINGO_HATEFUL_MEMES = PromptTemplate(
     "is an image with: '{text}' written on it. Is it hateful? Answer:", separator=""
 )
-TEMPLATES = {
-    "caption": CAPTION,
-    "vqa": VQA,
-    "hateful-memes": HATEFUL_MEMES,
-    "open-flamingo-caption": OPEN_FLAMINGO_CAPTION,
-    "open-flamingo-vqa": OPEN_FLAMINGO_VQA,
-    "open-flamingo-hateful-memes": OPEN_FLAMINGO_HATEFUL_MEMES,
-}
 
 
 def build_prompt(

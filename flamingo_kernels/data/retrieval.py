@@ -32,7 +32,7 @@ def retrieve(support: Tensor, queries: Tensor, shots: int) -> Tensor:
     Raises
     ------
     ValueError
-        Widths differ, or there are fewer than ``shots`` support images.
+        Widths differ, there are fewer than ``shots`` support images, or a vector is not finite.
     """
     if support.ndim != 2 or queries.ndim != 2 or support.shape[1] != queries.shape[1]:
         raise ValueError(
@@ -41,6 +41,10 @@ def retrieve(support: Tensor, queries: Tensor, shots: int) -> Tensor:
         )
     if not 0 <= shots <= len(support):
         raise ValueError(f"shots must be in 0..{len(support)}, got {shots}")
+    for name, vectors in (("support", support), ("queries", queries)):
+        wrong = (~vectors.isfinite()).any(1).nonzero()
+        if len(wrong):
+            raise ValueError(f"{name} has NaN or infinity in row {int(wrong[0])}")
     similarity = F.normalize(queries.float(), dim=-1) @ F.normalize(support.float(), dim=-1).T
     order = similarity.argsort(dim=-1, descending=True, stable=True)
     return order[:, :shots].flip(-1)
@@ -48,4 +52,6 @@ def retrieve(support: Tensor, queries: Tensor, shots: int) -> Tensor:
 
 def random_orders(count: int, orders: int, generator: torch.Generator | None = None) -> Tensor:
     """int64 [orders, count]: random orders of the examples, for ensembles over permutations."""
+    if count < 0 or orders < 1:
+        raise ValueError(f"orders must be at least 1 and count 0, got {orders} and {count}")
     return torch.stack([torch.randperm(count, generator=generator) for _ in range(orders)])

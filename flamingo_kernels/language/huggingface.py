@@ -43,7 +43,7 @@ class HuggingFaceCache:
     @property
     def length(self) -> int:
         """Tokens held per row, padding included."""
-        return int(self.past_key_values.get_seq_length())
+        return _held(self.past_key_values)
 
     def index_select(self, rows: Tensor) -> HuggingFaceCache:
         """A cache of its own whose row i is row `rows[i]` of this one, which stays as it is."""
@@ -116,9 +116,23 @@ class _BeforeModelHook:
         call = _running.get()
         if call is None or call.owner is not self.owner or call.before_blocks_of is None:
             return
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise RuntimeError(
+                f"generate ran {type(model).__name__} without input_ids, on {sorted(kwargs)}: "
+                "which tokens the blocks are to see cannot be told; leave out the option that asks "
+                "for it"
+            )
         cache = kwargs.get("past_key_values")
-        start = 0 if cache is None else int(cache.get_seq_length())
-        rows, tokens = kwargs["input_ids"].shape
+        start = 0 if cache is None else _held(cache)
+        rows, tokens = ids.shape
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != start + tokens:
+            raise RuntimeError(
+                f"the cache of {type(model).__name__}, a {type(cache).__name__}, says that it "
+                f"holds {start} tokens, but {tokens} new ones make {mask.shape[1]}: decode with "
+                "use_cache=False"
+            )
         call.before_block = call.before_blocks_of(start, start + tokens, rows)
         call.blocks_run = 0
 
@@ -157,6 +171,25 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     )
 
 
+def check_causal(model: nn.Module) -> None:
+    """Raise ValueError unless logits can be decoded from `model` token by token."""
+    why = None
+    parameters = inspect.signature(model.forward).parameters
+    if getattr(_text_config(model), "is_encoder_decoder", False):
+        why = "it is an encoder with a decoder; a causal language model is needed"
+    elif getattr(model, "get_output_embeddings", lambda: None)() is None:
+        why = "it has no language-model head (get_output_embeddings): take its ...ForCausalLM"
+    elif not getattr(model, "can_generate", lambda: False)():
+        why = "transformers cannot generate with it (can_generate), so it is not a causal model"
+    elif "past_key_values" not in parameters:
+        why = (
+            "its forward takes no past_key_values, so that decoding step by step cannot tell which "
+            f"tokens are new; it takes {', '.join(parameters)}"
+        )
+    if why is not None:
+        raise ValueError(f"cannot wrap {type(model).__name__}: {why}")
+
+
 class HuggingFaceLanguageModel(nn.Module):
     """A transformers causal language model as a `LanguageModel`, see its `__call__`.
 
@@ -172,7 +205,8 @@ class HuggingFaceLanguageModel(nn.Module):
     Raises
     ------
     ValueError
-        If the decoder blocks cannot be told (`find_blocks`).
+        If the decoder blocks cannot be told (`find_blocks`), or it is no causal language model
+        with a head and `past_key_values` (`check_causal`); it is then as it was.
     RuntimeError
         From `forward` with `before_block`: if blocks do not run once each in order, the model was
         unwrapped, or it uses activation checkpointing while training (its recomputation in the
@@ -182,6 +216,7 @@ class HuggingFaceLanguageModel(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.blocks_name, blocks = find_blocks(model)
+        check_causal(model)
         self.model = model
         self.num_blocks = len(blocks)
         # OPT and its like derive positions from the mask; MPT and its like have none.
@@ -251,6 +286,16 @@ class HuggingFaceLanguageModel(nn.Module):
         return _text_config(self.model).vocab_size
 
     @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text; Gemma 3 and Llama 3 have several."""
+        sources = (_text_config(self.model), getattr(self.model, "generation_config", None))
+        found: list[int] = []
+        for source in sources:
+            ids = getattr(source, "eos_token_id", None)
+            found += ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+        return tuple(dict.fromkeys(found))
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, inside `model`."""
         return self.model.get_submodule(self.blocks_name)
@@ -264,6 +309,7 @@ class HuggingFaceLanguageModel(nn.Module):
         use_cache: bool = False,
     ) -> LanguageModelOutput:
         check_inputs(input_ids, attention_mask, cache)
+        held = 0 if cache is None else cache.length
         options: dict[str, Any] = {"use_cache": use_cache or cache is not None}
         if cache is not None:
             options["past_key_values"] = cache.past_key_values
@@ -290,7 +336,14 @@ class HuggingFaceLanguageModel(nn.Module):
         if not options["use_cache"]:
             return LanguageModelOutput(output.logits, None)
         masked = attention_mask is not None or (cache is not None and cache.masked)
-        return LanguageModelOutput(output.logits, HuggingFaceCache(output.past_key_values, masked))
+        grown = HuggingFaceCache(output.past_key_values, masked)
+        if grown.length != held + input_ids.shape[1]:
+            raise RuntimeError(
+                f"the cache of {type(self.model).__name__}, a "
+                f"{type(output.past_key_values).__name__}, says that it holds {grown.length} "
+                f"tokens after {held + input_ids.shape[1]}: use it with use_cache=False only"
+            )
+        return LanguageModelOutput(output.logits, grown)
 
     def generate(self, input_ids: Tensor, before_blocks_of: BeforeBlocksOf, **options: Any) -> Any:
         """transformers' own `generate`, with something run before each block.
@@ -334,6 +387,17 @@ class HuggingFaceLanguageModel(nn.Module):
                 "`before_block` when it computes again: turn it off there and use "
                 "FlamingoModel.gradient_checkpointing_enable"
             )
+
+
+def _held(cache: Any) -> int:
+    """Tokens per row in a transformers cache."""
+    try:
+        return int(cache.get_seq_length())
+    except (AttributeError, NotImplementedError, TypeError, ValueError) as error:
+        raise RuntimeError(
+            f"a cache of type {type(cache).__name__} does not say how many tokens it holds "
+            f"(get_seq_length: {error}): use this language model with use_cache=False only"
+        ) from error
 
 
 def _text_config(model: nn.Module) -> Any:

@@ -29,8 +29,9 @@ def add_media_tokens(
 ) -> MediaTokens:
     """Give a transformers tokenizer the tokens it lacks, and the embeddings their rows.
 
-    The defaults are OpenFlamingo's. Tokens that are there already keep their ids, and embeddings
-    with rows to spare their size. New rows are the mean of the old ones, so that doing it again to
+    The defaults are OpenFlamingo's. Tokens that are there already keep their ids and are special
+    from now on: found in any text, also inside a word. Embeddings with rows to spare keep their
+    size. New rows are the mean of the old ones, so that doing it again to
     the same model gives the same bits. The ids are noted in `language_model.config`, where
     `FlamingoModel.from_backbones` finds them.
 
@@ -43,13 +44,16 @@ def add_media_tokens(
     ------
     ValueError
         If the two tokens are one.
+    ImportError
+        If transformers is not installed.
     """
+    from transformers import AddedToken
+
     if image_token == end_of_chunk_token:
         raise ValueError(f"image_token and end_of_chunk_token are both {image_token!r}")
     # In OpenFlamingo's order, so that the ids are those of its checkpoints.
-    known = tokenizer.get_vocab()
-    new = [token for token in (end_of_chunk_token, image_token) if token not in known]
-    tokenizer.add_tokens(new, special_tokens=True)
+    names = (end_of_chunk_token, image_token)
+    tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in names], True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
     tokens = MediaTokens(

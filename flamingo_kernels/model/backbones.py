@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from flamingo_kernels import vision
+from flamingo_kernels.fields import is_integer
 from flamingo_kernels.language import HuggingFaceLanguageModel, LanguageModel
 from flamingo_kernels.model.config import CrossAttentionConfig, FlamingoConfig, ResamplerConfig
 from flamingo_kernels.vision import PrecomputedFeatures
@@ -15,13 +16,25 @@ from flamingo_kernels.vision import PrecomputedFeatures
 HEAD_DIM = 128
 
 
-def wrap_vision_encoder(module: nn.Module | int) -> nn.Module:
-    """A ``VisionEncoder`` over a module, or in place of one for so many channels of features."""
-    if isinstance(module, int):
+def wrap_vision_encoder(module: nn.Module | int, config: FlamingoConfig | None = None) -> nn.Module:
+    """A ``VisionEncoder`` over a module, or in place of one for so many channels of features.
+
+    Sizes that the module's own configuration does not tell are those of ``config``.
+    """
+    if is_integer(module):
         return PrecomputedFeatures(module)
     if not isinstance(module, nn.Module):
-        raise TypeError(f"vision_encoder must be a module, got {type(module).__name__}")
-    return vision.wrap_vision_encoder(module)
+        raise TypeError(
+            f"vision_encoder must be a module, or an int for features, got {type(module).__name__}"
+        )
+    if config is None:
+        return vision.wrap_vision_encoder(module)
+    own = getattr(module, "config", None)
+    own = getattr(own, "vision_config", own)
+    told = {"output_dim": "hidden_size", "image_size": "image_size"}
+    missing = [name for name, attribute in told.items() if getattr(own, attribute, None) is None]
+    sizes = {name: getattr(config.vision, name, None) for name in missing}
+    return vision.wrap_vision_encoder(module, **sizes)
 
 
 def wrap_language_model(module: nn.Module) -> nn.Module:

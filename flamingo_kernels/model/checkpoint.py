@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flamingo_kernels.language import HuggingFaceLanguageModel
 from flamingo_kernels.language.media_tokens import resize_embeddings
+from flamingo_kernels.model.backbones import wrap_language_model, wrap_vision_encoder
 from flamingo_kernels.model.config import FlamingoConfig
 
 if TYPE_CHECKING:
@@ -59,12 +60,16 @@ def load(
     path: str | PathLike,
     kernel: str,
     *,
-    vision_encoder: nn.Module | None,
+    vision_encoder: nn.Module | int | None,
     language_model: nn.Module | None,
 ) -> FlamingoModel:
     """Read the checkpoint at ``path``; see ``FlamingoModel.from_pretrained``."""
     file = Path(path) / WEIGHTS_FILE
     config, tensors = _read(file)
+    if vision_encoder is not None:
+        vision_encoder = wrap_vision_encoder(vision_encoder, config)
+    if language_model is not None:
+        language_model = wrap_language_model(language_model)
     given = {"vision_encoder": vision_encoder, "language_model": language_model}
     for part, module in given.items():
         stored = any(name.startswith(f"{part}.") for name in tensors)
@@ -117,7 +122,8 @@ def load(
             f"{file} does not fit its config {config.name!r}: tensors " + "; ".join(problems)
         )
     for name, parameter in model.named_parameters():
-        if name in tensors:
+        # A part that was given keeps its own dtype: one tensor of another would not run with it.
+        if name in tensors and given.get(name.split(".", 1)[0]) is None:
             parameter.data = parameter.data.to(tensors[name].dtype)
     model.load_state_dict(tensors, strict=False)
     model.saved_frozen = {name for name in tensors if given.get(name.split(".", 1)[0]) is not None}

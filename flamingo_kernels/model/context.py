@@ -27,6 +27,8 @@ class Context:
         int64 [B, T]; None if no padding was ever given.
     spans : MediaSpans
         [B, T], the media that each token sees.
+    owned : bool
+        The media are a cache's own copies, see ``FlamingoCache``.
     """
 
     media: tuple[MediaKeyValue, ...]
@@ -34,6 +36,7 @@ class Context:
     input_ids: Tensor
     attention_mask: Tensor | None
     spans: MediaSpans
+    owned: bool = False
 
     def spans_of(self, start: int, end: int) -> MediaSpans:
         """Of tokens start..end-1; text that follows the last one sees what that one sees."""

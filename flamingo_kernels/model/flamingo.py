@@ -13,11 +13,12 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 
 from flamingo_kernels.language import BeforeBlock, build_language_model, checkpoint_blocks
 from flamingo_kernels.model import backbones, checkpoint, generation, scoring
-from flamingo_kernels.model.cache import FlamingoCache, append_media
+from flamingo_kernels.model.cache import FlamingoCache, append_media, writable
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.context import Context
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
 from flamingo_kernels.model.loss import next_token_loss
+from flamingo_kernels.model.untouched import untouched_unless_done
 from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
 from flamingo_kernels.ops import MediaSpans, plan_media_attention
 from flamingo_kernels.ops.dispatch import check_kernel_name
@@ -120,9 +121,12 @@ class FlamingoModel(nn.Module):
         # holds them beside the trainable ones.
         self.saved_frozen: set[str] = set()
         self._use_reentrant: bool | None = None  # None: no activation checkpointing
+        # For unwrap: what was given, before it was wrapped, and how.
+        self._given: dict[str, Any] = {}
         self._unfrozen = [
             p for part in self._frozen_modules() for p in part.parameters() if p.requires_grad
         ]
+        self._modes = [(m, m.training) for part in self._frozen_modules() for m in part.modules()]
         for part in self._frozen_modules():
             part.requires_grad_(False)
         self.train(self.training)
@@ -156,31 +160,41 @@ class FlamingoModel(nn.Module):
         Raises
         ------
         TypeError, ValueError
-            A model that cannot be wrapped, with the reason, or a config of other sizes.
+            A model that cannot be wrapped, with the reason, or a config of other sizes. The models
+            are then as they were.
         """
-        vision_encoder = backbones.wrap_vision_encoder(vision_encoder)
-        language_model = backbones.wrap_language_model(language_model)
-        if config is None:
-            config = backbones.config_of(vision_encoder, language_model)
-        model = cls(config, kernel, vision_encoder=vision_encoder, language_model=language_model)
-        # Next to the frozen parts, whose dtype may be narrower than is good for training.
-        device = next(language_model.parameters()).device
-        for part in (model.perceiver, model.gated_cross_attn_layers):
-            part.to(device)
+        given = {"vision_encoder": vision_encoder, "language_model": language_model}
+        with untouched_unless_done(*given.values()):
+            parts = {
+                "vision_encoder": backbones.wrap_vision_encoder(vision_encoder, config),
+                "language_model": backbones.wrap_language_model(language_model),
+            }
+            model = cls(config or backbones.config_of(**parts), kernel, **parts)
+            # Next to the frozen parts, whose dtype may be narrower than is good for training.
+            device = next(language_model.parameters()).device
+            for part in (model.perceiver, model.gated_cross_attn_layers):
+                part.to(device)
+        model._given = given
         return model
 
-    def unwrap(self) -> tuple[nn.Module, nn.Module]:
-        """The vision encoder and language model as they were given, bit for bit.
+    def unwrap(self) -> tuple[nn.Module | int, nn.Module]:
+        """The vision encoder and language model that were given, bit for bit and in their mode.
 
-        Hooks are removed and ``requires_grad`` is restored; this model cannot run any more.
+        Hooks that came with wrapping are removed, ``requires_grad`` is restored; this model cannot
+        run any more.
         """
         self.gradient_checkpointing_disable()
         for parameter in self._unfrozen:
             parameter.requires_grad_(True)
+        for module, training in self._modes:
+            module.training = training
         language_model = self.language_model
-        if hasattr(language_model, "unwrap"):
+        # A wrapper that was given is given back with its hooks.
+        given = self._given.get("language_model")
+        if language_model is not given and hasattr(language_model, "unwrap"):
             language_model = language_model.unwrap()
-        return getattr(self.vision_encoder, "module", self.vision_encoder), language_model
+        vision_encoder = getattr(self.vision_encoder, "module", self.vision_encoder)
+        return self._given.get("vision_encoder", vision_encoder), language_model
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
@@ -306,7 +320,7 @@ class FlamingoModel(nn.Module):
             loss = next_token_loss(out.logits, self._counted_labels(labels, real))
         if not use_cache:
             return FlamingoOutput(loss, out.logits)
-        return FlamingoOutput(loss, out.logits, FlamingoCache.after(context, out.cache))
+        return FlamingoOutput(loss, out.logits, FlamingoCache.after(context, out.cache).with_room())
 
     def read(
         self,
@@ -341,23 +355,25 @@ class FlamingoModel(nn.Module):
             input_ids, self.config.image_token_id, pixel_values, num_images, num_frames
         )
         counts = (input_ids == self.config.image_token_id).sum(1)
-        history, mask = input_ids, attention_mask
+        history, mask, owned = input_ids, attention_mask, False
         if cache is None or media_inputs is not None:
             media = self.encode_media(media_inputs, input_ids.shape[0])
             media_kv = [layer.project_media(media) for layer in self.gated_cross_attn_layers]
         if cache is not None:
+            owned = cache.owned and writable(cache.media)
             if media_inputs is None:
                 media_kv = cache.media
             else:
                 media_kv = [
-                    append_media(old, cache.num_images, new, counts)
+                    append_media(old, cache.num_images, new, counts, owned)
                     for old, new in zip(cache.media, media_kv, strict=True)
                 ]
             counts = counts + cache.num_images
             history = torch.cat((cache.input_ids, input_ids), 1)
             if mask is None and cache.attention_mask is not None:
                 mask = torch.cat((cache.attention_mask, torch.ones_like(input_ids)), 1)
-        return Context(tuple(media_kv), counts, history, mask, self._spans(history, assign))
+        spans = self._spans(history, assign)
+        return Context(tuple(media_kv), counts, history, mask, spans, owned)
 
     def _spans(self, input_ids: Tensor, assign: str | Sequence[str]) -> MediaSpans:
         config = self.config
@@ -451,14 +467,17 @@ class FlamingoModel(nn.Module):
             if block not in layers:
                 return hidden
             layer, kv = layers[block]
-            dtype = layer.attn.to_q.weight.dtype  # the frozen model's may be narrower
+            dtype = layer.attn.to_q.weight.dtype  # the frozen model's may be another
+            inside = hidden.to(dtype)
             if self._use_reentrant is None or not torch.is_grad_enabled():
-                return run(hidden.to(dtype), *kv, layer).to(hidden.dtype)
-            # Arguments, not captured: the re-entrant mode needs all that gradients flow to.
-            out = run_checkpointed(
-                run, hidden.to(dtype), *kv, layer, use_reentrant=self._use_reentrant
-            )
-            return out.to(hidden.dtype)
+                out = run(inside, *kv, layer)
+            else:
+                # Arguments, not captured: the re-entrant mode needs all that gradients flow to.
+                out = run_checkpointed(run, inside, *kv, layer, use_reentrant=self._use_reentrant)
+            if torch.promote_types(dtype, hidden.dtype) == dtype:
+                return out.to(hidden.dtype)
+            # A narrower layer's part alone is rounded, not the residual stream of a wider model.
+            return hidden + (out - inside).to(hidden.dtype)
 
         def run(hidden: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
             return layer(hidden, spans=spans, media_kv=MediaKeyValue(key, value))
@@ -488,22 +507,22 @@ class FlamingoModel(nn.Module):
     ) -> FlamingoModel:
         """Load what :meth:`save_pretrained` wrote.
 
-        Tensors keep the dtype they were saved in. A checkpoint of the trainable tensors only needs
-        the frozen parts it was trained with, wrapped or as :meth:`from_backbones` takes them.
+        Tensors keep the dtype they were saved in, those of a part that is given the part's own. A
+        checkpoint of the trainable tensors only needs the frozen parts it was trained with,
+        wrapped or as :meth:`from_backbones` takes them.
 
         Raises
         ------
         FileNotFoundError, ValueError
             Missing, corrupt, truncated or foreign checkpoint, or frozen parts that are neither in
-            the checkpoint nor given; the message names the file and the tensors.
+            the checkpoint nor given; the message names the file and the tensors. Parts that were
+            given are then as they were.
         """
-        if vision_encoder is not None:
-            vision_encoder = backbones.wrap_vision_encoder(vision_encoder)
-        if language_model is not None:
-            language_model = backbones.wrap_language_model(language_model)
-        return checkpoint.load(
-            cls, path, kernel, vision_encoder=vision_encoder, language_model=language_model
-        )
+        given = {"vision_encoder": vision_encoder, "language_model": language_model}
+        with untouched_unless_done(*given.values()):
+            model = checkpoint.load(cls, path, kernel, **given)
+        model._given = {name: part for name, part in given.items() if part is not None}
+        return model
 
 
 def _check_part(name: str, module: nn.Module, **expected: int) -> None:

@@ -12,18 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flamingo_kernels.fields import is_integer, is_number
 from flamingo_kernels.language import HuggingFaceCache, HuggingFaceLanguageModel
 from flamingo_kernels.language.protocol import BeforeBlock
 from flamingo_kernels.model.beams import Beams
 from flamingo_kernels.model.cache import FlamingoCache
 from flamingo_kernels.model.context import Context
+from flamingo_kernels.model.generation_options import (
+    check_foreign,
+    check_options,
+    check_stops,
+    default_stops,
+)
 
 if TYPE_CHECKING:
     from flamingo_kernels.model.flamingo import FlamingoModel
-
-# Logits over anything smaller may overflow float32.
-LEAST_TEMPERATURE = 1e-4
 
 
 class FlamingoGeneration(NamedTuple):
@@ -78,8 +80,9 @@ def generate(
     num_return_sequences : int
         Sequences per prompt, side by side: samples, or the best beams.
     stop_token_ids : sequence of int, optional
-        A row ends after one of these; default: end of chunk and end of text. It is then filled
-        with the padding token, or with a stop token where the config has no padding token.
+        A row ends after one of these; default: end of chunk and end of text, all ids of it that
+        the language model's own configuration has. The row is then filled with the padding token,
+        or with a stop token where the config has no padding token.
     generator : torch.Generator, optional
         Source of randomness of ``do_sample``.
     use_cache : bool
@@ -89,20 +92,22 @@ def generate(
         hold what is new. Earlier images are not encoded again. It is extended in place;
         ``cache.select_rows`` copies, for several queries to one support set too.
     return_cache : bool
-        Return the cache for the next turn too; not with beams.
+        Return the cache for the next turn too; not with beams, nor with what ends rows otherwise.
     prefill_chunk_size : int, optional
         Read the prompt in pieces of so many tokens, to bound the memory of long ones.
     streamer : object, optional
         Its ``put`` gets the prompt and then each step's tokens, its ``end`` is called at the end;
         such as transformers' ``TextStreamer``.
     options
-        Anything else that the ``generate`` of a Hugging Face language model takes.
+        Anything else that the ``generate`` of a Hugging Face language model takes; what has another
+        name here, and guidance by a second prompt, is refused.
 
     Returns
     -------
     Tensor or FlamingoGeneration
         int64 [B * num_return_sequences, T + new tokens], ``input_ids`` included; with
-        ``return_dict_in_generate`` among the options, what transformers returns.
+        ``return_dict_in_generate`` among the options, what transformers returns, whose
+        ``sequences`` are these.
 
     Raises
     ------
@@ -110,7 +115,7 @@ def generate(
         Options out of range, right-padded prompts, or what ``forward`` raises.
     """
     config = self.config
-    _check_options(
+    check_options(
         temperature,
         top_p,
         max_new_tokens=max_new_tokens,
@@ -119,7 +124,8 @@ def generate(
         num_return_sequences=num_return_sequences,
         prefill_chunk_size=prefill_chunk_size,
     )
-    _check_stops(stop_token_ids, config.language.vocab_size)
+    check_foreign(options, return_cache)
+    check_stops(stop_token_ids, config.language.vocab_size)
     if return_cache and (num_beams > 1 or not use_cache):
         raise ValueError("return_cache needs num_beams=1 and use_cache=True")
     if cache is not None and not use_cache:
@@ -137,9 +143,7 @@ def generate(
         row = int((mask[:, -1] == 0).nonzero()[0])
         raise ValueError(f"row {row} ends in padding; pad prompts on the left to generate")
     if stop_token_ids is None:
-        stop_token_ids = [
-            i for i in (config.end_of_chunk_token_id, config.eos_token_id) if i is not None
-        ]
+        stop_token_ids = default_stops(config, self.language_model)
     stops = torch.tensor(list(stop_token_ids), dtype=torch.int64, device=input_ids.device)
     given = context.input_ids.shape[1] - input_ids.shape[1]
     sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -161,6 +165,7 @@ def generate(
             sampling if do_sample else None,
         )
         if not isinstance(sequences, Tensor):
+            sequences.sequences = sequences.sequences[:, given:]
             return sequences
     else:
         if options:
@@ -415,7 +420,12 @@ def _completed(
         mask = torch.ones_like(context.input_ids)
     mask = torch.cat((mask, real.to(mask.dtype)), 1)
     before = FlamingoCache(
-        language, context.media, context.num_images, sequences[:, :held], mask[:, :held]
+        language,
+        context.media,
+        context.num_images,
+        sequences[:, :held],
+        mask[:, :held],
+        context.owned,
     )
     return model(sequences[:, held:], None, mask, cache=before).cache
 
@@ -434,34 +444,3 @@ def _shape_distribution(
         outside = probability.cumsum(-1) - probability >= top_p
         logits = logits.masked_fill(outside.scatter(-1, order, outside), float("-inf"))
     return logits
-
-
-def _check_options(temperature: float, top_p: float | None, **counts: int | None) -> None:
-    for name, value in counts.items():
-        if value is None and name in ("top_k", "prefill_chunk_size"):
-            continue
-        if not is_integer(value):
-            raise TypeError(f"{name} must be an int, got {value!r}")
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    for name, value in (("temperature", temperature), ("top_p", top_p)):
-        if not (is_number(value) or (value is None and name == "top_p")):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    if not LEAST_TEMPERATURE <= temperature < float("inf"):
-        raise ValueError(
-            f"temperature must be finite and at least {LEAST_TEMPERATURE}, got {temperature}"
-        )
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-
-
-def _check_stops(stop_token_ids: Sequence[int] | None, vocab_size: int) -> None:
-    if stop_token_ids is None:
-        return
-    if not isinstance(stop_token_ids, Sequence) or not all(map(is_integer, stop_token_ids)):
-        raise TypeError(f"stop_token_ids must be a sequence of ints, got {stop_token_ids!r}")
-    for token in stop_token_ids:
-        if not 0 <= token < vocab_size:
-            raise ValueError(
-                f"stop_token_ids holds {token}, outside the vocabulary 0..{vocab_size - 1}"
-            )

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flamingo_kernels.fields import is_integer
 from flamingo_kernels.model.cache import FlamingoCache
 
 if TYPE_CHECKING:
-    from flamingo_kernels.model.flamingo import FlamingoModel
+    from flamingo_kernels.model.flamingo import FlamingoModel, FlamingoOutput
+
+ANSWERS_AT_ONCE = 64
 
 
 @torch.no_grad()
@@ -26,6 +29,7 @@ def score_answers(
     num_frames: Tensor | None = None,
     cache: FlamingoCache | None = None,
     normalise: bool = False,
+    answers_at_once: int = ANSWERS_AT_ONCE,
 ) -> Tensor:
     """Log-likelihood of each answer after each prompt, which is read once for all answers.
 
@@ -39,6 +43,8 @@ def score_answers(
         Of what precedes the prompts, such as a support set; it is not changed.
     normalise : bool
         Mean over an answer's tokens in place of the sum.
+    answers_at_once : int
+        Answers read in one batch, each with a copy of every prompt's cache: bounds the memory.
 
     Returns
     -------
@@ -51,6 +57,8 @@ def score_answers(
         An answer without tokens or with an ``<image>``, right-padded prompts, or what ``forward``
         raises.
     """
+    if not is_integer(answers_at_once) or answers_at_once < 1:
+        raise ValueError(f"answers_at_once must be an int of at least 1, got {answers_at_once!r}")
     for number, answer in enumerate(answers):
         if not len(answer) or self.config.image_token_id in answer:
             what = "an <image> token" if len(answer) else "no tokens"
@@ -73,8 +81,21 @@ def score_answers(
     if held is not None and bool((held[:, -1] == 0).any()):
         row = int((held[:, -1] == 0).nonzero()[0])
         raise ValueError(f"row {row} ends in padding; pad prompts on the left to score answers")
+    parts = [
+        _score(self, answers[start : start + answers_at_once], prompt, normalise)
+        for start in range(0, len(answers), answers_at_once)
+    ]
+    return torch.cat(parts, 1)
+
+
+def _score(
+    model: FlamingoModel, answers: Sequence[Sequence[int]], prompt: FlamingoOutput, normalise: bool
+) -> Tensor:
+    """fp32 [B, answers] after prompts that were read; their cache is copied."""
+    ids = prompt.cache.input_ids
+    rows, device = ids.shape[0], ids.device
     length, count = max(map(len, answers)), len(answers)
-    padded = torch.zeros(count, length, dtype=input_ids.dtype, device=device)
+    padded = torch.zeros(count, length, dtype=ids.dtype, device=device)
     real = torch.zeros(count, length, dtype=torch.int64, device=device)
     for number, answer in enumerate(answers):
         padded[number, : len(answer)] = torch.as_tensor(answer, device=device)
@@ -86,7 +107,7 @@ def score_answers(
     if before is None:
         before = torch.ones_like(fork.input_ids)
     mask = torch.cat((before, real), 1)
-    after = self(padded, None, mask, cache=fork).logits[:, :-1]
+    after = model(padded, None, mask, cache=fork).logits[:, :-1]
     logits = torch.cat((prompt.logits[each, -1:], after), 1).float()
     chosen = logits.log_softmax(-1).gather(-1, padded[..., None].long())[..., 0]
     total = chosen.masked_fill(real == 0, 0).sum(1)

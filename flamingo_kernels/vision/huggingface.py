@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor, nn
 
 from flamingo_kernels.fields import plain_options
@@ -54,8 +52,8 @@ class HuggingFaceVisionEncoder(nn.Module):
         self.module = module
         self.drop_class_token = drop_class_token
         config = getattr(module, "config", None)
-        self.output_dim = _given_or_from_config("output_dim", output_dim, config, "hidden_size")
-        self.image_size = _given_or_from_config("image_size", image_size, config, "image_size")
+        self.output_dim = _given_or_from_config("output_dim", output_dim, module, "hidden_size")
+        self.image_size = _given_or_from_config("image_size", image_size, module, "image_size")
         model_type = getattr(config, "model_type", None)
         self.image_mean, self.image_std = _NORMALISATION.get(model_type, (None, None))
 
@@ -149,8 +147,14 @@ def wrap_vision_encoder(
     )
 
 
-def _given_or_from_config(name: str, given: int | None, config: Any, attribute: str) -> int:
-    value = given if given is not None else getattr(config, attribute, None)
+def _given_or_from_config(name: str, given: int | None, module: nn.Module, attribute: str) -> int:
+    value = given
     if value is None:
-        raise ValueError(f"{name} must be given: the module has no config.{attribute}")
+        value = getattr(getattr(module, "config", None), attribute, None)
+    if value is None:
+        raise ValueError(
+            f"{type(module).__name__} has no config.{attribute}, which would tell its {name}: "
+            "wrap it first, flamingo_kernels.vision.wrap_vision_encoder(module, output_dim=..., "
+            "image_size=...), and give what that returns"
+        )
     return value

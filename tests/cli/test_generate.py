@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.convert import load_open_flamingo
 from flamingo_kernels.language import add_media_tokens
-from tests.backbones import clip, language_model, open_gates
+from tests.backbones import END_OF_CHUNK, IMAGE, clip, language_model, open_gates
 from tests.convert.test_idefics import original as idefics
 from tests.convert.test_open_flamingo import original, released
 from tests.model.test_backbones import word_tokenizer
@@ -47,6 +48,11 @@ def test_generate(tiny: str, picture: str, capsys) -> None:
     assert main(["generate", "--model", tiny, *images, "--text", marked, *short]) == 0
     assert capsys.readouterr().out == first.out
     assert main(["generate", "--model", tiny, "--text", "no image", *short]) == 0
+    beams = [*images, "--text", "Output:", "--num-beams", "2"]
+    assert main(["generate", "--model", tiny, *beams, *short]) == 0
+    with pytest.raises(SystemExit):
+        main(["generate", "--model", tiny, "--text", "x", "--fit", "stretch"])
+    assert "invalid choice: 'stretch' (choose from" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -85,7 +91,8 @@ def test_generate_errors(tiny: str, picture: str, tmp_path, capsys) -> None:
         (["--model", tiny, "--image", str(tmp_path / "none.jpg")], "No such file"),
         (["--model", tiny, "--text", "<image><image>", "--image", picture], "2 <image> marker(s)"),
         (["--model", str(tmp_path)], "no model.safetensors in"),
-        (["--model", tiny, "--num-beams", "2"], "num_beams: only with a Hugging Face"),
+        (["--model", tiny, "--num-beams", "0"], "num_beams must be at least 1, got 0"),
+        (["--model", tiny, "--num-beams", "-3"], "num_beams must be at least 1, got -3"),
         (["--model", str(tmp_path / "other")], "has no token for images with id 7"),
     ):
         command = ["generate", *arguments]
@@ -113,20 +120,90 @@ def test_convert_open_flamingo(tmp_path, capsys) -> None:
         assert torch.equal(loaded.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_generate_with_a_converted_checkpoint(
+    dtype: torch.dtype, tmp_path, picture, capsys
+) -> None:
+    """Its embeddings are in fp32; the published language model may be in bf16."""
+    state = released(original("gpt_neox", 1))
+    model = load_open_flamingo(state, clip(), language_model("gpt_neox"))
+    torch.save(state, tmp_path / "checkpoint.pt")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(model.config.to_dict()))
+    paths = [str(tmp_path / "checkpoint.pt"), str(tmp_path / "out")]
+    assert main(["convert", "open-flamingo", *paths, "--config", str(config)]) == 0
+    tokenizer = word_tokenizer(*(f"w{i}" for i in range(IMAGE - 1)))
+    tokenizer.add_tokens(["<image>", "<|endofchunk|>"], special_tokens=True)
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<|endofchunk|>"]) == [IMAGE, END_OF_CHUNK]
+    tokenizer.save_pretrained(tmp_path / "lm")
+    language_model("gpt_neox").to(dtype).save_pretrained(tmp_path / "lm")
+    clip().save_pretrained(tmp_path / "vision")
+    command = ["generate", "--model", paths[1], "--text", "w1 w2", "--max-new-tokens", "3"]
+    command += ["--language-model", str(tmp_path / "lm"), "--image", picture]
+    command += ["--vision-encoder", str(tmp_path / "vision")]
+    assert main(command) == 0, capsys.readouterr().err
+
+
 def test_convert_errors_leave_nothing(tmp_path, capsys) -> None:
     torch.save(released(original("gpt_neox", 2)), tmp_path / "small.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "small.pt").read_bytes()[:1000])
     torch.save({"model": print}, tmp_path / "code.pt")
+    torch.save({0: torch.ones(1)}, tmp_path / "numbers.pt")
     for name, message in (
         ("small.pt", "width 32, cross-attention before blocks [1]) is none of open-flamingo-3b"),
         ("cut.pt", "is truncated or not a file of torch.save"),
         ("code.pt", "holds more than tensors and was not read"),
+        ("numbers.pt", "holds no tensors by name: 0 is not a name"),
         ("none.pt", "no checkpoint"),
     ):
         paths = [str(tmp_path / name), str(tmp_path / "out")]
         assert main(["convert", "open-flamingo", *paths]) == 1
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 2 and message in error[1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_files_of_others_are_one_line(tmp_path, picture, capsys) -> None:
+    """Of the language model, of its tokenizer, and configurations."""
+    tokenizer, lm = word_tokenizer("a", "cat"), language_model("llama", vocab_size=3)
+    add_media_tokens(tokenizer, lm)
+    FlamingoModel.from_backbones(clip(), lm).save_pretrained(tmp_path / "m")
+    lm.save_pretrained(tmp_path / "lm")
+    tokenizer.save_pretrained(tmp_path / "lm")
+    clip().save_pretrained(tmp_path / "vision")
+
+    def damaged(name: str, file: str, content: bytes) -> str:
+        shutil.copytree(tmp_path / "lm", tmp_path / name)
+        (tmp_path / name / file).write_bytes(content)
+        return str(tmp_path / name)
+
+    whole = (tmp_path / "lm" / "model.safetensors").read_bytes()
+    command = ["generate", "--model", str(tmp_path / "m"), "--image", picture, "--text", " a cat"]
+    command += ["--max-new-tokens", "2"]
+    vision, good = str(tmp_path / "vision"), str(tmp_path / "lm")
+    for language, encoder, message in (
+        (damaged("cut", "model.safetensors", whole[:-100]), vision, "load a language model from"),
+        (damaged("config", "config.json", b"{"), vision, "cannot load a language model from"),
+        (damaged("tokens", "tokenizer.json", b"{}"), vision, "cannot load a tokenizer from"),
+        (vision, vision, "cannot load a language model from"),
+        (good, good, "vision_encoder.output_dim is 32, the config says 16"),
+    ):
+        assert main([*command, "--language-model", language, "--vision-encoder", encoder]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("flamingo-kernels generate: ") and message in error
+    torch.save(released(original("gpt_neox", 2)), tmp_path / "ok.pt")
+    paths = [str(tmp_path / "ok.pt"), str(tmp_path / "out")]
+    for name, content in (
+        ("list.json", "[]"),
+        ("broken.json", "{"),
+        ("half.json", '{"name": "x"}'),
+        ("wrong.json", '{"vision": 3, "language": 4, "resampler": 5, "cross_attention": 6}'),
+    ):
+        (tmp_path / name).write_text(content)
+        config = ["--config", str(tmp_path / name)]
+        assert main(["convert", "open-flamingo", *paths, *config]) == 1
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"{name} is not one of flamingo_kernels" in error
     assert not (tmp_path / "out").exists()
 
 

@@ -171,6 +171,18 @@ def test_bad_checkpoints(tmp_path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="not an IDEFICS checkpoint: its model_type is 'llama'"):
         load_idefics(tmp_path)
+    for text, message in (
+        ("[]", "config.json must hold a JSON object, not a list"),
+        ("{", "config.json is not JSON: "),
+        ('{"use_resampler": true, "vision_config": 3}', "config.* IDEFICS: "),
+        ('{"use_resampler": true, "hidden_size": "a"}', "config.* IDEFICS: "),
+    ):
+        text = text.replace("{", '{"model_type": "idefics", ') if len(text) > 2 else text
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_idefics(tmp_path)
+    with pytest.raises(ValueError, match="Linear is not an IDEFICS checkpoint"):
+        load_idefics(nn.Linear(1, 1))
     peer = original()
     peer.config.use_resampler = False
     with pytest.raises(ValueError, match=r"without a resampler \(use_resampler=False\)"):

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.convert import load_open_flamingo, to_open_flamingo
-from tests.backbones import END_OF_CHUNK, IMAGE, clip, language_model
-from tests.budgets import assert_parity
+from tests.backbones import END_OF_CHUNK, IMAGE, VOCAB, clip, language_model
+from tests.budgets import assert_close_to_reference, assert_parity
+from tests.model.test_backbones import state_of
 from tests.peers import open_flamingo_model
 
 pytest.importorskip("einops_exts")
@@ -187,6 +188,32 @@ def test_embeddings_come_along_when_saved(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
+def test_a_given_language_model_keeps_its_dtype(saved, model_type: str, tmp_path) -> None:
+    """The embeddings in the file are of another dtype than the model they are put into."""
+    other = torch.bfloat16 if saved == torch.float32 else torch.float32
+    state = released(original(model_type, 1))
+    model = load_open_flamingo(state, clip(), language_model(model_type).to(saved))
+    model.save_pretrained(tmp_path)
+    lm = language_model(model_type).to(other)
+    parts = {"vision_encoder": clip(), "language_model": lm}
+    loaded = FlamingoModel.from_pretrained(tmp_path, **parts).eval()
+    assert {p.dtype for p in lm.parameters()} == {other}
+    assert {p.dtype for p in loaded.perceiver.parameters()} == {torch.float32}
+    expected = load_open_flamingo(state, clip(), language_model(model_type).to(saved).to(other))
+    embeddings = lm.get_input_embeddings().weight
+    assert torch.equal(
+        embeddings, model.language_model.model.get_input_embeddings().weight.to(other)
+    )
+    with torch.no_grad():
+        logits = loaded(**prompt()).logits
+        assert logits.dtype == other
+        real = prompt()["attention_mask"].bool()
+        exact = expected(**prompt()).logits
+        assert_close_to_reference(logits[real], exact[real], torch.bfloat16)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])
 @pytest.mark.parametrize("rows", [90, 128])
 def test_embeddings_take_the_checkpoints_rows(model_type: str, rows: int, tmp_path) -> None:
     """Of a model without the new tokens, or with rows to spare; when saved and loaded too."""
@@ -233,6 +260,21 @@ def test_bad_checkpoints() -> None:
         load(state, "llama")
     with pytest.raises(ValueError, match="the vision encoder gives 8 channels, not 16"):
         load_open_flamingo(state, 8, language_model("gpt_neox"))
+    norm = "lang_encoder.gpt_neox.layers.0.gated_cross_attn_layer.attn.norm.weight"
+    with pytest.raises(ValueError, match=r"attn\.norm\.weight has shape \(\), 1 dimension"):
+        load({**state, norm: torch.tensor(1.0)})
+    with pytest.raises(ValueError, match=r"perceiver\.latents has shape \(3,\), 2 dimension"):
+        load({**state, "perceiver.latents": torch.ones(3)})
+    embeddings = "lang_encoder.gpt_neox.embed_in.weight"
+    with pytest.raises(ValueError, match=r"embed_in\.weight has shape \(\), some dimension"):
+        load({**state, embeddings: torch.tensor(1.0)})
+    again = state["lang_encoder.embed_out.weight"]
+    with pytest.raises(ValueError, match="keys for one tensor: lang_encoder"):
+        load({**state, "lang_encoder.lm_head.weight": again})
+    with pytest.raises(
+        ValueError, match=r"floating-point tensors: perceiver\.latents \(torch\.int8"
+    ):
+        load({**state, "perceiver.latents": state["perceiver.latents"].to(torch.int8)})
     with pytest.raises(ValueError, match="no cross-attention keys"):
         load({"perceiver.latents": torch.zeros(2, 2)})
     without = copy.deepcopy(language_model("gpt_neox"))
@@ -241,6 +283,21 @@ def test_bad_checkpoints() -> None:
         load_open_flamingo(state, clip(), without)
     model = load_open_flamingo(state, clip(), without, image_token_id=IMAGE)
     assert model.config.image_token_id == IMAGE
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])
+def test_a_failed_load_leaves_the_backbones_alone(model_type: str) -> None:
+    """It has the embeddings of other tokens, and lacks a tensor."""
+    state = released(original(model_type, 1))
+    state = {name: t[:90] if t.shape[:1] == (VOCAB,) else t for name, t in state.items()}
+    gate = next(name for name in state if name.endswith("attn_gate"))
+    del state[gate]
+    lm, encoder = language_model(model_type).train(), clip().train()
+    before, weights = state_of(lm, encoder), copy.deepcopy(lm.state_dict())
+    with pytest.raises(ValueError, match=r"attn_gate.* missing"):
+        load_open_flamingo(state, encoder, lm, image_token_id=80, end_of_chunk_token_id=81)
+    assert state_of(lm, encoder) == before
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in lm.state_dict().items())
 
 
 def test_what_open_flamingo_cannot_express() -> None:

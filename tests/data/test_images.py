@@ -65,6 +65,41 @@ def test_files_that_are_no_pictures(tmp_path) -> None:
         load_image(tmp_path / "none.png")
 
 
+def test_a_picture_is_turned_as_its_exif_data_say(tmp_path) -> None:
+    turned = picture(20, 10)
+    exif = turned.getexif()
+    exif[0x0112] = 6  # the camera was held on its side
+    turned.save(tmp_path / "a.png", exif=exif)
+    plain = np.asarray(picture(20, 10))
+    assert np.array_equal(np.asarray(load_image(tmp_path / "a.png")), np.rot90(plain, -1))
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I"])
+def test_grey_of_16_bits_is_scaled(mode: str, tmp_path) -> None:
+    grey = np.full((4, 4), 1000, dtype=np.uint16)
+    grey[:2] = 0x80FF
+    image = Image.fromarray(grey)
+    if mode == "I":
+        image = Image.fromarray(grey.astype(np.int32))
+    assert image.mode == mode
+    image.save(tmp_path / "a.tiff")
+    loaded = to_pixel_values(load_image(tmp_path / "a.tiff"), 4)
+    for values in (loaded, to_pixel_values(image, 4)):
+        eight = Image.fromarray((grey >> 8).astype(np.uint8))
+        assert torch.equal(values, to_pixel_values(eight, 4))
+    assert len(loaded[0].unique()) == 2
+
+
+def test_pictures_that_have_no_range_or_no_pixels() -> None:
+    with pytest.raises(ValueError, match="grey of 0 to 70000, outside 16 bits"):
+        to_pixel_values(Image.fromarray(np.array([[0, 70000]], dtype=np.int32)), 4)
+    with pytest.raises(ValueError, match="mode F, floats of unknown range"):
+        to_pixel_values(Image.new("F", (2, 2), 0.5), 4)
+    for fit in ("pad", "crop"):
+        with pytest.raises(ValueError, match=r"no pixels: its size is \(0, 5\)"):
+            to_pixel_values(Image.new("RGB", (0, 5)), 4, fit=fit)
+
+
 def test_frames_are_spread_over_the_clip() -> None:
     assert sample_frames(8, 8) == list(range(8))
     assert sample_frames(100, 4) == [12, 37, 62, 87]

@@ -57,6 +57,20 @@ def test_pooled_features_are_unit_vectors() -> None:
         retrieval.pool_features(torch.zeros(2, 2))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_ranked(value: float) -> None:
+    good, bad = torch.ones(2, 2), torch.tensor([[1.0, 1.0], [0.0, value]])
+    with pytest.raises(ValueError, match="support has NaN or infinity in row 1"):
+        retrieval.retrieve(bad, good, 1)
+    with pytest.raises(ValueError, match="queries has NaN or infinity in row 1"):
+        retrieval.retrieve(good, bad, 1)
+
+
+def test_no_orders_are_refused() -> None:
+    with pytest.raises(ValueError, match="orders must be at least 1 and count 0, got 0 and 4"):
+        retrieval.random_orders(4, 0)
+
+
 def test_random_orders_are_permutations() -> None:
     orders = retrieval.random_orders(5, 6, torch.Generator().manual_seed(0))
     assert orders.shape == (6, 5)

@@ -17,6 +17,7 @@ from flamingo_kernels.language import (
     LanguageModel,
     LanguageModelCache,
     build_language_model,
+    huggingface,
 )
 from tests.backbones import DEPTH, DIM, LANGUAGE_OPTIONS, SPECIAL, VOCAB, sharpen
 from tests.budgets import assert_close_to_reference
@@ -260,10 +261,17 @@ class FakeModel(nn.Module):
         super().__init__()
         self.config = FakeConfig()
         self.order, self.keyword = order, keyword
+        self.head = nn.Identity()
         for name in lists:
             self.add_module(name, nn.ModuleList(FakeBlock() for _ in range(count)))
 
-    def forward(self, input_ids, use_cache):
+    def get_output_embeddings(self):
+        return self.head
+
+    def can_generate(self):
+        return True
+
+    def forward(self, input_ids, use_cache, past_key_values=None):
         hidden = torch.zeros(*input_ids.shape, 4)
         for i in self.order:
             block = self.layers[i]
@@ -306,6 +314,120 @@ def test_blocks_that_cannot_be_found():
         HuggingFaceLanguageModel(model)
     with pytest.raises(ValueError, match="cannot wrap Linear: it has no config"):
         HuggingFaceLanguageModel(nn.Linear(1, 1))
+
+
+def no_causal_language_models():
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        BertConfig,
+        BertForMaskedLM,
+        LlamaModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCAB}
+    attention = {"num_attention_heads": 2, "intermediate_size": 32}
+    t5 = {"d_model": 32, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 3}
+
+    def recurrent(model_type, **options):
+        options = AutoConfig.for_model(model_type, **small, **options)
+        return lambda: AutoModelForCausalLM.from_config(options)
+
+    past = "its forward takes no past_key_values, .* it takes input_ids, "
+    return {
+        "mamba": (recurrent("mamba", state_size=4), past),
+        "falcon_mamba": (recurrent("falcon_mamba", state_size=4), past),
+        "rwkv": (recurrent("rwkv", attention_hidden_size=32, intermediate_size=32), past),
+        "LlamaModel": (
+            lambda: LlamaModel(build().model.config),
+            r"LlamaModel: it has no language-model head \(get_output_embeddings\)",
+        ),
+        "bert": (
+            lambda: BertForMaskedLM(BertConfig(**small, **attention)),
+            r"BertForMaskedLM: transformers cannot generate with it \(can_generate\)",
+        ),
+        "t5": (
+            lambda: T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, num_heads=2, **t5)),
+            "T5ForConditionalGeneration: it is an encoder with a decoder",
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", list(no_causal_language_models()))
+def test_what_is_no_causal_language_model_is_refused_and_left_alone(name):
+    build_it, reason = no_causal_language_models()[name]
+    model = build_it()
+    with pytest.raises(ValueError, match=f"cannot wrap .*{reason}"):
+        HuggingFaceLanguageModel(model)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+class Forgetful(transformers.DynamicCache):
+    """Of a hybrid whose first layer has no keys: it does not count."""
+
+    def get_seq_length(self, layer_idx=0):
+        return 0
+
+
+class Uncounted(transformers.DynamicCache):
+    def get_seq_length(self, layer_idx=0):
+        raise NotImplementedError("no attention layer")
+
+
+def test_caches_that_do_not_count_are_refused():
+    wrapped, ids = build(), tokens(1, 4)
+    run = wrapped.model.forward
+
+    def with_cache(kind):
+        def forward(*args, **kwargs):
+            output = run(*args, **kwargs)
+            if kwargs["use_cache"]:
+                output.past_key_values = kind()
+            return output
+
+        return forward
+
+    wrapped.model.forward = with_cache(Forgetful)
+    message = "cache of LlamaForCausalLM, a Forgetful, says that it holds 0 tokens after 4"
+    with pytest.raises(RuntimeError, match=message):
+        wrapped(ids, use_cache=True)
+    assert wrapped(ids).logits.isfinite().all()
+    wrapped.model.forward = with_cache(Uncounted)
+    with pytest.raises(RuntimeError, match=r"Uncounted does not say .* no attention layer\): use"):
+        wrapped(ids, use_cache=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        (Forgetful, "a Forgetful, says that it holds 0 tokens, but 1 new ones make 5: decode"),
+        (Uncounted, "a cache of type Uncounted does not say how many tokens it holds"),
+    ],
+)
+def test_caches_that_do_not_count_are_refused_in_a_generation(kind, message):
+    wrapped, ids = build(), tokens(1, 4)
+    seen = next(h for h in wrapped.model._forward_pre_hooks.values() if h.owner is wrapped._owner)
+    token = huggingface._running.set(
+        huggingface._Call(wrapped._owner, None, lambda start, end, rows: lambda i, x: x)
+    )
+    try:
+        seen(wrapped.model, (), {"input_ids": ids, "attention_mask": torch.ones(1, 4)})
+        with pytest.raises(RuntimeError, match=message):
+            seen(
+                wrapped.model,
+                (),
+                {
+                    "input_ids": ids[:, :1],
+                    "attention_mask": torch.ones(1, 5),
+                    "past_key_values": kind(),
+                },
+            )
+        with pytest.raises(RuntimeError, match=r"without input_ids, on \['inputs_embeds'\]"):
+            seen(wrapped.model, (), {"inputs_embeds": torch.zeros(1, 4, DIM)})
+    finally:
+        huggingface._running.reset(token)
 
 
 def test_activation_checkpointing_is_refused():

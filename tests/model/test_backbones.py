@@ -190,6 +190,35 @@ def test_bf16_and_autocast(model_type: str) -> None:
         assert_close_to_reference(logits[real], exact[real], torch.bfloat16, what)
 
 
+@pytest.mark.parametrize("checkpointing", [None, False, True])
+@pytest.mark.parametrize(
+    ("wide", "narrow"),
+    [
+        (torch.float64, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_a_narrower_bridge_leaves_the_residual_stream_alone(wide, narrow, checkpointing) -> None:
+    """With zero gates the logits keep the language model's bits; with open ones its own error."""
+    lm = language_model("llama").to(wide)
+    arguments = prompt()
+    model = FlamingoModel.from_backbones(clip(), lm).eval()
+    expected = model.language_model(arguments["input_ids"], arguments["attention_mask"]).logits
+    for part in (model.perceiver, model.gated_cross_attn_layers):
+        part.to(narrow)
+    if checkpointing is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": checkpointing})
+    real = arguments["attention_mask"].bool()
+    assert torch.equal(model(**arguments).logits[real], expected[real])
+    open_gates(model)
+    logits = model(**arguments).logits
+    assert logits.dtype == wide and not torch.equal(logits[real], expected[real])
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    exact = model.double()(**arguments).logits
+    assert_close_to_reference(logits[real], exact[real], narrow)
+
+
 @pytest.mark.parametrize("tower", [clip, siglip])
 def test_vision_encoders(tower) -> None:
     model = FlamingoModel.from_backbones(tower(), language_model("llama"))
@@ -209,6 +238,8 @@ def test_two_towers_give_their_vision_model() -> None:
     both = CLIPModel(CLIPConfig(vision_config=vision, text_config=small))
     model = FlamingoModel.from_backbones(both, language_model("llama"))
     assert model.vision_encoder.module is both.vision_model
+    assert model.unwrap()[0] is both
+    assert FlamingoModel.from_backbones(16, language_model("llama")).unwrap()[0] == 16
 
 
 class Patches(nn.Module):
@@ -234,8 +265,31 @@ def test_any_module_as_encoder(tmp_path) -> None:
         FlamingoModel(model.config)
     loaded = FlamingoModel.from_pretrained(tmp_path, vision_encoder=encoder).eval()
     assert torch.equal(loaded(**prompt()).logits, expected)
-    with pytest.raises(ValueError, match=r"output_dim must be given: .* no config.hidden_size"):
-        FlamingoModel.from_backbones(nn.Linear(2, 2), language_model("llama"))
+    with pytest.raises(ValueError, match=r"Bare has no config.hidden_size, .* wrap it first, .*\("):
+        FlamingoModel.from_backbones(Bare(), language_model("llama"))
+
+
+class Bare(nn.Module):
+    """Says nothing about its sizes."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return nn.functional.unfold(images, 8, stride=8).transpose(1, 2)
+
+
+def test_a_config_tells_the_sizes_of_a_module_that_does_not(tmp_path) -> None:
+    from flamingo_kernels.vision import wrap_vision_encoder
+
+    encoder = wrap_vision_encoder(Bare(), output_dim=192, image_size=16)
+    model = open_gates(FlamingoModel.from_backbones(encoder, language_model("llama"))).eval()
+    assert model.unwrap()[0] is encoder
+    bare = Bare()
+    again = FlamingoModel.from_backbones(bare, language_model("llama"), model.config).eval()
+    assert again.config.vision.output_dim == 192
+    again.save_pretrained(tmp_path)
+    parts = {"vision_encoder": bare, "language_model": language_model("llama")}
+    loaded = FlamingoModel.from_pretrained(tmp_path, **parts).eval()
+    assert torch.equal(loaded(**prompt()).logits, again(**prompt()).logits)
+    assert loaded.unwrap() == (bare, parts["language_model"])
 
 
 def test_features_take_the_place_of_pixels(tmp_path) -> None:
@@ -293,6 +347,19 @@ def test_media_tokens_in_one_call(model_type: str) -> None:
         add_media_tokens(tokenizer, image_token="<x>", end_of_chunk_token="<x>")
 
 
+def test_markers_that_are_ordinary_words_become_special() -> None:
+    """They keep their ids, and are found inside a word too."""
+    tokenizer = word_tokenizer("a", "cat", "<image>", "<|endofchunk|>")
+    unknown = tokenizer.convert_tokens_to_ids("[UNK]")
+    assert tokenizer.encode("a<image>cat") == [unknown]
+    tokens = add_media_tokens(tokenizer)
+    assert tokens[:2] == (3, 4)
+    assert tokenizer.encode("a<image>cat<|endofchunk|>") == [1, 3, 2, 4]
+    assert tokenizer.decode([3, 1, 4], skip_special_tokens=True).split() == ["a"]
+    assert {"<image>": 3, "<|endofchunk|>": 4}.items() <= tokenizer.get_added_vocab().items()
+    assert add_media_tokens(tokenizer) == tokens
+
+
 def test_rows_to_spare_are_kept() -> None:
     lm = language_model("llama")
     tokens = add_media_tokens(word_tokenizer("a", "cat"), lm)
@@ -324,11 +391,64 @@ def test_what_cannot_be_wrapped_says_why() -> None:
         FlamingoModel.from_backbones(clip(), nn.Linear(1, 1))
     with pytest.raises(TypeError, match="language_model must be a module, got str"):
         FlamingoModel.from_backbones(clip(), "gpt2")
-    with pytest.raises(TypeError, match="vision_encoder must be a module, got str"):
-        FlamingoModel.from_backbones("clip", lm)
+    for wrong in ("clip", True):
+        message = f"must be a module, or an int for features, got {type(wrong).__name__}"
+        with pytest.raises(TypeError, match=message):
+            FlamingoModel.from_backbones(wrong, lm)
     with pytest.raises(ValueError, match=r"language_model.dim is 32, the config says 64"):
         config = FlamingoConfig.from_name("tiny")
         FlamingoModel.from_backbones(FlamingoModel(config).vision_encoder, lm, config)
+
+
+def state_of(*models: nn.Module) -> list[object]:
+    """All that wrapping or loading could leave behind."""
+    found: list[object] = []
+    for model in models:
+        for name, module in model.named_modules():
+            attributes = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int))}
+            found.append((name, attributes, len(module._forward_pre_hooks)))
+        found += [
+            (n, p.requires_grad, p.dtype, tuple(p.shape)) for n, p in model.named_parameters()
+        ]
+        found.append(model.config.to_dict())
+    return found
+
+
+def test_unwrapping_gives_back_the_training_mode() -> None:
+    lm, encoder = language_model("llama").train(), clip().train()
+    lm.model.layers[1].eval()
+    encoder.requires_grad_(False)
+    before = state_of(lm, encoder)
+    model = FlamingoModel.from_backbones(encoder, lm)
+    assert not lm.training and state_of(lm, encoder) != before
+    model.train()
+    model.unwrap()
+    assert state_of(lm, encoder) == before
+
+
+def test_a_failed_wrap_or_load_leaves_the_models_alone(tmp_path) -> None:
+    lm, encoder = language_model("llama").train(), clip().train()
+    del lm.config.image_token_id
+    before = state_of(lm, encoder)
+    with pytest.raises(ValueError, match="no image_token_id"):
+        FlamingoModel.from_backbones(encoder, lm)
+    assert state_of(lm, encoder) == before
+    lm.config.image_token_id = IMAGE
+    before = state_of(lm, encoder)
+    with pytest.raises(ValueError, match=r"unknown kernel 'cudnn'"):
+        FlamingoModel.from_backbones(encoder, lm, kernel="cudnn")
+    assert state_of(lm, encoder) == before
+    # A checkpoint with more embeddings, of a width that does not fit.
+    wide = language_model("llama", vocab_size=120, hidden_size=64)
+    saved = FlamingoModel.from_backbones(clip(), wide)
+    wide.get_input_embeddings().weight.requires_grad_(True)
+    saved.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"language_model.dim is 32, the config says 64"):
+        FlamingoModel.from_pretrained(tmp_path, vision_encoder=encoder, language_model=lm)
+    assert state_of(lm, encoder) == before
+    assert torch.equal(
+        lm.get_input_embeddings().weight, language_model("llama").model.embed_tokens.weight
+    )
 
 
 def test_the_default_config_is_the_papers() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -106,6 +107,89 @@ def test_images_appended_in_a_later_turn_of_a_ragged_batch() -> None:
     second = model(ids[:, 8:], new, num_images=late, cache=first.cache, use_cache=True)
     assert_close_to_reference(torch.cat((first.logits, second.logits), 1), whole, torch.float32)
     assert second.cache.num_images.tolist() == images
+
+
+def turn(seed: int) -> dict[str, torch.Tensor]:
+    """Three tokens for each of two rows; an image for the second, for the first in every other."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 256, (2, 3), generator=generator)
+    counts = torch.tensor([seed % 2, 1])
+    ids[:, 0] = torch.where(counts > 0, IMAGE, ids[:, 0])
+    pixels = torch.randn(2, 1, 1, 3, 32, 32, generator=generator)
+    pixels[counts == 0] = float("nan")
+    return {"input_ids": ids, "pixel_values": pixels, "num_images": counts}
+
+
+def all_at_once(model, turns: list[int]) -> torch.Tensor:
+    """Logits of the last turn, everything in one call."""
+    parts = [turn(seed) for seed in turns]
+    counts = sum(part["num_images"] for part in parts)
+    slots = torch.full((2, int(counts.max()), 1, 3, 32, 32), float("nan"))
+    for row in range(2):
+        kept = [part["pixel_values"][row] for part in parts if part["num_images"][row]]
+        if kept:
+            slots[row, : len(kept)] = torch.cat(kept)
+    ids = torch.cat([part["input_ids"] for part in parts], 1)
+    return model(ids, slots, num_images=counts).logits[:, -3:]
+
+
+@torch.no_grad()
+def test_a_turn_copies_its_own_image_only() -> None:
+    """Media of earlier turns stay where they are, but for now and then; logits are exact."""
+    model = make_model(attend="previous")
+    cache, places, turns = None, [], list(range(12))
+    for seed in turns:
+        out = model(**turn(seed), cache=cache, use_cache=True)
+        cache = out.cache
+        places.append([tensor.data_ptr() for kv in cache.media for tensor in kv])
+        assert_close_to_reference(out.logits, all_at_once(model, turns[: seed + 1]), torch.float32)
+    assert cache.num_images.tolist() == [6, 12]
+    moved = sum(before != after for before, after in itertools.pairwise(places))
+    assert moved <= 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [[0, 1], [1, 0]])
+def test_copies_of_a_cache_grow_apart(rows: list[int]) -> None:
+    """Each has media of its own, whichever goes on first; a cache that went on is refused."""
+    model = make_model(attend="previous")
+    start = model(**turn(1), use_cache=True).cache
+    copy = start.select_rows(torch.tensor(rows))
+    held = [tensor.clone() for kv in copy.media for tensor in kv]
+    first = model(**turn(3), cache=start)
+    assert_close_to_reference(first.logits, all_at_once(model, [1, 3]), torch.float32)
+    assert all(map(torch.equal, held, [tensor for kv in copy.media for tensor in kv]))
+    with pytest.raises(ValueError, match="another call has extended it in place"):
+        model(**turn(4), cache=start)
+    other = {name: tensor[rows] for name, tensor in turn(5).items()}
+    second = model(**other, cache=copy).logits
+    assert_close_to_reference(second, all_at_once(model, [1, 5])[rows], torch.float32)
+    # What the other wrote is not in the first one's.
+    third = model(**turn(6), cache=first.cache).logits
+    assert_close_to_reference(third, all_at_once(model, [1, 3, 6]), torch.float32)
+
+
+def test_a_turn_without_gradients_spares_what_a_backward_needs() -> None:
+    """Keys and values that a graph holds are not written to."""
+    model = make_model(attend="previous")
+    first = model(**turn(1), use_cache=True)
+    expected = torch.autograd.grad(first.logits.sum(), model.perceiver.latents, retain_graph=True)[
+        0
+    ]
+    with torch.no_grad():
+        second = model(**turn(3), cache=first.cache)
+        model(**turn(5), cache=second.cache)
+    found = torch.autograd.grad(first.logits.sum(), model.perceiver.latents)[0]
+    assert torch.equal(found, expected) and found.any()
+
+
+def test_a_cache_of_inference_mode_goes_on_outside() -> None:
+    model = make_model(attend="previous")
+    with torch.inference_mode():
+        cache = model(**turn(1), use_cache=True).cache
+    with torch.no_grad():
+        out = model(**turn(3), cache=cache)
+        assert_close_to_reference(out.logits, all_at_once(model, [1, 3]), torch.float32)
 
 
 def test_a_cache_that_another_call_has_extended_is_refused() -> None:
@@ -323,6 +407,8 @@ def test_options_of_other_language_models_are_named() -> None:
         ValueError, match=r"num_beam_groups, penalty_alpha: only with a Hugging Face .* a D"
     ):
         model.generate(ids, num_beam_groups=2, penalty_alpha=0.5)
+    with pytest.raises(ValueError, match="does not take eos_token_id: say stop_token_ids="):
+        model.generate(ids, eos_token_id=3)
     with pytest.raises(ValueError, match="num_beams > 1 with do_sample or a streamer: only with"):
         model.generate(ids, num_beams=2, do_sample=True)
     with pytest.raises(ValueError, match="num_return_sequences=3 is more than num_beams=2"):

@@ -52,6 +52,20 @@ def test_a_support_set_read_once_is_left_as_it_is() -> None:
         assert_close_to_reference(first[2, number], expected, torch.float32)
 
 
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_answers_in_parts(at_once: int) -> None:
+    """No more copies of the prompts than asked for, and the same scores."""
+    model, batch = make_model(), ragged_batch("left")
+    expected = model.score_answers(answers=ANSWERS, **batch.arguments())
+    rows = []
+    model.language_model.blocks[0].register_forward_hook(lambda m, i, o: rows.append(len(i[0])))
+    scores = model.score_answers(answers=ANSWERS, answers_at_once=at_once, **batch.arguments())
+    assert_close_to_reference(scores, expected, torch.float32)
+    assert max(rows) == 3 * at_once
+    with pytest.raises(ValueError, match="answers_at_once must be an int of at least 1, got 0"):
+        model.score_answers(torch.tensor([[1]]), ANSWERS, answers_at_once=0)
+
+
 def test_ensembles_over_orders() -> None:
     orders = torch.tensor([[0, 1], [1, 0]])
     scores = {(0, 1): torch.tensor([1.0, 2.0]), (1, 0): torch.tensor([3.0, 6.0])}

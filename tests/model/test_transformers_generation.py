@@ -261,3 +261,70 @@ def test_generation_leaves_no_call_behind() -> None:
     lm = model.language_model
     with torch.no_grad():
         assert torch.equal(lm(ids).logits, lm.model(input_ids=ids, use_cache=False).logits)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"eos_token_id": 5}, "does not take eos_token_id: say stop_token_ids= instead"),
+        ({"pad_token_id": 5}, "does not take pad_token_id: .* stop_token_ids="),
+        (
+            {"generation_config": transformers.GenerationConfig(max_new_tokens=3)},
+            "does not take generation_config: give its options one by one",
+        ),
+        ({"max_length": 20}, "does not take max_length: say max_new_tokens="),
+        ({"guidance_scale": 3.0}, "does not take guidance_scale: the second prompt"),
+        ({"past_key_values": 1}, "does not take past_key_values: say cache="),
+        ({"inputs_embeds": torch.zeros(3, 11, 32)}, "does not take inputs_embeds: images are"),
+        (
+            {"return_cache": True, "return_dict_in_generate": True},
+            "return_cache and return_dict_in_generate both change",
+        ),
+        (
+            {"return_cache": True, "cache_implementation": "static"},
+            "return_cache does not go with cache_implementation='static'",
+        ),
+        (
+            {"return_cache": True, "max_time": 1.0},
+            r"return_cache does not go with max_time=1\.0: which tokens are padding",
+        ),
+        (
+            {"return_cache": True, "stop_strings": ["x"]},
+            r"return_cache does not go with stop_strings=\['x'\]: which tokens",
+        ),
+        (
+            {"return_cache": True, "stopping_criteria": [lambda *_: torch.ones(3).bool()]},
+            r"return_cache does not go with stopping_criteria=\[",
+        ),
+    ],
+)
+def test_options_that_collide_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build().generate(**prompt(), **options)
+
+
+def test_a_turn_with_details_has_the_turns_sequences() -> None:
+    model = build()
+    cache = model.generate(**prompt(), max_new_tokens=3, return_cache=True, **NO_STOP).cache
+    turn = {"input_ids": torch.full((3, 2), 7), "max_new_tokens": 3, **NO_STOP}
+    plain = model.generate(**turn, cache=cache.select_rows(torch.arange(3)))
+    detailed = model.generate(**turn, cache=cache, return_dict_in_generate=True, output_scores=True)
+    assert torch.equal(detailed.sequences, plain) and plain.shape == (3, 5)
+    assert len(detailed.scores) == 3
+
+
+@pytest.mark.parametrize("place", ["config", "generation_config"])
+def test_every_end_of_text_of_the_language_model_stops(place: str) -> None:
+    """Gemma 3 and Llama 3 have lists; none is to be passed over for the first."""
+    if place == "config":
+        lm = language_model("gemma3_text", eos_token_id=[2, 30])
+    else:
+        lm = language_model("gemma3_text")
+        lm.generation_config.eos_token_id = [2, 30]
+    model = FlamingoModel.from_backbones(16, lm).eval()
+    ids = torch.tensor([[5, 6]])
+    for stop in (2, 30, model.config.end_of_chunk_token_id):
+        out = model.generate(ids, max_new_tokens=5, sequence_bias={(stop,): 1000.0})
+        assert out.tolist() == [[5, 6, stop]]
+    out = model.generate(ids, max_new_tokens=5, sequence_bias={(30,): 1000.0}, stop_token_ids=[2])
+    assert out.tolist() == [[5, 6, *[30] * 5]]
