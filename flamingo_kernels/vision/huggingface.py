@@ -153,8 +153,8 @@ def _given_or_from_config(name: str, given: int | None, module: nn.Module, attri
         value = getattr(getattr(module, "config", None), attribute, None)
     if value is None:
         raise ValueError(
-            f"{type(module).__name__} has no config.{attribute}, which would tell its {name}: "
-            "wrap it first, flamingo_kernels.vision.wrap_vision_encoder(module, output_dim=..., "
-            "image_size=...), and give what that returns"
+            f"{name} must be given: {type(module).__name__} has no config.{attribute}; call "
+            "flamingo_kernels.vision.wrap_vision_encoder(module, output_dim=..., image_size=...) "
+            "and pass on what it returns"
         )
     return value

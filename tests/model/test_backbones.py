@@ -265,7 +265,9 @@ def test_any_module_as_encoder(tmp_path) -> None:
         FlamingoModel(model.config)
     loaded = FlamingoModel.from_pretrained(tmp_path, vision_encoder=encoder).eval()
     assert torch.equal(loaded(**prompt()).logits, expected)
-    with pytest.raises(ValueError, match=r"Bare has no config.hidden_size, .* wrap it first, .*\("):
+    with pytest.raises(
+        ValueError, match=r"Bare has no config.hidden_size; call .*wrap_vision_encoder\("
+    ):
         FlamingoModel.from_backbones(Bare(), language_model("llama"))
 
 
