@@ -41,6 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("output", type=Path, metavar="OUT", help="folder")
     convert.add_argument("--config", help="name or JSON file; default: told by the sizes")
 
+    train = commands.add_parser("train", help="train as a YAML file says, or continue to")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see README.md")
+
     options = parser.parse_args(arguments)
     try:
         if options.command == "info":
@@ -64,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from flamingo_kernels.cli import convert as command
 
             return command.run(options.layout, options.checkpoint, options.output, options.config)
+        elif options.command == "train":
+            from flamingo_kernels.cli import train as command
+
+            return command.run(options.config)
         else:
             from flamingo_kernels.cli.demo import run
 
