@@ -63,6 +63,7 @@ class SampleStream:
         self.skipped: Counter[str] = Counter()
         self._epoch = self._position = self._offset = 0  # of the next record to read
         self._draws = self._made = 0  # of this run, of this epoch
+        self._ordered: tuple[int, list[int]] = (-1, [])  # epoch, and its shards
         self._buffer: list[tuple[int, Record]] = []
         self._reader: Iterator[Record] | None = None
 
@@ -143,8 +144,10 @@ class SampleStream:
 
     def _order(self) -> list[int]:
         """This reader's shards in this epoch."""
-        order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self.shards))
-        return order[self.part :: self.parts].tolist()
+        if self._ordered[0] != self._epoch:
+            order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self.shards))
+            self._ordered = (self._epoch, order[self.part :: self.parts].tolist())
+        return self._ordered[1]
 
     def _read(self) -> tuple[int, Record] | None:
         """The next record of the epoch, None after the last."""

@@ -97,7 +97,7 @@ def save(
     tensors = {**{name: frozen[name] for name in sorted(model.saved_frozen)}, **masters}
     try:
         output.mkdir(parents=True, exist_ok=True)
-        for leftover in output.glob(".step_*"):  # of a run that was killed while it saved
+        for leftover in output.glob(".step_*"):  # of a run that was killed in here
             shutil.rmtree(leftover)
         weights.write(tensors, model.config, temporary)
         save_file({**moments, **random_states}, temporary / OPTIMIZER_FILE)
@@ -115,8 +115,9 @@ def save(
         raise OSError(f"cannot write the checkpoint {folder}: {error}; {last}") from error
     shutil.rmtree(output / f".{folder.name}.replaced", ignore_errors=True)
     for old in list_checkpoints(output)[:-keep]:
-        (old / STATE_FILE).unlink()  # from here on it is no checkpoint, even if half removed
-        shutil.rmtree(old)
+        removed = output / f".{old.name}.removed"
+        os.replace(old, removed)  # a checkpoint disappears at once, as it appeared
+        shutil.rmtree(removed)
     return folder
 
 

@@ -70,8 +70,8 @@ def test_a_checkpoint_holds_the_trainable_tensors_alone(compute: str, values) ->
 def test_only_the_newest_are_kept_and_incomplete_ones_are_no_checkpoints(values) -> None:
     trainer = make_trainer({**values, "steps": 9, "save_every": 2, "keep": 2})
     trainer.output.mkdir()
-    (trainer.output / ".step_00000002.incomplete").mkdir()
-    (trainer.output / "step_00000099").mkdir()  # as left by a removal that was interrupted
+    for leftover in (".step_00000002.incomplete", ".step_00000001.removed", "step_00000099"):
+        (trainer.output / leftover).mkdir()  # as left by a kill, but for the last
     trainer.run()
     names = [path.name for path in checkpoint.list_checkpoints(trainer.output)]
     assert names == ["step_00000008", "step_00000009"]

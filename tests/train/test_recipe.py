@@ -12,7 +12,8 @@ from flamingo_kernels.train.checkpoint import list_checkpoints
 from flamingo_kernels.train.config import OptimizerSection
 from flamingo_kernels.train.optimizer import build_optimizer, learning_rate
 from tests.budgets import assert_close_to_reference, unit
-from tests.model.conftest import open_gates_of
+from tests.data.shard_files import write_lines
+from tests.model.conftest import TINY, open_gates_of
 from tests.train.conftest import make_trainer
 
 
@@ -119,12 +120,19 @@ def test_labels_all_ignored(values) -> None:
     assert report["losses"] == {"pairs": 0.0} and report["gradient_norm"] == 0.0
 
 
-def test_loss_before_the_first_image_is_an_option(values) -> None:
-    values["datasets"] = values["datasets"][1:]
-    with_all = make_trainer(values).step()["loss"]
+def test_loss_before_the_first_image_is_an_option(values, tmp_path) -> None:
+    page = {"texts": ["before", None, "after"], "images": [None, "0.png", None]}
+    write_lines(tmp_path / "pages.jsonl", [page])
+    values["datasets"] = [{**values["datasets"][0], "max_tokens": 50}]
+    batch = next(make_trainer(values).loaders["pages"])
+    image = batch["input_ids"][0].tolist().index(TINY.image_token_id)
+    batch["labels"][:, :image] = -100
     values["datasets"][0]["loss_before_first_image"] = False
-    # Behind <BOS> comes the image: its text counts either way.
-    assert make_trainer(values).step()["loss"] == with_all
+    trainer = make_trainer(values)
+    expected = trainer.model(**batch).loss.item()
+    assert trainer.step()["loss"] == expected
+    values["datasets"][0]["loss_before_first_image"] = True
+    assert make_trainer(values).step()["loss"] != expected
 
 
 def test_nan_loss_stops_before_any_change(values, tmp_path) -> None:
