@@ -9,7 +9,7 @@ import torch
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli.convert import read_config
 from flamingo_kernels.cli.loading import frozen_part, progress, text_encoding
-from flamingo_kernels.train import TrainConfig, Trainer
+from flamingo_kernels.train import TrainConfig, Trainer, distributed
 from flamingo_kernels.train.config import ModelSection
 from flamingo_kernels.train.datasets import build_loader
 
@@ -17,25 +17,46 @@ from flamingo_kernels.train.datasets import build_loader
 def run(path: Path) -> int:
     """Train to the end; 0."""
     config = TrainConfig.from_yaml(path)
+    device = distributed.start()
+    try:
+        _train(config, device)
+    finally:
+        distributed.stop()
+    return 0
+
+
+def _train(config: TrainConfig, device: torch.device) -> None:
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config.model).to(device)
     tokenizer = config.model.tokenizer or config.model.language_model or config.model.pretrained
     encoding = text_encoding(None if tokenizer is None else Path(tokenizer), model.config)
     loaders = {
-        section.name: build_loader(section, encoding, model.vision_encoder, seed=config.seed)
+        section.name: build_loader(
+            section,
+            encoding,
+            model.vision_encoder,
+            seed=config.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
         for section in config.datasets
     }
     trainer = Trainer(model, loaders, config)
     trainable = sum(p.numel() for p in trainer.masters.parameters.values())
     resumed = trainer.resume()
-    progress(
-        f"{trainable:,} trainable parameters, {trainer.device}, {config.model.compute}, "
-        + (f"continuing after step {trainer.step_number}" if resumed else "from step 0")
-    )
+    first = distributed.rank() == 0
+    if first:
+        progress(
+            f"{trainable:,} trainable parameters, {distributed.world_size()} process(es) on "
+            f"{device.type}, {config.model.compute}, "
+            + (f"continuing after step {trainer.step_number}" if resumed else "from step 0")
+        )
     trainer.run()
-    print(f"{config.output}: {trainer.step_number} steps")
-    return 0
+    skipped = trainer.skipped()
+    if first:
+        for reason, count in skipped.items():
+            progress(f"skipped, {reason}: {count}")
+        print(f"{config.output}: {trainer.step_number} steps")
 
 
 def build_model(section: ModelSection) -> FlamingoModel:

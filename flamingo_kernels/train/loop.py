@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_
 from torch.nn.utils import get_total_norm as total_norm
 
+from flamingo_kernels.data.samples import IGNORED_LABEL
 from flamingo_kernels.data.stream import BatchLoader
 from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.model.loss import ignore_text_before_first_image
-from flamingo_kernels.train import checkpoint
+from flamingo_kernels.train import checkpoint, distributed
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
 from flamingo_kernels.train.log import RunLog
 from flamingo_kernels.train.optimizer import MasterWeights, build_optimizer, learning_rate
@@ -24,19 +27,33 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and what is left."""
 
 
+class _Totals(NamedTuple):
+    """Of one dataset's batches at all processes."""
+
+    loss: float
+    tokens: int
+    images: int
+
+
 class Trainer:
     """Trains a model's trainable parameters on the datasets of a configuration.
 
     Parameters
     ----------
     model : FlamingoModel
-        On the device to train on; its frozen parts are cast to the compute dtype.
+        On the device to train on; its frozen parts are cast to the compute dtype. In a process
+        group every process has one, and the frozen parts must be the same.
     loaders : for every dataset of ``config``, by name.
     config : TrainConfig
 
     Attributes
     ----------
     step_number : updates done.
+
+    Raises
+    ------
+    ValueError
+        The frozen parts differ between processes.
     """
 
     def __init__(
@@ -47,6 +64,9 @@ class Trainer:
         self.config = config
         self.output = Path(config.output)
         self.base_model = checkpoint.fingerprints(model)
+        for other, found in enumerate(distributed.gather(self.base_model)):
+            if found != self.base_model:
+                raise ValueError(f"process {other} has another base model than this one")
         self.step_number = 0
         dtype = getattr(torch, config.model.compute)
         self.masters = MasterWeights(model.trainable_parameters(), dtype)
@@ -56,7 +76,10 @@ class Trainer:
                 parameter.data = parameter.data.to(dtype)
         if config.model.activation_checkpointing:
             model.gradient_checkpointing_enable()
+        distributed.broadcast(self.masters.parameters.values())
+        self.masters.publish()
         self.optimizer = build_optimizer(self.masters.parameters, config.optimizer)
+        self._parallel = distributed.wrap(model)
 
     @property
     def device(self) -> torch.device:
@@ -74,9 +97,16 @@ class Trainer:
         if not found:
             return False
         saved = checkpoint.load(found[-1], self.base_model)
-        if set(saved.state["data"]) != set(self.loaders):
+        positions = saved.state["data"]
+        if len(positions) != distributed.world_size():
             raise ValueError(
-                f"{found[-1]} was trained on the datasets {sorted(saved.state['data'])}, the "
+                f"{found[-1]} was saved by {len(positions)} process(es), now there are "
+                f"{distributed.world_size()}: data positions are those of each process"
+            )
+        position = positions[distributed.rank()]
+        if set(position) != set(self.loaders):
+            raise ValueError(
+                f"{found[-1]} was trained on the datasets {sorted(position)}, the "
                 f"configuration has {sorted(self.loaders)}"
             )
         frozen = self.model.saved_frozen
@@ -88,7 +118,7 @@ class Trainer:
                 key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
                 for key, value in moments.items()
             }
-        for name, state in saved.state["data"].items():
+        for name, state in position.items():
             self.loaders[name].load_state_dict(state)
         torch.set_rng_state(saved.random_states["cpu"])
         if "cuda" in saved.random_states and torch.cuda.is_available():
@@ -97,19 +127,21 @@ class Trainer:
         return True
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment; OSError if it cannot be written."""
+        """Write a checkpoint of this moment; OSError if it cannot be written.
+
+        To be called by all processes of a group; the first one writes.
+        """
+        position = {name: loader.state_dict() for name, loader in self.loaders.items()}
         state = {
             "step": self.step_number,
             "base_model": self.base_model,
-            "data": {name: loader.state_dict() for name, loader in self.loaders.items()},
+            "data": distributed.gather(position),
         }
-        return checkpoint.save(
-            self.output,
-            self.model,
-            self.masters.parameters,
-            self.optimizer,
-            state,
-            keep=self.config.keep,
+        parameters, keep = self.masters.parameters, self.config.keep
+        return distributed.on_first_rank(
+            lambda: checkpoint.save(
+                self.output, self.model, parameters, self.optimizer, state, keep=keep
+            )
         )
 
     def step(self) -> dict[str, Any]:
@@ -126,17 +158,18 @@ class Trainer:
         for section in self.config.datasets:
             loader = self.loaders[section.name]
             batch = self._prepare(next(loader), section)
-            loss = self.model(**batch).loss
-            losses[section.name] = loss.item()
-            if not torch.isfinite(loss):
+            loss = self._parallel(**batch).loss
+            share, totals = self._share(loss, batch)
+            losses[section.name] = totals.loss
+            if not math.isfinite(totals.loss):
                 raise self._failure(
-                    f"the loss of {section.name} is {losses[section.name]} at step {number}, "
+                    f"the loss of {section.name} is {totals.loss} at step {number}, "
                     f"samples {', '.join(loader.keys[:3])}{', ...' if loader.keys[3:] else ''}"
                 )
-            (section.weight * loss).backward()
+            (section.weight * share * loss).backward()
             self.masters.collect_gradients()
-            tokens += int(batch["attention_mask"].sum())
-            images += int(batch["num_images"].sum()) if "num_images" in batch else 0
+            tokens += totals.tokens
+            images += totals.images
         parameters = self.masters.parameters
         norm = total_norm([p.grad for p in parameters.values() if p.grad is not None])
         if not torch.isfinite(norm):
@@ -171,7 +204,9 @@ class Trainer:
         TrainingError, OSError
             See :meth:`step` and :meth:`save`.
         """
-        log = RunLog(self.output, self.step_number, self.config.steps)
+        log = None
+        if distributed.rank() == 0:
+            log = RunLog(self.output, self.step_number, self.config.steps)
         try:
             started, tokens, images = time.perf_counter(), 0, 0
             while self.step_number < self.config.steps:
@@ -185,12 +220,14 @@ class Trainer:
                     report["images_per_second"] = images / seconds
                     report["gates"] = self.gates()
                     report["skipped"] = self.skipped()
-                    log.write(report)
+                    if log is not None:
+                        log.write(report)
                     started, tokens, images = time.perf_counter(), 0, 0
                 if last or self.step_number % self.config.save_every == 0:
                     self.save()
         finally:
-            log.close()
+            if log is not None:
+                log.close()
 
     def gates(self) -> dict[str, float]:
         """tanh of every layer's gates, by layer; the mean magnitude of vector gates."""
@@ -204,12 +241,33 @@ class Trainer:
         }
 
     def skipped(self) -> dict[str, int]:
-        """Shards, records and images skipped so far, by dataset and reason."""
-        return {
-            f"{name}: {reason}": count
-            for name, loader in self.loaders.items()
-            for reason, count in sorted(loader.skipped.items())
-        }
+        """Shards, records and images skipped so far by all processes, by dataset and reason."""
+        own = Counter(
+            {
+                f"{name}: {reason}": count
+                for name, loader in self.loaders.items()
+                for reason, count in loader.skipped.items()
+            }
+        )
+        return dict(sorted(sum(distributed.gather(own), Counter()).items()))
+
+    def _share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[float, _Totals]:
+        """What to multiply this process's mean loss with, and figures of all processes.
+
+        DDP averages gradients over processes; the loss is a mean over the tokens of all of them.
+        """
+        tokens = int(batch["attention_mask"].sum())
+        images = int(batch["num_images"].sum()) if "num_images" in batch else 0
+        size = distributed.world_size()
+        if size == 1:
+            return 1.0, _Totals(loss.item(), tokens, images)
+        labels = self.model.counted_labels(batch["labels"], batch["attention_mask"] != 0)
+        counted = int((labels[:, 1:] != IGNORED_LABEL).sum())
+        total, everyone, tokens, images = distributed.sum_over_ranks(
+            [loss.item() * counted, counted, tokens, images], self.device
+        )
+        mean = total / max(1, everyone)
+        return size * counted / max(1, everyone), _Totals(mean, int(tokens), int(images))
 
     def _prepare(self, batch: dict[str, Any], section: DatasetSection) -> dict[str, Any]:
         if not section.loss_before_first_image:
