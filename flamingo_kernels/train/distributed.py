@@ -6,6 +6,7 @@ Without a process group everything here is the trivial case of one process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import signature
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,10 @@ from torch.nn.parallel import DistributedDataParallel
 from flamingo_kernels.model import FlamingoModel
 
 T = TypeVar("T")
+# Buffers are constants of the frozen parts. torch 2.13 renamed the option.
+_SYNC_BUFFERS = "broadcast_buffers"
+if "forward_sync_buffers" in signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "forward_sync_buffers"
 
 
 def start() -> torch.device:
@@ -57,7 +62,7 @@ def wrap(model: FlamingoModel) -> nn.Module:
     if not _active():
         return model
     return DistributedDataParallel(
-        model, find_unused_parameters=True, broadcast_buffers=False, init_sync=False
+        model, find_unused_parameters=True, init_sync=False, **{_SYNC_BUFFERS: False}
     )
 
 
