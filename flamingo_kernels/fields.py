@@ -25,7 +25,12 @@ _HOLDS = {
     "float | None": lambda value: value is None or is_number(value),
     "bool": lambda value: isinstance(value, bool),
     "str": lambda value: isinstance(value, str),
+    "str | None": lambda value: value is None or isinstance(value, str),
     "dict[str, Any]": lambda value: isinstance(value, dict),
+    "tuple[float, ...]": lambda value: isinstance(value, tuple) and all(map(is_number, value)),
+    "tuple[str, ...]": lambda value: (
+        isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    ),
     "tuple[int, ...]": lambda value: isinstance(value, tuple) and all(map(is_integer, value)),
 }
 

@@ -43,6 +43,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert.add_argument("output", type=Path, metavar="OUT", help="folder")
     convert.add_argument("--config", help="name or JSON file; default: told by the sizes")
 
+    train = commands.add_parser("train", help="train as a YAML file says, or continue to")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see README.md")
+
+    plan = commands.add_parser("plan", help="memory per GPU of training, and what fits")
+    plan.add_argument("--config", required=True, help="name or JSON file")
+    plan.add_argument("--gpus", type=int, required=True)
+    plan.add_argument("--memory", type=float, required=True, help="GiB of each GPU")
+    plan.add_argument("--batch-size", type=int, default=8, help="rows per GPU")
+    plan.add_argument("--tokens", type=int, default=256, help="of a row")
+    plan.add_argument("--images", type=int, default=5, help="of a row")
+    plan.add_argument("--compute", choices=("float32", "bfloat16"), default="bfloat16")
+    plan.add_argument("--keep-activations", action="store_true", help="do not checkpoint them")
+
     options = parser.parse_args(arguments)
     try:
         if options.command == "info":
@@ -66,6 +79,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from flamingo_kernels.cli import convert as command
 
             return command.run(options.layout, options.checkpoint, options.output, options.config)
+        elif options.command == "train":
+            from flamingo_kernels.cli import train as command
+
+            return command.run(options.config)
+        elif options.command == "plan":
+            from flamingo_kernels.cli import plan as command
+
+            return command.run(
+                options.config,
+                options.gpus,
+                options.memory,
+                batch_size=options.batch_size,
+                tokens=options.tokens,
+                images=options.images,
+                compute=options.compute,
+                keep_activations=options.keep_activations,
+            )
         else:
             from flamingo_kernels.cli.demo import run
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from io import BytesIO
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -31,15 +32,39 @@ def load_image(path: str | PathLike) -> Image:
     ValueError
         If Pillow cannot decode it, truncated files included; grey of more than 16 bits.
     """
+    return load_frames(path, 1)[0]
+
+
+def load_frames(
+    source: str | PathLike | bytes, frames: int, name: str | None = None
+) -> list[Image]:
+    """``frames`` pictures in RGB, spread over an animated one, or a still repeated.
+
+    Parameters
+    ----------
+    source : a path, or the bytes of a file.
+    frames : how many; see :func:`sample_frames`.
+    name : what errors call the picture; default: the path.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`load_image`.
+    """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
-            return _rgb(ImageOps.exif_transpose(image))
+        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+            pictures = []
+            for index in sample_frames(getattr(image, "n_frames", 1), frames):
+                image.seek(index)
+                pictures.append(_rgb(ImageOps.exif_transpose(image)))
+            return pictures
     except FileNotFoundError:
         raise
-    except Exception as error:  # Pillow's decoders raise of many kinds
-        raise ValueError(f"cannot decode the image {path}: {error}") from error
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
+        what = name or (f"of {len(source)} bytes" if isinstance(source, bytes) else source)
+        raise ValueError(f"cannot decode the image {what}: {error}") from error
 
 
 def to_pixel_values(

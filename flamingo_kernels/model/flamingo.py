@@ -317,7 +317,7 @@ class FlamingoModel(nn.Module):
         loss = None
         if labels is not None:
             real = None if mask is None else mask[:, length - new :] != 0
-            loss = next_token_loss(out.logits, self._counted_labels(labels, real))
+            loss = next_token_loss(out.logits, self.counted_labels(labels, real))
         if not use_cache:
             return FlamingoOutput(loss, out.logits)
         return FlamingoOutput(loss, out.logits, FlamingoCache.after(context, out.cache).with_room())
@@ -389,8 +389,9 @@ class FlamingoModel(nn.Module):
             all(spans.single_item for spans in rows),
         )
 
-    def _counted_labels(self, labels: Tensor, real: Tensor | None) -> Tensor:
-        """Labels with -100 at ``<image>`` and padding, and after padding.
+    def counted_labels(self, labels: Tensor, real: Tensor | None = None) -> Tensor:
+        """Labels [B, T] with -100 wherever the loss leaves them out: ``<image>``, padding, and
+        after padding. ``real`` [B, T] is True at tokens that are not padding.
 
         The first token of a left-padded row would be predicted from padding; the row alone does not
         predict it.

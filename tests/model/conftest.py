@@ -22,10 +22,14 @@ def make_model(kernel: str = "auto", *, open_gates: bool = True, **cross: object
         if parameter.ndim == 2:  # away from its small initial weights: logits worth comparing
             parameter.data.mul_(4)
     if open_gates:
-        for name, parameter in model.trainable_parameters().items():
-            if name.endswith("_gate"):
-                parameter.data.uniform_(0.5, 1.0)
+        open_gates_of(model)
     return model.eval()
+
+
+def open_gates_of(model: FlamingoModel) -> None:
+    for name, parameter in model.trainable_parameters().items():
+        if name.endswith("_gate"):
+            parameter.data.uniform_(0.5, 1.0)
 
 
 @pytest.fixture

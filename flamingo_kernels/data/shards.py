@@ -1,0 +1,125 @@
+"""Records of WebDataset tar shards and JSON-lines files, read as streams from any place."""
+
+from __future__ import annotations
+
+import glob
+import gzip
+import tarfile
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
+# Members of a tar shard that are read. Others are passed over: pickles (.pyd, .pth) among them.
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+READ_SUFFIXES = ("json", "txt", *IMAGE_SUFFIXES)
+
+
+class BrokenShardError(Exception):
+    """The rest of a shard cannot be read."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One record of a shard.
+
+    Attributes
+    ----------
+    shard : path of the file.
+    key : name of the record inside it.
+    offset, end : where it starts, and where the next one does, in bytes of the (unpacked) file.
+    fields : bytes by extension, as ``{"json": ..., "0.jpg": ...}``; a line of a JSON-lines file is
+        ``json``.
+    """
+
+    shard: str
+    key: str
+    offset: int
+    end: int
+    fields: dict[str, bytes]
+
+
+def find_shards(patterns: Sequence[str]) -> list[str]:
+    """Paths of the shards that file names and glob patterns match, sorted, each once.
+
+    Raises
+    ------
+    FileNotFoundError
+        A pattern that matches no file.
+    ValueError
+        A file that is neither a tar nor a JSON-lines file by its name.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        paths = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        if not paths:
+            raise FileNotFoundError(f"no shard matches {pattern!r}")
+        found.update(paths)
+    for path in sorted(found):
+        if not path.endswith(TAR_SUFFIXES + JSON_LINES_SUFFIXES):
+            raise ValueError(
+                f"{path} is no shard: known are {', '.join(TAR_SUFFIXES + JSON_LINES_SUFFIXES)}"
+            )
+    return sorted(found)
+
+
+def read_shard(path: str, offset: int = 0) -> Iterator[Record]:
+    """Records of a shard from the one at byte ``offset`` on.
+
+    Raises
+    ------
+    BrokenShardError
+        The file cannot be opened, is truncated or is not what its name says.
+    """
+    read = _read_tar if path.endswith(TAR_SUFFIXES) else _read_lines
+    try:
+        with _open(path) as file:
+            file.seek(offset)
+            yield from read(path, file)
+    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        raise BrokenShardError(f"{path}: {error}") from error
+
+
+def _open(path: str) -> BinaryIO:
+    return gzip.open(path, "rb") if path.endswith(("gz", "tgz")) else open(path, "rb")
+
+
+def _read_lines(path: str, file: BinaryIO) -> Iterator[Record]:
+    offset = file.tell()
+    for line in file:
+        end = offset + len(line)
+        if line.strip():
+            yield Record(path, f"byte {offset}", offset, end, {"json": line})
+        offset = end
+
+
+def _read_tar(path: str, file: BinaryIO) -> Iterator[Record]:
+    """Members whose names agree up to the first dot of the file name are one record."""
+    start = key = None
+    fields: dict[str, bytes] = {}
+    with tarfile.open(fileobj=file, mode="r:") as archive:
+        while (member := archive.next()) is not None:
+            archive.members = []  # tarfile would keep every header
+            if not member.isfile():
+                continue
+            folder, _, name = member.name.rpartition("/")
+            stem, _, extension = name.partition(".")
+            if not stem:
+                continue
+            if key != (folder, stem):
+                if key is not None:
+                    yield Record(path, "/".join(key).lstrip("/"), start, member.offset, fields)
+                start, key, fields = member.offset, (folder, stem), {}
+            extension = extension.lower()
+            if extension.rpartition(".")[2] in READ_SUFFIXES:
+                fields[extension] = archive.extractfile(member).read()
+        end = archive.offset
+    if key is not None:
+        yield Record(path, "/".join(key).lstrip("/"), start, end, fields)
+    # tarfile takes a damaged header for the end of the archive, which is a block of zeros.
+    file.seek(end)
+    if (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+        raise tarfile.ReadError(f"damaged header at byte {end}: {block[:16]!r}")

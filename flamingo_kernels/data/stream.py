@@ -1,0 +1,283 @@
+"""Endless shuffled samples and batches of a dataset, resumable to the sample."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from flamingo_kernels.data.formats import BROKEN_SHARD, SkipRecordError
+from flamingo_kernels.data.samples import Sample, collate, log_first
+from flamingo_kernels.data.shards import BrokenShardError, Record, read_shard
+
+Builder = Callable[[Record, np.random.Generator, Counter], Sample]
+
+
+class SampleStream:
+    """Samples of one reader's share of the shards, epoch after epoch.
+
+    Each epoch visits the shards in another order and every record of them once. All that is random
+    is drawn from the seed and a position, so that the position is the whole state: records that
+    wait in the shuffle buffer are named by shard and byte, and read again on resuming.
+
+    Parameters
+    ----------
+    shards : paths, the same for every reader.
+    build : record -> sample, as ``data.samples.SampleBuilder``.
+    seed : of all draws.
+    shuffle : records in the buffer that the next one is drawn from; 1 keeps the order of a shard.
+    part, parts : this reader's number and how many there are (ranks x workers).
+
+    Raises
+    ------
+    ValueError
+        Fewer shards than readers; or, from ``next``, an epoch without a usable sample.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[str],
+        build: Builder,
+        *,
+        seed: int = 0,
+        shuffle: int = 1000,
+        part: int = 0,
+        parts: int = 1,
+    ) -> None:
+        if len(shards) < parts:
+            raise ValueError(
+                f"{len(shards)} shard(s) for {parts} readers (ranks x workers), which get disjoint "
+                "ones: write more shards or use fewer workers"
+            )
+        self.shards = list(shards)
+        self.build = build
+        self.seed = seed
+        self.shuffle = max(1, shuffle)
+        self.part, self.parts = part, parts
+        self.skipped: Counter[str] = Counter()
+        self._epoch = self._position = self._offset = 0  # of the next record to read
+        self._draws = self._made = 0  # of this run, of this epoch
+        self._ordered: tuple[int, list[int]] = (-1, [])  # epoch, and its shards
+        self._buffer: list[tuple[int, Record]] = []
+        self._reader: Iterator[Record] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, of JSON types."""
+        return {
+            "epoch": self._epoch,
+            "position": self._position,
+            "offset": self._offset,
+            "draws": self._draws,
+            "made": self._made,
+            "buffer": [[shard, record.offset] for shard, record in self._buffer],
+            "skipped": dict(self.skipped),
+            "readers": [self.part, self.parts],
+            "shards": len(self.shards),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken.
+
+        Raises
+        ------
+        ValueError
+            The state is of another number of readers or shards, or a waiting record is gone.
+        """
+        for name, found in (("readers", [self.part, self.parts]), ("shards", len(self.shards))):
+            if state[name] != found:
+                raise ValueError(f"the position was saved with {name} {state[name]}, now {found}")
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._offset = state["offset"]
+        self._draws, self._made = state["draws"], state["made"]
+        self.skipped = Counter(state["skipped"])
+        self._reader = None
+        self._buffer = [(shard, self._read_at(shard, at)) for shard, at in state["buffer"]]
+
+    def _read_at(self, shard: int, offset: int) -> Record:
+        try:
+            record = next(read_shard(self.shards[shard], offset))
+        except (BrokenShardError, StopIteration) as error:
+            raise ValueError(
+                f"{self.shards[shard]} has no record at byte {offset} any more: the data has "
+                "changed since the checkpoint"
+            ) from error
+        return record
+
+    def __iter__(self) -> SampleStream:
+        return self
+
+    def __next__(self) -> Sample:
+        while True:
+            while len(self._buffer) < self.shuffle and (found := self._read()) is not None:
+                self._buffer.append(found)
+            if not self._buffer:
+                self._next_epoch()
+                continue
+            draw = np.random.default_rng([self.seed, self.part, self._draws])
+            self._draws += 1
+            place = int(draw.integers(len(self._buffer)))
+            self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
+            shard, record = self._buffer.pop()
+            generator = np.random.default_rng([self.seed, self._epoch, shard, record.offset])
+            try:
+                sample = self.build(record, generator, self.skipped)
+            except SkipRecordError as error:
+                log_first(self.skipped, error.reason, str(error))
+                continue
+            self._made += 1
+            return sample
+
+    def _next_epoch(self) -> None:
+        if not self._made:
+            raise ValueError(
+                f"no usable sample in a whole epoch of {len(self._order())} shard(s), first "
+                f"{self.shards[self._order()[0]]}; skipped: {dict(self.skipped) or 'nothing'}"
+            )
+        self._epoch += 1
+        self._position = self._offset = self._made = 0
+
+    def _order(self) -> list[int]:
+        """This reader's shards in this epoch."""
+        if self._ordered[0] != self._epoch:
+            order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self.shards))
+            self._ordered = (self._epoch, order[self.part :: self.parts].tolist())
+        return self._ordered[1]
+
+    def _read(self) -> tuple[int, Record] | None:
+        """The next record of the epoch, None after the last."""
+        order = self._order()
+        while self._position < len(order):
+            shard = order[self._position]
+            if self._reader is None:
+                self._reader = read_shard(self.shards[shard], self._offset)
+            try:
+                record = next(self._reader, None)
+            except BrokenShardError as error:
+                log_first(self.skipped, BROKEN_SHARD, str(error))
+                record = None
+            if record is not None:
+                self._offset = record.end
+                return shard, record
+            self._reader = None
+            self._position += 1
+            self._offset = 0
+        return None
+
+
+@dataclass(frozen=True)
+class _Batches(IterableDataset):
+    """What a worker runs: batches, each with the worker's number and its state after it."""
+
+    make: Callable[[int, int], SampleStream]
+    batch_size: int
+    pad_token_id: int
+    first_part: int
+    parts: int
+    workers: int
+    first_worker: int
+    states: tuple[dict[str, Any] | None, ...]
+
+    def __iter__(self) -> Iterator[tuple[dict[str, Any], list[str], int, dict[str, Any]]]:
+        info = get_worker_info()
+        # A DataLoader begins with its worker 0: that one takes the place of the next in turn.
+        worker = (self.first_worker + (info.id if info else 0)) % self.workers
+        stream = self.make(self.first_part + worker, self.parts)
+        if self.states[worker] is not None:
+            stream.load_state_dict(self.states[worker])
+        while True:
+            samples = [next(stream) for _ in range(self.batch_size)]
+            keys = [sample.key for sample in samples]
+            yield collate(samples, self.pad_token_id), keys, worker, stream.state_dict()
+
+
+class BatchLoader:
+    """Collated batches of a dataset, prepared by worker processes where asked for.
+
+    Parameters
+    ----------
+    make : (part, parts) -> SampleStream.
+    batch_size : rows of a batch.
+    pad_token_id : fills short rows.
+    rank, world_size : of this process; every reader of every rank gets its own shards.
+    workers : processes; 0 prepares batches in this one.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[int, int], SampleStream],
+        batch_size: int,
+        pad_token_id: int,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+    ) -> None:
+        self.make = make
+        self.batch_size = batch_size
+        self.pad_token_id = pad_token_id
+        self.rank, self.world_size, self.workers = rank, world_size, workers
+        self.keys: list[str] = []  # of the last batch
+        self._states: list[dict[str, Any] | None] = [None] * max(1, workers)
+        self._next_worker = 0
+        self._batches: Iterator[Any] | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last batch that was returned, of JSON types."""
+        return {"next_worker": self._next_worker, "workers": list(self._states)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue there; ValueError for a state of another number of workers."""
+        if len(state["workers"]) != len(self._states):
+            raise ValueError(
+                f"the position was saved with {len(state['workers'])} worker(s), now "
+                f"{len(self._states)}"
+            )
+        self._states, self._next_worker = list(state["workers"]), state["next_worker"]
+        self._batches = None
+
+    @property
+    def skipped(self) -> Counter[str]:
+        """How many shards, records and images were skipped so far, by reason."""
+        states = [state for state in self._states if state is not None]
+        return sum((Counter(state["skipped"]) for state in states), Counter())
+
+    def __iter__(self) -> BatchLoader:
+        return self
+
+    def __next__(self) -> dict[str, Tensor | list[str]]:
+        if self._batches is None:
+            count = len(self._states)
+            batches = _Batches(
+                self.make,
+                self.batch_size,
+                self.pad_token_id,
+                self.rank * count,
+                self.world_size * count,
+                count,
+                self._next_worker,
+                tuple(self._states),
+            )
+            # With a generator of its own a DataLoader leaves the global random state alone.
+            self._batches = iter(
+                DataLoader(
+                    batches,
+                    batch_size=None,
+                    num_workers=self.workers,
+                    collate_fn=_unchanged,
+                    generator=torch.Generator().manual_seed(0),
+                )
+            )
+        batch, self.keys, worker, state = next(self._batches)
+        self._states[worker] = state
+        self._next_worker = (worker + 1) % len(self._states)
+        return batch
+
+
+def _unchanged(value: Any) -> Any:
+    return value

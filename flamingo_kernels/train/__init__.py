@@ -1,0 +1,6 @@
+"""Training: configuration, recipe, checkpoints of the trainable tensors, the loop."""
+
+from flamingo_kernels.train.config import TrainConfig
+from flamingo_kernels.train.loop import Trainer, TrainingError
+
+__all__ = ["TrainConfig", "Trainer", "TrainingError"]

@@ -1,0 +1,229 @@
+"""The configuration of a training run, from YAML; every error names the key and its value."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from flamingo_kernels.data.formats import PARSERS
+from flamingo_kernels.data.images import FITS
+from flamingo_kernels.fields import check_positive, check_types
+
+COMPUTE_DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """What to train: ``config`` (a name, or a JSON file) or ``pretrained`` (a folder).
+
+    ``language_model``, ``vision_encoder`` and ``tokenizer`` are folders of transformers' files.
+    ``compute``: dtype of activations, gradients and frozen parts; masters are always float32.
+    """
+
+    config: str | None = None
+    pretrained: str | None = None
+    language_model: str | None = None
+    vision_encoder: str | None = None
+    tokenizer: str | None = None
+    kernel: str = "auto"
+    compute: str = "float32"
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _one_of(self, "compute", COMPUTE_DTYPES)
+        given = [self.config, self.pretrained, self.language_model]
+        if given == [None, None, None]:
+            raise ValueError("ModelSection.config is missing: or give pretrained or language_model")
+        if self.config is not None and self.pretrained is not None:
+            raise ValueError("ModelSection.pretrained has a config of its own: leave config out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSection:
+    """One dataset; see ``data.samples.SampleBuilder`` for the options of its samples.
+
+    ``weight`` is the lambda of its loss (1.0 for M3W, 0.2 for image-text pairs, 0.03 for video).
+    ``loss_before_first_image=False`` leaves such text out of the loss, as OpenFlamingo does.
+    """
+
+    name: str
+    kind: str
+    shards: tuple[str, ...]
+    batch_size: int
+    weight: float = 1.0
+    max_tokens: int = 256
+    max_images: int = 5
+    p_next: float = 0.5
+    frames: int = 8
+    leading_space: float = 0.5
+    image_root: str | None = None
+    fit: str = "pad"
+    flip: float = 0.5
+    colour: float = 0.1
+    shuffle: int = 1000
+    workers: int = 0
+    loss_before_first_image: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        _one_of(self, "kind", tuple(PARSERS))
+        _one_of(self, "fit", FITS)
+        check_positive(
+            self, "batch_size", "weight", "max_tokens", "max_images", "frames", "shuffle"
+        )
+        for name in ("p_next", "leading_space", "flip", "colour"):
+            _in_range(self, name, 0, 1)
+        _in_range(self, "workers", 0, None)
+        if not self.shards:
+            raise ValueError("DatasetSection.shards is empty; give file names or glob patterns")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """AdamW; the defaults are the paper's (appendix B.1.2), which gives no betas and no eps.
+
+    The learning rate grows linearly to ``lr`` over ``warmup_steps`` and stays. Gradients are
+    clipped to a global norm of ``clip``. The resampler has no weight decay.
+    """
+
+    lr: float = 1e-4
+    warmup_steps: int = 5000
+    weight_decay: float = 0.1
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "lr", "eps", "clip")
+        _in_range(self, "warmup_steps", 0, None)
+        _in_range(self, "weight_decay", 0, None)
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(
+                f"OptimizerSection.betas must be two numbers in [0, 1), got {list(self.betas)}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. ``output`` gets ``log.jsonl`` and the checkpoints ``step_00001000`` ..."""
+
+    model: ModelSection
+    datasets: tuple[DatasetSection, ...]
+    steps: int
+    output: str
+    optimizer: OptimizerSection = dataclasses.field(default_factory=OptimizerSection)
+    seed: int = 0
+    log_every: int = 10
+    save_every: int = 1000
+    keep: int = 3
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "steps", "log_every", "save_every", "keep")
+        _in_range(self, "seed", 0, None)
+        names = [dataset.name for dataset in self.datasets]
+        if not names:
+            raise ValueError("TrainConfig.datasets is empty; training needs at least one")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"TrainConfig.datasets: name {repeated[0]!r} is given twice")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """From nested dicts and lists; ValueError naming the key and value that are wrong."""
+        values = dict(_mapping(values, "the configuration"))
+        datasets = values.get("datasets", ())
+        if not isinstance(datasets, (list, tuple)):
+            raise ValueError(f"datasets must be a list, got {datasets!r}")
+        if "model" in values:
+            values["model"] = _build(ModelSection, values["model"], "model")
+        if "optimizer" in values:
+            values["optimizer"] = _build(OptimizerSection, values["optimizer"], "optimizer")
+        values["datasets"] = tuple(
+            _build(DatasetSection, section, f"datasets[{i}]") for i, section in enumerate(datasets)
+        )
+        return _build(cls, values, "")
+
+    @classmethod
+    def from_yaml(cls, path: str | PathLike) -> TrainConfig:
+        """From a YAML file; relative paths in it are relative to the working directory.
+
+        Raises
+        ------
+        FileNotFoundError, ImportError
+            No such file, or no PyYAML.
+        ValueError
+            The file is not YAML, or a key or value is wrong; the message names it.
+        """
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(
+                'a training configuration needs PyYAML: pip install "flamingo_kernels[train]"'
+            ) from error
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        try:
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+
+
+def _mapping(values: Any, where: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must hold keys and values, got {values!r}")
+    return values
+
+
+def _build(section: type, values: Any, where: str) -> Any:
+    if isinstance(values, section):
+        return values
+    prefix = f"{where}." if where else ""
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    arguments = {}
+    for key, value in _mapping(values, where).items():
+        if key not in fields:
+            raise ValueError(
+                f"{prefix}{key}: unknown key, given {value!r}; known: {', '.join(fields)}"
+            )
+        if isinstance(value, list):
+            value = tuple(value)
+        elif fields[key].type == "float" and isinstance(value, str):
+            value = _number(value)  # YAML 1.1 reads 1e-4 as text
+        arguments[key] = value
+    for name, field in fields.items():
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and name not in arguments:
+            raise ValueError(f"{prefix}{name} is missing")
+    try:
+        return section(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(str(error).replace(f"{section.__name__}.", prefix, 1)) from None
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in known:
+        raise ValueError(
+            f"{type(config).__name__}.{name}: unknown {value!r}; known: {', '.join(known)}"
+        )
+
+
+def _in_range(config: Any, name: str, low: float, high: float | None) -> None:
+    value = getattr(config, name)
+    if value < low or (high is not None and value > high):
+        allowed = f"at least {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {value}")

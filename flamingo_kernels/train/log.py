@@ -1,0 +1,85 @@
+"""What a run reports: JSON lines, TensorBoard where it is installed, and a progress line."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+LOG_FILE = "log.jsonl"
+
+
+class RunLog:
+    """Appends to ``log.jsonl`` in ``output``, less the lines after ``step`` of a run that died."""
+
+    def __init__(self, output: Path, step: int, total: int) -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        self.total = total
+        path = output / LOG_FILE
+        kept = [line for line in _lines(path) if _step_of(line) <= step]
+        temporary = output / f".{LOG_FILE}.incomplete"
+        temporary.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(temporary, path)
+        self._file = path.open("a")
+        self._tensorboard = _tensorboard(output, step)
+
+    def write(self, values: dict[str, Any]) -> None:
+        """One line; numbers in it, nested ones too, become scalars of TensorBoard."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for name, value in _scalars("", values):
+                self._tensorboard.add_scalar(name, value, values["step"])
+        self._progress(values)
+
+    def close(self) -> None:
+        """End the progress line and close the files."""
+        if sys.stderr.isatty():
+            print(file=sys.stderr)
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+    def _progress(self, values: dict[str, Any]) -> None:
+        losses = "  ".join(f"{name} {loss:.4f}" for name, loss in values["losses"].items())
+        line = (
+            f"step {values['step']}/{self.total}  loss {values['loss']:.4f} ({losses})  "
+            f"{values['tokens_per_second']:.0f} tokens/s"
+        )
+        if skipped := sum(values["skipped"].values()):
+            line += f"  {skipped} skipped"
+        interactive = sys.stderr.isatty()
+        start, end = ("\r\033[K", "") if interactive else ("", "\n")
+        print(start + line, end=end, file=sys.stderr, flush=True)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def _step_of(line: str) -> float:
+    """Step of a line; infinity for one that was cut off."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+def _scalars(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:
+    found = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found += _scalars(f"{prefix}{name}/", value)
+        elif isinstance(value, (int, float)) and f"{prefix}{name}" != "step":
+            found.append((f"{prefix}{name}", value))
+    return found
+
+
+def _tensorboard(output: Path, step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)

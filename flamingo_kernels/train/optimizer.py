@@ -1,0 +1,98 @@
+"""AdamW over float32 masters of the trainable parameters, in the paper's two groups."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels.train.config import OptimizerSection
+
+RESAMPLER = "perceiver."
+
+
+class MasterWeights:
+    """Float32 parameters that are optimised, and the model's own, which compute.
+
+    For float32 compute they are the same objects. For bfloat16 the model's parameters become
+    bfloat16 copies: activations and their gradients are narrow, sums of gradients and updates are
+    not (Flamingo, appendix B.1.2).
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], compute: torch.dtype) -> None:
+        self.computing = parameters
+        self.parameters = parameters
+        self.shared = all(p.dtype == compute == torch.float32 for p in parameters.values())
+        if self.shared:
+            return
+        self.parameters = {
+            name: nn.Parameter(parameter.detach().to(torch.float32, copy=True))
+            for name, parameter in parameters.items()
+        }
+        for parameter in parameters.values():
+            parameter.data = parameter.data.to(compute)
+
+    def collect_gradients(self) -> None:
+        """Add the model's gradients to the masters' and release them."""
+        if self.shared:
+            return
+        for name, parameter in self.computing.items():
+            if parameter.grad is None:
+                continue
+            master = self.parameters[name]
+            wide = parameter.grad.to(torch.float32)
+            master.grad = wide if master.grad is None else master.grad.add_(wide)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Give the model the masters' values."""
+        if not self.shared:
+            for name, parameter in self.computing.items():
+                parameter.copy_(self.parameters[name])
+
+    @torch.no_grad()
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Set the masters, which must be all of these names and shapes, and publish them.
+
+        Raises
+        ------
+        ValueError
+            Other names or shapes.
+        """
+        different = set(tensors) ^ set(self.parameters)
+        different |= {
+            name
+            for name in set(tensors) & set(self.parameters)
+            if tensors[name].shape != self.parameters[name].shape
+        }
+        if different:
+            raise ValueError(
+                f"{len(different)} trainable tensor(s) are not those of this model, such as "
+                f"{min(different)}"
+            )
+        for name, tensor in tensors.items():
+            self.parameters[name].copy_(tensor)
+        self.publish()
+
+
+def build_optimizer(
+    parameters: dict[str, nn.Parameter], section: OptimizerSection
+) -> torch.optim.AdamW:
+    """AdamW with weight decay on all but the resampler (appendix B.1.2)."""
+    resampler = [p for name, p in parameters.items() if name.startswith(RESAMPLER)]
+    others = [p for name, p in parameters.items() if not name.startswith(RESAMPLER)]
+    groups = [
+        {"params": resampler, "weight_decay": 0.0},
+        {"params": others, "weight_decay": section.weight_decay},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=section.lr,
+        betas=tuple(section.betas),
+        eps=section.eps,
+    )
+
+
+def learning_rate(section: OptimizerSection, step: int) -> float:
+    """Rate of update ``step``, counted from 1: linear to ``lr`` over the warm-up, then constant."""
+    return section.lr * min(1.0, step / max(1, section.warmup_steps))

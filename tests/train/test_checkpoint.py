@@ -1,0 +1,177 @@
+"""Training checkpoints: size, atomicity, refusal, and exact continuation."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flamingo_kernels import FlamingoModel
+from flamingo_kernels.cli import main
+from flamingo_kernels.train import checkpoint
+from flamingo_kernels.train.log import LOG_FILE
+from tests.train.conftest import make_trainer
+
+yaml = pytest.importorskip("yaml")
+ROOT = Path(__file__).resolve().parents[2]
+TIMES = ("tokens_per_second", "images_per_second")
+
+
+def logged(output: str | Path) -> list[dict]:
+    lines = [json.loads(line) for line in (Path(output) / LOG_FILE).read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def write_config(values: dict, path: Path, **changes: object) -> Path:
+    path.write_text(yaml.safe_dump({**values, **changes}))
+    return path
+
+
+def command(config: Path) -> list[str]:
+    return [sys.executable, "-m", "flamingo_kernels", "train", str(config)]
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_checkpoint_holds_the_trainable_tensors_alone(compute: str, values) -> None:
+    values["model"]["compute"] = compute
+    trainer = make_trainer(values)
+    trainer.step()
+    folder = trainer.save()
+    trainable = sum(4 * p.numel() for p in trainer.masters.parameters.values())
+    size = (folder / "model.safetensors").stat().st_size
+    # The header names every tensor; a tiny model is hardly larger than that.
+    tensors = load_file(folder / "model.safetensors")
+    assert sum(t.nbytes for t in tensors.values()) == trainable
+    header = size - trainable
+    assert header < 150 * len(tensors) + 4096
+    moments = load_file(folder / "optimizer.safetensors")
+    assert sum(t.nbytes for t in moments.values()) < 2.1 * trainable
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
+    base = make_trainer(values).model
+    loaded = FlamingoModel.from_pretrained(
+        folder, vision_encoder=base.vision_encoder, language_model=base.language_model
+    )
+    for name, parameter in loaded.trainable_parameters().items():
+        assert torch.equal(parameter, trainer.masters.parameters[name])
+
+
+def test_only_the_newest_are_kept_and_incomplete_ones_are_no_checkpoints(values) -> None:
+    trainer = make_trainer({**values, "steps": 9, "save_every": 2, "keep": 2})
+    trainer.output.mkdir()
+    for leftover in (".step_00000002.incomplete", ".step_00000001.removed", "step_00000099"):
+        (trainer.output / leftover).mkdir()  # as left by a kill, but for the last
+    trainer.run()
+    names = [path.name for path in checkpoint.list_checkpoints(trainer.output)]
+    assert names == ["step_00000008", "step_00000009"]
+    assert not list(trainer.output.glob(".step*"))
+    again = make_trainer({**values, "steps": 9})
+    assert again.resume() and again.step_number == 9
+
+
+@pytest.mark.parametrize("where", ["model", "optimizer", "state", "rename"])
+def test_a_full_disk_leaves_the_previous_checkpoint_good(where: str, values, monkeypatch) -> None:
+    trainer = make_trainer(values)
+    trainer.step()
+    good = trainer.save()
+    files = {path.name: path.read_bytes() for path in good.iterdir()}
+    trainer.step()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    target = {
+        "model": (checkpoint.weights, "save_file"),
+        "optimizer": (checkpoint, "save_file"),
+        "state": (checkpoint.Path, "write_text"),
+        "rename": (checkpoint.os, "fsync"),
+    }[where]
+    monkeypatch.setattr(*target, full)
+    with pytest.raises(OSError, match=rf"cannot write .*step_00000002: .*No space.*is {good}"):
+        trainer.save()
+    monkeypatch.undo()
+    assert [path.name for path in trainer.output.iterdir()] == [good.name]
+    assert {path.name: path.read_bytes() for path in good.iterdir()} == files
+    trainer.save()
+
+
+def test_another_base_model_is_refused(values) -> None:
+    trainer = make_trainer(values)
+    trainer.step()
+    trainer.save()
+    other = make_trainer(values)
+    with torch.no_grad():
+        next(other.model.language_model.parameters()).view(-1)[5] += 1e-3
+    other.base_model = checkpoint.fingerprints(other.model)
+    with pytest.raises(ValueError, match="was trained on another language_model: resume with"):
+        other.resume()
+    with pytest.raises(ValueError, match="another vision_encoder and another language_model"):
+        make_trainer(values, model_seed=1).resume()
+    values["datasets"] = values["datasets"][:1]
+    with pytest.raises(ValueError, match=r"trained on the datasets \['pages', 'pairs'\], the conf"):
+        make_trainer(values).resume()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+def test_damaged_checkpoints_are_refused(name: str, values) -> None:
+    trainer = make_trainer(values)
+    trainer.step()
+    file = trainer.save() / name
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*step_00000001: "):
+        make_trainer(values).resume()
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_resumed_in_process_it_continues_bit_for_bit(compute: str, values) -> None:
+    values["model"]["compute"] = compute
+    whole = make_trainer({**values, "steps": 6, "save_every": 3})
+    whole.run()
+    expected = logged(whole.output)
+    part = {**values, "steps": 6, "save_every": 3, "output": values["output"] + "2"}
+    make_trainer({**part, "steps": 4}).run()
+    # As if it had died after step 5, before the next checkpoint: 4 is the last one.
+    with (Path(part["output"]) / LOG_FILE).open("a") as file:
+        file.write('{"step": 5, "loss": 0}\n{"step": 6, "lo')
+    resumed = make_trainer(part)
+    assert resumed.resume() and resumed.step_number == 4
+    resumed.run()
+    assert logged(part["output"]) == expected
+
+
+@pytest.mark.slow
+def test_killed_twice_and_resumed_gives_the_same_bits(values, tmp_path) -> None:
+    """Before the first checkpoint and after it, wherever the signal happens to meet the process."""
+    values |= {"steps": 20, "save_every": 4, "keep": 1}
+    whole = write_config(values, tmp_path / "whole.yaml", output=str(tmp_path / "whole"))
+    assert main(["train", str(whole)]) == 0
+    config = write_config(values, tmp_path / "killed.yaml", output=str(tmp_path / "killed"))
+    log = tmp_path / "killed" / LOG_FILE
+    for after in (2, 6):
+        child = subprocess.Popen(command(config), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        while child.poll() is None and not (log.exists() and log.read_text().count("\n") >= after):
+            time.sleep(0.002)
+        child.kill()
+        message = child.communicate()[1]
+        assert child.returncode == -signal.SIGKILL, message
+    done = subprocess.run(command(config), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "continuing after step" in done.stderr
+    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
+    first, second = (tmp_path / run / "step_00000020" for run in ("whole", "killed"))
+    assert (first / "state.json").read_bytes() == (second / "state.json").read_bytes()
+    for name in ("model.safetensors", "optimizer.safetensors"):
+        expected, found = load_file(first / name), load_file(second / name)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items()), name

@@ -1,0 +1,162 @@
+"""One update: what is accumulated, clipped, decayed, and what stays untouched."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from flamingo_kernels.train import TrainingError
+from flamingo_kernels.train.checkpoint import list_checkpoints
+from flamingo_kernels.train.config import OptimizerSection
+from flamingo_kernels.train.optimizer import build_optimizer, learning_rate
+from tests.budgets import assert_close_to_reference, unit
+from tests.data.shard_files import write_lines
+from tests.model.conftest import TINY, open_gates_of
+from tests.train.conftest import make_trainer
+
+
+def test_gradients_are_the_weighted_sum_over_datasets(values) -> None:
+    values["optimizer"]["clip"] = 1e9
+    trainer = make_trainer(values)
+    open_gates_of(trainer.model)
+    alone = copy.deepcopy(trainer.model)
+    batches = {name: next(loader) for name, loader in make_trainer(values).loaders.items()}
+    report = trainer.step()
+    losses = {name: alone(**batch).loss for name, batch in batches.items()}
+    total = losses["pages"] + 0.2 * losses["pairs"]
+    total.backward()
+    assert report["losses"] == {name: loss.item() for name, loss in losses.items()}
+    assert report["loss"] == pytest.approx(total.item(), rel=unit(torch.float32))
+    wanted = alone.trainable_parameters()
+    magnitude = max(p.grad.abs().max().item() for p in wanted.values())
+    for name, parameter in trainer.model.trainable_parameters().items():
+        assert_close_to_reference(
+            parameter.grad, wanted[name].grad, torch.float32, name, terms=magnitude
+        )
+
+
+def test_gradients_are_clipped_to_a_global_norm(values) -> None:
+    values["optimizer"]["clip"] = 1e-3
+    trainer = make_trainer(values)
+    report = trainer.step()
+    gradients = [p.grad.norm() for p in trainer.masters.parameters.values() if p.grad is not None]
+    assert report["gradient_norm"] > 1e-3
+    assert torch.stack(gradients).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_weight_decay_spares_the_resampler(values) -> None:
+    """With zero gradients an update is the decay alone: lr x 0.1 of each value."""
+    trainer = make_trainer(values)
+    parameters = trainer.masters.parameters
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    build_optimizer(parameters, OptimizerSection(lr=0.5)).step()
+    for name, parameter in parameters.items():
+        factor = 1.0 if name.startswith("perceiver.") else 1 - 0.5 * 0.1
+        assert torch.allclose(parameter, before[name] * factor, rtol=4 * unit(torch.float32)), name
+    assert not torch.equal(before["gated_cross_attn_layers.0.attn.to_q.weight"], torch.zeros(1))
+
+
+def test_learning_rate_warms_up_and_stays() -> None:
+    section = OptimizerSection(lr=1.0, warmup_steps=4)
+    assert [learning_rate(section, s) for s in (1, 2, 4, 5, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert learning_rate(OptimizerSection(lr=1.0, warmup_steps=0), 1) == 1.0
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_frozen_parts_hold_nothing_and_never_change(compute: str, values) -> None:
+    values["model"]["compute"] = compute
+    trainer = make_trainer(values)
+    trainable = trainer.model.trainable_parameters()
+    frozen = {n: p for n, p in trainer.model.named_parameters() if n not in trainable}
+    before = {name: p.clone() for name, p in frozen.items()}
+    for _ in range(2):
+        trainer.step()
+    optimised = {id(p) for p in trainer.optimizer.state}
+    optimised |= {id(p) for g in trainer.optimizer.param_groups for p in g["params"]}
+    for name, parameter in frozen.items():
+        assert parameter.grad is None and id(parameter) not in optimised
+        assert torch.equal(parameter, before[name]) and parameter.dtype == getattr(torch, compute)
+    assert optimised == {id(p) for p in trainer.masters.parameters.values()}
+
+
+def test_bfloat16_computes_over_float32_masters(values) -> None:
+    """Updates too small for bfloat16 are not lost: they add up in the masters."""
+    values["model"]["compute"] = "bfloat16"
+    values["optimizer"] = {"lr": 1e-5, "warmup_steps": 0, "weight_decay": 0}
+    trainer = make_trainer(values)
+    open_gates_of(trainer.model)
+    name = "gated_cross_attn_layers.0.attn.to_q.weight"
+    master, computing = trainer.masters.parameters[name], trainer.masters.computing[name]
+    assert master.dtype == torch.float32 and computing.dtype == torch.bfloat16
+    started = master.detach().clone()
+    for _ in range(3):
+        trainer.step()
+    assert computing.grad is None and master.grad.dtype == torch.float32
+    moved = (master - started).abs()
+    assert (moved > 0).float().mean() > 0.9 and moved.max() < 1e-4
+    assert torch.equal(computing, master.to(torch.bfloat16))
+    state = trainer.optimizer.state[master]
+    assert state["exp_avg"].dtype == torch.float32
+
+
+def test_training_learns_and_checkpointing_activations_changes_no_bit(values) -> None:
+    values["steps"] = 12
+    plain = make_trainer(values)
+    losses = [plain.step()["loss"] for _ in range(12)]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+    values["model"]["activation_checkpointing"] = True
+    again = make_trainer(values)
+    assert [again.step()["loss"] for _ in range(4)] == losses[:4]
+
+
+def test_labels_all_ignored(values) -> None:
+    """Two tokens, <BOS><image>: nothing to predict."""
+    values["datasets"] = [{**values["datasets"][1], "max_tokens": 2}]
+    report = make_trainer(values).step()
+    assert report["losses"] == {"pairs": 0.0} and report["gradient_norm"] == 0.0
+
+
+def test_loss_before_the_first_image_is_an_option(values, tmp_path) -> None:
+    page = {"texts": ["before", None, "after"], "images": [None, "0.png", None]}
+    write_lines(tmp_path / "pages.jsonl", [page])
+    values["datasets"] = [{**values["datasets"][0], "max_tokens": 50}]
+    batch = next(make_trainer(values).loaders["pages"])
+    image = batch["input_ids"][0].tolist().index(TINY.image_token_id)
+    batch["labels"][:, :image] = -100
+    values["datasets"][0]["loss_before_first_image"] = False
+    trainer = make_trainer(values)
+    expected = trainer.model(**batch).loss.item()
+    assert trainer.step()["loss"] == expected
+    values["datasets"][0]["loss_before_first_image"] = True
+    assert make_trainer(values).step()["loss"] != expected
+
+
+def test_nan_loss_stops_before_any_change(values, tmp_path) -> None:
+    trainer = make_trainer(values)
+    trainer.step()
+    saved = trainer.save()
+    parameters = trainer.model.trainable_parameters()
+    with torch.no_grad():
+        parameters["perceiver.latents"][0, 0] = float("nan")
+        parameters["gated_cross_attn_layers.0.attn_gate"].fill_(1.0)
+    before = {name: p.clone() for name, p in parameters.items()}
+    message = rf"the loss of pages is nan at step 2, samples .*pages\.jsonl: byte .*is {saved}"
+    with pytest.raises(TrainingError, match=message):
+        trainer.step()
+    assert all(torch.equal(p, before[n]) or "latents" in n for n, p in parameters.items())
+    assert list_checkpoints(trainer.output) == [saved] and trainer.step_number == 1
+
+
+def test_a_gradient_that_is_not_finite_is_named(values) -> None:
+    trainer = make_trainer(values)
+    name = "gated_cross_attn_layers.1.ff_gate"
+    trainer.model.trainable_parameters()[name].register_hook(lambda g: g * float("inf"))
+    with pytest.raises(
+        TrainingError, match=rf"gradient of {name} is not finite at step 1; no check"
+    ):
+        trainer.step()
+    assert trainer.step_number == 0 and not trainer.optimizer.state
