@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from flamingo_kernels.data.images import load_image, stack_media, to_pixel_value
 from flamingo_kernels.language import ByteTokenizer
 
 MARKER = "<image>"
+LONGEST_REASON = 300  # transformers lists all architectures that it knows
 
 
 def run(
@@ -117,7 +119,8 @@ def _load(auto_class: Any, what: str, path: Path, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, **options)
     except Exception as error:  # broken files raise what their parsers raise
-        raise ValueError(f"cannot load {what} from {path}: {error}") from error
+        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
+        raise ValueError(f"cannot load {what} from {path}: {reason}") from error
 
 
 def _progress(text: str) -> None:
