@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from flamingo_kernels.data.samples import TextEncoding
 from flamingo_kernels.language import ByteTokenizer
 
 MARKER = "<image>"
+LONGEST_REASON = 300  # transformers lists all architectures that it knows
 
 
 def text_coding(path: Path, config: FlamingoConfig) -> tuple[Any, Any]:
@@ -91,7 +93,8 @@ def _load(auto_class: Any, what: str, path: Path, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(path, **options)
     except Exception as error:  # broken files raise what their parsers raise
-        raise ValueError(f"cannot load {what} from {path}: {error}") from error
+        reason = textwrap.shorten(str(error), LONGEST_REASON, placeholder=" ...")
+        raise ValueError(f"cannot load {what} from {path}: {reason}") from error
 
 
 def _folder(path: Path) -> Path:
