@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.cases import SWEEPS
+from benchmarks.cases import CASES, SWEEPS
 from benchmarks.results import Record
 
 _AXIS = {  # sweep -> (name, value of a shape)
@@ -69,7 +69,8 @@ def _colours(peers: Iterable[str]) -> dict[str, Any]:
 
 def _listed(records: list[Record]) -> list[Record]:
     """Without the cases that are only points of a scaling plot, unless there is nothing else."""
-    return [r for r in records if not r["sweeps"]] or records
+    only_points = {case.key for case in CASES if case.only_in_sweeps}
+    return [r for r in records if r["case"] not in only_points] or records
 
 
 def _speed_up(records: list[Record], phase: str) -> Any:
