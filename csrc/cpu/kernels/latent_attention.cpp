@@ -158,6 +158,10 @@ template <typename T, typename Real> struct Latents {
                 queries.key_gradients(keys, d_k, d_v, r > 0);
             }
             first_block = false;
+            if (p.latents == 0) {
+                clear(d_k, count * padded_dim);
+                clear(d_v, count * padded_dim);
+            }
             const Rows<T> k_rows = rows_of<T>(to_k, item, key, head);
             const Rows<T> v_rows = rows_of<T>(to_v, item, key, head);
             for (int64_t i = 0; i < count; ++i) {

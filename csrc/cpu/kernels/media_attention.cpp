@@ -315,6 +315,10 @@ template <typename T, typename Real> struct Media {
                 first_rows = false;
             }
         }
+        if (first_rows) { // no heads
+            clear(s.d_k, p.latents * padded_dim);
+            clear(s.d_v, p.latents * padded_dim);
+        }
         if (share) {
             memcpy(share, s.d_k, size_t(p.latents * padded_dim) * sizeof(Real));
             memcpy(share + p.latents * padded_dim, s.d_v,
