@@ -43,7 +43,9 @@ def test_gradients_are_clipped_to_a_global_norm(values) -> None:
     report = trainer.step()
     gradients = [p.grad.norm() for p in trainer.masters.parameters.values() if p.grad is not None]
     assert report["gradient_norm"] > 1e-3
-    assert torch.stack(gradients).norm().item() == pytest.approx(1e-3, rel=1e-3)
+    before = torch.tensor(report["gradient_norm"])
+    expected = 1e-3 * before / (before + 1e-6)  # torch keeps the divisor from 0 by so much
+    assert_close_to_reference(torch.stack(gradients).norm(), expected, torch.float32)
 
 
 def test_weight_decay_spares_the_resampler(values) -> None:
@@ -56,7 +58,7 @@ def test_weight_decay_spares_the_resampler(values) -> None:
     build_optimizer(parameters, OptimizerSection(lr=0.5)).step()
     for name, parameter in parameters.items():
         factor = 1.0 if name.startswith("perceiver.") else 1 - 0.5 * 0.1
-        assert torch.allclose(parameter, before[name] * factor, rtol=4 * unit(torch.float32)), name
+        assert torch.equal(parameter, before[name] * factor), name
     assert not torch.equal(before["gated_cross_attn_layers.0.attn.to_q.weight"], torch.zeros(1))
 
 
