@@ -11,7 +11,7 @@ from hypothesis import settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from flamingo_kernels.ops import dispatch, kernel_op
+from flamingo_kernels.ops import dispatch, kernel_op, memo
 
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("repository")
@@ -36,9 +36,14 @@ def nan_filled_memory() -> Iterator[None]:
 def any_kernel_may_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For tests that run no kernel: they need neither a GPU nor the native library."""
     monkeypatch.setattr(dispatch.Capability, "reasons", lambda self, call: [])
-    dispatch._choose.cache_clear()
+    _forget_choices()
     yield
+    _forget_choices()
+
+
+def _forget_choices() -> None:
     dispatch._choose.cache_clear()
+    memo.forget()
 
 
 @pytest.fixture

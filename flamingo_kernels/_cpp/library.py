@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,21 +17,13 @@ from flamingo_kernels import env
 ABI_VERSION = 2
 
 _INSTALLED_LIBRARY = Path(__file__).with_name("libflamingo_cpu.so")
+# flamingo_execution, for the module struct: dtype, threads, instruction set.
+EXECUTION = "3i"
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 class NativeLibraryError(RuntimeError):
     """The native library cannot be used; the message is the reason."""
-
-
-class Execution(ctypes.Structure):
-    """How to run a kernel: ``flamingo_execution``."""
-
-    _fields_ = [
-        ("dtype", ctypes.c_int32),
-        ("threads", ctypes.c_int32),
-        ("instruction_set", ctypes.c_int32),
-    ]
 
 
 @dataclass(frozen=True)
@@ -91,7 +84,7 @@ def _load(path: Path) -> _Library:
     for name in ("flamingo_detected_instruction_sets", "flamingo_usable_instruction_sets"):
         getattr(handle, name).restype = ctypes.c_uint32
     handle.flamingo_multiply_add_rate.restype = ctypes.c_double
-    handle.flamingo_multiply_add_rate.argtypes = [ctypes.POINTER(Execution), ctypes.c_double]
+    handle.flamingo_multiply_add_rate.argtypes = [ctypes.c_void_p, ctypes.c_double]
 
     known = []
     while name := handle.flamingo_instruction_set_name(len(known)):
@@ -173,7 +166,7 @@ def selected_instruction_set() -> str:
 
 
 def execution(dtype: torch.dtype) -> tuple[int, int, int]:
-    """Fields of :class:`Execution`: code of ``dtype``, torch's threads, the selected set's bit."""
+    """Values of ``EXECUTION``: code of ``dtype``, torch's threads, the selected set's bit."""
     library = _library()
     return DTYPE_CODES[dtype], torch.get_num_threads(), library.usable[library.selected]
 
@@ -186,8 +179,20 @@ def _function(name: str) -> Callable[[object], int]:
     return function
 
 
-def call(name: str, params: ctypes.Structure | bytes) -> None:
-    """Call the C function ``name`` with a pointer to ``params``.
+def address(tensor: torch.Tensor | None) -> int:
+    """Where a tensor's values start; 0, the null pointer, for None."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def new_like(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor of the same shape and dtype, not filled."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def call(name: str, params: bytes) -> None:
+    """Call the C function ``name`` with a pointer to ``params``, packed by the module struct.
+
+    ctypes takes longer to fill in a structure than a decoding step takes to compute.
 
     Raises
     ------
@@ -196,8 +201,7 @@ def call(name: str, params: ctypes.Structure | bytes) -> None:
     RuntimeError
         The library rejects the arguments; the message is the library's.
     """
-    pointer = params if isinstance(params, bytes) else ctypes.byref(params)
-    status = _function(name)(pointer)
+    status = _function(name)(params)
     if status != 0:
         message = load().flamingo_status_message(status).decode()
         raise RuntimeError(f"{name}: {message} (status {status})")
@@ -209,4 +213,5 @@ def multiply_add_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
     The ceiling of what the attention kernels can do with ``torch.get_num_threads()`` threads and
     inputs of ``dtype``; takes about ``seconds``.
     """
-    return load().flamingo_multiply_add_rate(Execution(*execution(dtype)), seconds)
+    params = struct.pack(EXECUTION, *execution(dtype))
+    return load().flamingo_multiply_add_rate(params, seconds)

@@ -6,55 +6,23 @@ it. Raises ValueError for rows that :func:`row_strides` cannot describe.
 
 from __future__ import annotations
 
-import ctypes
+import struct
 
 import torch
 from torch import Tensor
 
 from flamingo_kernels._cpp import library
+from flamingo_kernels._cpp.library import address, new_like
+from flamingo_kernels.precision import accumulator
 
 ACTIVATION_CODES = {"gelu": 0, "squared_relu": 1, "relu": 2}
 
 
-class _Rows(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("inner_rows", "outer_stride", "inner_stride")),
-    ]
-
-
-class _GatedResidualParams(ctypes.Structure):
-    _fields_ = [
-        *((name, _Rows) for name in ("x", "y", "d_out")),
-        *((name, ctypes.c_void_p) for name in ("out", "d_y", "gate", "d_gate")),
-        *((name, ctypes.c_int64) for name in ("rows", "channels")),
-        ("gate_per_channel", ctypes.c_int32),
-        ("execution", library.Execution),
-    ]
-
-
-class _GatedActivationParams(ctypes.Structure):
-    _fields_ = [
-        *((name, _Rows) for name in ("x", "d_out")),
-        *((name, ctypes.c_void_p) for name in ("out", "d_x", "gate", "d_gate")),
-        *((name, ctypes.c_int64) for name in ("rows", "channels")),
-        ("activation", ctypes.c_int32),
-        ("execution", library.Execution),
-    ]
-
-
-class _LayerNormParams(ctypes.Structure):
-    _fields_ = [
-        *((name, _Rows) for name in ("x", "d_out")),
-        *((name, ctypes.c_void_p) for name in ("out", "d_x", "weight", "bias")),
-        *((name, ctypes.c_void_p) for name in ("mean", "rstd", "d_weight", "d_bias")),
-        *((name, ctypes.c_int64) for name in ("rows", "channels")),
-        ("eps", ctypes.c_double),
-        ("execution", library.Execution),
-    ]
-
-
-_ABSENT = (None, 0, 0, 0)
+_ROWS = "4q"  # flamingo_rows: an address and three int64
+_GATED_RESIDUAL_PARAMS = struct.Struct("@" + 3 * _ROWS + "4q" + "2q" + "i" + library.EXECUTION)
+_GATED_ACTIVATION_PARAMS = struct.Struct("@" + 2 * _ROWS + "4q" + "2q" + "i" + library.EXECUTION)
+_LAYER_NORM_PARAMS = struct.Struct("@" + 2 * _ROWS + "8q" + "2q" + "d" + library.EXECUTION + "4x")
+_ABSENT = (0, 0, 0, 0)
 
 
 def row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
@@ -92,14 +60,6 @@ def _rows(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
     return tensor.data_ptr(), *strides
 
 
-def _empty_like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
 def _shape(tensor: Tensor) -> tuple[int, int]:
     """Rows and channels."""
     channels = tensor.shape[-1]
@@ -108,18 +68,18 @@ def _shape(tensor: Tensor) -> tuple[int, int]:
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
     """``flamingo_gated_residual_forward``: out [..., C], contiguous; gate has 1 or C values."""
-    out = _empty_like(x)
-    params = _GatedResidualParams(
-        _rows("x", x),
-        _rows("y", y),
-        _ABSENT,
+    out = new_like(x)
+    params = _GATED_RESIDUAL_PARAMS.pack(
+        *_rows("x", x),
+        *_rows("y", y),
+        *_ABSENT,
         out.data_ptr(),
-        None,
+        0,
         gate.data_ptr(),
-        None,
+        0,
         *_shape(x),
         gate.numel() != 1,
-        library.execution(x.dtype),
+        *library.execution(x.dtype),
     )
     library.call("flamingo_gated_residual_forward", params)
     return out
@@ -127,19 +87,19 @@ def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
 
 def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     """``flamingo_gated_residual_backward``: gradients of y [..., C] and of gate."""
-    d_y = _empty_like(y)
-    d_gate = _empty_like(gate)
-    params = _GatedResidualParams(
-        _ABSENT,
-        _rows("y", y),
-        _rows("d_out", d_out),
-        None,
+    d_y = new_like(y)
+    d_gate = new_like(gate)
+    params = _GATED_RESIDUAL_PARAMS.pack(
+        *_ABSENT,
+        *_rows("y", y),
+        *_rows("d_out", d_out),
+        0,
         d_y.data_ptr(),
         gate.data_ptr(),
         d_gate.data_ptr(),
         *_shape(y),
         gate.numel() != 1,
-        library.execution(y.dtype),
+        *library.execution(y.dtype),
     )
     library.call("flamingo_gated_residual_backward", params)
     return d_y, d_gate
@@ -147,17 +107,17 @@ def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Ten
 
 def gated_activation_forward(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
     """``flamingo_gated_activation_forward``: out [..., C], contiguous; gate has one value."""
-    out = _empty_like(x)
-    params = _GatedActivationParams(
-        _rows("x", x),
-        _ABSENT,
+    out = new_like(x)
+    params = _GATED_ACTIVATION_PARAMS.pack(
+        *_rows("x", x),
+        *_ABSENT,
         out.data_ptr(),
-        None,
-        _pointer(gate),
-        None,
+        0,
+        address(gate),
+        0,
         *_shape(x),
         ACTIVATION_CODES[activation],
-        library.execution(x.dtype),
+        *library.execution(x.dtype),
     )
     library.call("flamingo_gated_activation_forward", params)
     return out
@@ -167,18 +127,18 @@ def gated_activation_backward(
     d_out: Tensor, x: Tensor, gate: Tensor | None, activation: str
 ) -> tuple[Tensor, Tensor | None]:
     """``flamingo_gated_activation_backward``: gradients of x [..., C] and of gate, if any."""
-    d_x = _empty_like(x)
-    d_gate = None if gate is None else _empty_like(gate)
-    params = _GatedActivationParams(
-        _rows("x", x),
-        _rows("d_out", d_out),
-        None,
+    d_x = new_like(x)
+    d_gate = None if gate is None else new_like(gate)
+    params = _GATED_ACTIVATION_PARAMS.pack(
+        *_rows("x", x),
+        *_rows("d_out", d_out),
+        0,
         d_x.data_ptr(),
-        _pointer(gate),
-        _pointer(d_gate),
+        address(gate),
+        address(d_gate),
         *_shape(x),
         ACTIVATION_CODES[activation],
-        library.execution(x.dtype),
+        *library.execution(x.dtype),
     )
     library.call("flamingo_gated_activation_backward", params)
     return d_x, d_gate
@@ -188,25 +148,25 @@ def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``flamingo_layer_norm_forward``: out [..., C] contiguous, mean and 1 / deviation [rows]."""
-    out = _empty_like(x)
+    out = new_like(x)
     rows, channels = _shape(x)
-    mean = torch.empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = torch.empty(rows, dtype=accumulator(x.dtype))
     rstd = torch.empty_like(mean)
-    params = _LayerNormParams(
-        _rows("x", x),
-        _ABSENT,
+    params = _LAYER_NORM_PARAMS.pack(
+        *_rows("x", x),
+        *_ABSENT,
         out.data_ptr(),
-        None,
-        _pointer(weight),
-        _pointer(bias),
+        0,
+        address(weight),
+        address(bias),
         mean.data_ptr(),
         rstd.data_ptr(),
-        None,
-        None,
+        0,
+        0,
         rows,
         channels,
         eps,
-        library.execution(x.dtype),
+        *library.execution(x.dtype),
     )
     library.call("flamingo_layer_norm_forward", params)
     return out, mean, rstd
@@ -216,25 +176,25 @@ def layer_norm_backward(
     d_out: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``flamingo_layer_norm_backward``: gradients of x [..., C], of weight and of bias, if any."""
-    d_x = _empty_like(x)
+    d_x = new_like(x)
     rows, channels = _shape(x)
     d_weight = None if weight is None else torch.empty(channels, dtype=mean.dtype)
     d_bias = torch.empty(channels, dtype=mean.dtype) if has_bias else None
-    params = _LayerNormParams(
-        _rows("x", x),
-        _rows("d_out", d_out),
-        None,
+    params = _LAYER_NORM_PARAMS.pack(
+        *_rows("x", x),
+        *_rows("d_out", d_out),
+        0,
         d_x.data_ptr(),
-        _pointer(weight),
-        None,
+        address(weight),
+        0,
         mean.data_ptr(),
         rstd.data_ptr(),
-        _pointer(d_weight),
-        _pointer(d_bias),
+        address(d_weight),
+        address(d_bias),
         rows,
         channels,
         0.0,
-        library.execution(x.dtype),
+        *library.execution(x.dtype),
     )
     library.call("flamingo_layer_norm_backward", params)
     return d_x, d_weight, d_bias

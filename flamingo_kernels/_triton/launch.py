@@ -90,11 +90,6 @@ def _device_architecture(index: int | None) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums: fp32, or fp64 for fp64 inputs."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
     """:func:`accumulator` as a Triton type."""
     return tl.float64 if dtype == torch.float64 else tl.float32

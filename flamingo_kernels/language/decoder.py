@@ -20,13 +20,9 @@ from flamingo_kernels.language.protocol import (
     positions,
 )
 from flamingo_kernels.nn.layers import RMSNorm
+from flamingo_kernels.precision import accumulator
 
 _INIT_STD = 0.02
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of norms and angles: fp32, or fp64 for fp64."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 class DecoderCache:
@@ -233,7 +229,7 @@ class Decoder(nn.Module):
 
         x = self.token_embedding(input_ids)
         angles = RotaryAngles(
-            position, self.config.head_dim, self.config.rope_theta, _wide(x.dtype)
+            position, self.config.head_dim, self.config.rope_theta, accumulator(x.dtype)
         )
         for i, block in enumerate(self.blocks):
             if before_block is not None:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from flamingo_kernels.precision import accumulator
+
 IMAGE_TOKEN = "<image>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
 PAD_TOKEN = "<PAD>"
@@ -80,5 +82,5 @@ def resize_embeddings(language_model: nn.Module, rows: int) -> None:
     for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
         for tensor in () if layer is None else (layer.weight, getattr(layer, "bias", None)):
             if tensor is not None and old < tensor.shape[0] == rows:
-                wide = torch.promote_types(tensor.dtype, torch.float32)
+                wide = accumulator(tensor.dtype)
                 tensor[old:] = tensor[:old].to(wide).mean(0).to(tensor.dtype)

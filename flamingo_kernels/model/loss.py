@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from flamingo_kernels.precision import accumulator
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Tensor
         fp32 scalar (fp64 for fp64 logits); 0 with zero gradients if every label is ignored.
     """
-    precision = torch.promote_types(logits.dtype, torch.float32)
+    precision = accumulator(logits.dtype)
     targets = labels[:, 1:]
     total = F.cross_entropy(
         logits[:, :-1].flatten(0, 1).to(precision), targets.flatten(), reduction="sum"

@@ -15,6 +15,7 @@ from flamingo_kernels.ops import (
 )
 from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
+from flamingo_kernels.precision import accumulator
 
 FEED_FORWARDS = (*ACTIVATIONS, "swiglu")
 
@@ -78,7 +79,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
+        wide = accumulator(x.dtype)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
     def then(self, linear: nn.Module, x: Tensor) -> Tensor:

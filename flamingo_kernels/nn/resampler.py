@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from flamingo_kernels.nn.layers import FeedForward, LayerNorm, is_plain_linear, require_sizes
 from flamingo_kernels.ops import checks, latent_attention, layer_norm
 from flamingo_kernels.ops.dispatch import check_kernel_name
+from flamingo_kernels.precision import accumulator
 
 
 class PerceiverAttention(nn.Module):
@@ -167,7 +168,8 @@ class PerceiverResampler(nn.Module):
             raise ValueError(f"{op}: features have no frames: shape {tuple(x.shape)}")
         lengths = None
         if num_frames is not None:
-            checks.require_counts(op, "num_frames", num_frames, (batch, media), x, 1, frames)
+            checks.require_counts(op, "num_frames", num_frames, (batch, media), x)
+            checks.require_within(op, "num_frames", num_frames, 1, frames)
             real = torch.arange(frames, device=x.device) < num_frames[..., None]
             x = x.masked_fill(~real[..., None, None], 0)
             lengths = (num_frames.long() * positions).flatten()
@@ -196,7 +198,7 @@ class PerceiverResampler(nn.Module):
         """[F, 1, dim], or [B, I, F, 1, dim] where items differ in length."""
         table = self.frame_embs
         last = table.shape[0] - 1
-        precision = torch.promote_types(table.dtype, torch.float32)
+        precision = accumulator(table.dtype)
         frame = torch.arange(frames, device=table.device, dtype=precision)
         if num_frames is None:
             intervals = max(frames - 1, 1)

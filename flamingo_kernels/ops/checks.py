@@ -63,32 +63,24 @@ def require_parameter(op: str, name: str, parameter: Tensor, device_of: Tensor) 
 
 
 def require_counts(
-    op: str,
-    name: str,
-    counts: Tensor,
-    shape: tuple[int, ...],
-    device_of: Tensor,
-    low: int,
-    high: int,
+    op: str, name: str, counts: Tensor, shape: tuple[int, ...], device_of: Tensor
 ) -> None:
-    """``counts`` is an integer tensor of ``shape`` on the same device, with values ``low..high``.
-
-    The values are read where that waits for nothing: on the CPU, outside of tracing.
-    """
+    """``counts`` is an integer tensor of ``shape`` on the same device."""
     if not isinstance(counts, Tensor) or counts.dtype not in INTEGERS:
         raise TypeError(f"{op}: {name} must be an integer tensor, got {kind(counts)}")
     if counts.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(counts.shape)}")
     if counts.device != device_of.device:
         raise ValueError(f"{op}: {name} is on {counts.device}, the input on {device_of.device}")
+
+
+def require_within(op: str, name: str, counts: Tensor, low: int, high: int) -> None:
+    """``counts`` are ``low..high``; read where that waits for nothing: on the CPU, untraced."""
     if torch.compiler.is_compiling() or type(counts) is not Tensor or not counts.is_cpu:
         return
-    if counts.numel():
-        least, most = torch.aminmax(counts)
-        least, most = least.item(), most.item()
-        if least < low or most > high:
-            bad = least if least < low else most
-            raise ValueError(f"{op}: {name} holds {bad}, outside {low}..{high}")
+    for count in counts.flatten().tolist():
+        if not low <= count <= high:
+            raise ValueError(f"{op}: {name} holds {count}, outside {low}..{high}")
 
 
 def require_gate(op: str, gate: Tensor, device_of: Tensor, sizes: tuple[int, ...]) -> None:
@@ -170,4 +162,4 @@ def latent_attention(
     _require_shape(op, "k_latents", k_latents, q.shape, "q")
     _require_shape(op, "v_latents", v_latents, q.shape, "q")
     if lengths is not None:
-        require_counts(op, "lengths", lengths, (items,), q, 0, k_media.shape[1])
+        require_counts(op, "lengths", lengths, (items,), q)

@@ -27,6 +27,13 @@ class KernelUnavailableError(RuntimeError):
     """The kernel asked for cannot run this call; the message lists why, and which kernels can."""
 
 
+class Choice(NamedTuple):
+    """How a call is run."""
+
+    kernel: str
+    needs_grad: bool  # autograd will ask for a gradient of one of the tensors
+
+
 class Call(NamedTuple):
     """What the choice of a kernel depends on."""
 
@@ -195,35 +202,27 @@ def choose_for(
     head_dim: int | None = None,
     channels: int | None = None,
     plain: Callable[[torch.Tensor], bool] = has_unit_stride,
-) -> str:
+) -> Choice:
     """:func:`choose` for these tensors; the first one names device and dtype.
 
     ``plain`` tells whether compiled kernels of the op take a tensor's strides.
     """
-    first = tensors[0]
-    plain_strides = True
-    for tensor in tensors:  # a loop: a generator would take longer than the rest
-        if tensor is not None and not plain(tensor):
-            plain_strides = False
-    return _cached_choice(
-        op,
-        kernel,
+    present = [tensor for tensor in tensors if tensor is not None]
+    first = present[0]
+    call = Call(
         first.device.type,
         first.dtype,
-        needs_grad(*tensors),
+        needs_grad(*present),
         head_dim,
-        plain_strides,
+        all(plain(tensor) for tensor in present),
         channels,
     )
+    return Choice(choose(op, kernel, call), call.needs_grad)
 
 
-def needs_grad(*tensors: torch.Tensor | None) -> bool:
+def needs_grad(*tensors: torch.Tensor) -> bool:
     """Whether autograd will ask for a gradient of any of the tensors."""
-    if torch.is_grad_enabled():
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                return True
-    return False
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _names(values: frozenset) -> str:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from flamingo_kernels.ops.memo import PLAIN
+
 NAMESPACE = "flamingo_kernels"
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 @cache
@@ -46,8 +47,7 @@ def kernel_op(
     qualified = f"{NAMESPACE}::{name}"
 
     def run(*arguments: Any) -> Any:
-        *inputs, kernel = arguments
-        return _implementation(op, kernel, function)(*inputs)
+        return _implementation(op, arguments[-1], function)(*arguments[:-1])
 
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, "default")(run)
@@ -55,7 +55,7 @@ def kernel_op(
     operator = getattr(torch.ops.flamingo_kernels, name).default
 
     def call(*arguments: Any) -> Any:
-        if type(arguments[0]) in _PLAIN and not torch.compiler.is_compiling():
+        if type(arguments[0]) in PLAIN and not torch.compiler.is_compiling():
             return run(*arguments)
         return operator(*arguments)
 

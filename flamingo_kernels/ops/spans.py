@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -76,6 +77,12 @@ class MediaSpans:
     def shape(self) -> torch.Size:
         """[B, T]."""
         return self.first.shape
+
+    @cached_property
+    def signature(self) -> tuple:
+        """All that checks of a call depend on: equal for spans that differ in values alone."""
+        sizes = None if self.plan is None else (self.plan.media, self.plan.kv_heads)
+        return self.shape, self.first.device, self.last.device, self.single_item, sizes
 
     @classmethod
     def from_tokens(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flamingo_kernels.precision import accumulator
 from flamingo_kernels.vision.config import ACTIVATION_GAINS, NFNET_VARIANTS, NFNetConfig
 from flamingo_kernels.vision.protocol import Channels, check_images
 
@@ -53,7 +54,7 @@ class ScaledStdConv2d(nn.Conv2d):
 
     def standardised_weight(self) -> Tensor:
         """The filters as applied, in the dtype of `weight`."""
-        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        weight = self.weight.to(accumulator(self.weight.dtype))
         variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
         fan_in = weight[0].numel()
         scale = self.gain * (variance + _STANDARDISATION_EPS).rsqrt() * fan_in**-0.5

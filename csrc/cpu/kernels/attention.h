@@ -9,6 +9,13 @@
 
 namespace {
 
+// Multiply-adds below which one thread is faster than waking the others.
+constexpr int64_t parallel_work = 1 << 17;
+
+inline int threads_for(int64_t multiply_adds, int32_t threads) {
+    return multiply_adds < parallel_work ? 1 : threads;
+}
+
 // Keys handled at once: all latents of a media item in every published resampler.
 constexpr int64_t key_block = 128;
 // Query rows whose scores are held at once in a backward: all latents of a published resampler.

@@ -40,10 +40,15 @@ template <typename T, typename Real> struct Latents {
         }
     }
 
+    int threads() const {
+        const int64_t keys = p.features + p.latents;
+        return threads_for(p.items * p.heads * p.latents * keys * p.head_dim, p.execution.threads);
+    }
+
     bool forward() const {
         const int64_t tasks = p.items * p.heads;
         bool ok = true;
-#pragma omp parallel num_threads(p.execution.threads) reduction(&& : ok)
+#pragma omp parallel num_threads(threads()) reduction(&& : ok)
         {
             Scratch scratch(KeyBlock<Real>::bytes(most_keys, p.head_dim, false) +
                             Scratch::bytes_of<RowState<Real>>(p.latents) +
@@ -89,7 +94,7 @@ template <typename T, typename Real> struct Latents {
     bool backward() const {
         const int64_t tasks = p.items * p.heads;
         bool ok = true;
-#pragma omp parallel num_threads(p.execution.threads) reduction(&& : ok)
+#pragma omp parallel num_threads(threads()) reduction(&& : ok)
         {
             Scratch scratch(KeyBlock<Real>::bytes(most_keys, p.head_dim, true) +
                             QueryRows<Real>::bytes(most_keys, p.head_dim) +

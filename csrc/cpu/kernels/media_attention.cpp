@@ -10,8 +10,6 @@ using Params = flamingo_media_attention_params;
 using flamingo::Chunk;
 using flamingo::MediaPlan;
 
-// Multiply-adds below which one thread is faster than waking the others.
-constexpr int64_t parallel_work = 1 << 17;
 // q, out and their gradients: the head's vectors of consecutive tokens.
 template <typename T>
 Rows<T> text_rows(const flamingo_tensor &x, int64_t b, int64_t t, int64_t h) {
@@ -38,8 +36,7 @@ template <typename T, typename Real> struct Media {
     explicit Media(const Params &params) : p(params) {}
 
     int threads(int64_t text_rows_in_all) const {
-        const int64_t work = text_rows_in_all * p.latents * p.head_dim;
-        return work < parallel_work ? 1 : p.execution.threads;
+        return threads_for(text_rows_in_all * p.latents * p.head_dim, p.execution.threads);
     }
     int64_t block_keys(int64_t block) const {
         return smaller(key_block, p.latents - block * key_block);

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.latent_attention import contract, impl_torch
+from flamingo_kernels.ops.memo import once_per_signature
 
 
 def latent_attention(
@@ -53,24 +54,31 @@ def latent_attention(
     KernelUnavailableError
         The kernel asked for cannot run this call; the message lists the reasons.
     """
-    checks.latent_attention(q, k_media, v_media, k_latents, v_latents, lengths)
-    chosen = dispatch.choose_for(
-        "latent_attention",
-        kernel,
-        q,
-        k_media,
-        v_media,
-        k_latents,
-        v_latents,
-        head_dim=q.shape[-1],
-    )
+    inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
+    chosen, needs_grad = _choose(*inputs, kernel)
+    if lengths is not None:
+        checks.require_within("latent_attention", "lengths", lengths, 0, k_media.shape[1])
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if chosen == "torch":
-        return impl_torch.forward(q, k_media, v_media, k_latents, v_latents, lengths, scale)
-    arguments = (q, k_media, v_media, k_latents, v_latents, lengths, scale, chosen)
-    if not dispatch.needs_grad(*arguments[:5]):
-        return contract.forward(*arguments)[0]
-    return _LatentAttention.apply(*arguments)
+        return impl_torch.forward(*inputs, scale)
+    if not needs_grad:
+        return contract.forward(*inputs, scale, chosen)[0]
+    return _LatentAttention.apply(*inputs, scale, chosen)
+
+
+@once_per_signature
+def _choose(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    kernel: str,
+) -> dispatch.Choice:
+    tensors = (q, k_media, v_media, k_latents, v_latents)
+    checks.latent_attention(*tensors, lengths)
+    return dispatch.choose_for("latent_attention", kernel, *tensors, head_dim=q.shape[-1])
 
 
 class _LatentAttention(torch.autograd.Function):

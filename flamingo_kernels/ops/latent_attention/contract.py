@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flamingo_kernels.ops.kernel_op import kernel_op
+from flamingo_kernels.precision import accumulator
 
 _INPUTS = (
     "Tensor q, Tensor k_media, Tensor v_media, Tensor k_latents, Tensor v_latents, Tensor? lengths"
@@ -14,8 +14,8 @@ _INPUTS = (
 
 def _forward_shapes(q: Tensor, *_) -> tuple[Tensor, Tensor]:
     items, latents, heads, _ = q.shape
-    accumulation = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((items, heads, latents), dtype=accumulation)
+    lse = q.new_empty((items, heads, latents), dtype=accumulator(q.dtype))
+    return q.new_empty(q.shape), lse
 
 
 def _backward_shapes(d_out: Tensor, *arguments) -> tuple[Tensor, ...]:

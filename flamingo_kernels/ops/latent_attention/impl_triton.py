@@ -16,7 +16,6 @@ from flamingo_kernels._triton.latent_backward import latent_backward_kernel
 from flamingo_kernels._triton.latent_forward import latent_combine_kernel, latent_forward_kernel
 from flamingo_kernels._triton.launch import (
     TARGET_PROGRAMS,
-    accumulator,
     architecture,
     dot_precision,
     launch,
@@ -27,6 +26,7 @@ from flamingo_kernels._triton.launch import (
     triton_accumulator,
     unit_last_stride,
 )
+from flamingo_kernels.precision import accumulator
 
 # Keys of a forward split: its partial output adds 8 bytes a latent and channel, written and read
 # back, to 4 bytes a key and channel in 16 bits: 12 % for 64 latents. Images are never split.

@@ -8,7 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.media_attention import contract, impl_torch
+from flamingo_kernels.ops.memo import once_per_signature
 from flamingo_kernels.ops.spans import MediaPlan, MediaSpans
+from flamingo_kernels.precision import accumulated
 
 # Kernels whose backward works from a plan.
 _PLANNING = ("triton",)
@@ -61,20 +63,24 @@ def media_cross_attention(
     KernelUnavailableError
         The kernel asked for cannot run this call; the message lists the reasons.
     """
-    checks.media_cross_attention(q, k, v, spans, gate)
-    chosen = dispatch.choose_for(
-        "media_cross_attention", kernel, q, k, v, gate, head_dim=q.shape[-1]
-    )
+    chosen, needs_grad = _choose(q, k, v, spans, gate, kernel)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if gate is not None:
-        gate = gate.to(torch.promote_types(q.dtype, torch.float32))
+    gate = accumulated(gate, q)
     if chosen == "torch":
         return impl_torch.forward(q, k, v, spans, gate, scale)
     arguments = (q, k, v, spans.first, spans.last, gate, scale, spans.single_item, chosen)
-    if not dispatch.needs_grad(q, k, v, gate):
+    if not needs_grad:
         return contract.forward(*arguments)
     plan = spans.plan.table if spans.plan is not None and chosen in _PLANNING else None
     return _MediaCrossAttention.apply(plan, *arguments)
+
+
+@once_per_signature
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None, kernel: str
+) -> dispatch.Choice:
+    checks.media_cross_attention(q, k, v, spans, gate)
+    return dispatch.choose_for("media_cross_attention", kernel, q, k, v, gate, head_dim=q.shape[-1])
 
 
 def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> MediaSpans:
@@ -105,7 +111,7 @@ def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> 
     checks.require_spans(op, spans, k.shape[0], None, "k", k)
     if not torch.is_grad_enabled():
         return spans
-    chosen = dispatch.choose_for("media_cross_attention", kernel, k, head_dim=k.shape[-1])
+    chosen, _ = dispatch.choose_for("media_cross_attention", kernel, k, head_dim=k.shape[-1])
     if chosen not in _PLANNING:
         return spans
     media, kv_heads = k.shape[1], k.shape[3]

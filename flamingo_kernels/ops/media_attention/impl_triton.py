@@ -15,7 +15,6 @@ from flamingo_kernels._triton import configs
 from flamingo_kernels._triton.configs import LaunchConfig
 from flamingo_kernels._triton.launch import (
     TARGET_PROGRAMS,
-    accumulator,
     architecture,
     dot_precision,
     gate_gradient,
@@ -36,6 +35,7 @@ from flamingo_kernels._triton.media_forward import media_forward_kernel
 from flamingo_kernels._triton.plan import media_chunks_kernel, media_segments_kernel
 from flamingo_kernels._triton.reduce import sum_media_partials_kernel
 from flamingo_kernels.ops.media_attention import contract
+from flamingo_kernels.precision import accumulator
 
 # Tokens of a chunk. A chunk's partial dK and dV cost 16 * R * D bytes, its rows 6 * tokens * D in
 # 16 bits: 17 % more at 1024 tokens. Shorter ones pay only where they make more programs.

@@ -9,7 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from flamingo_kernels._cpp.pointwise import row_strides
 from flamingo_kernels.ops import checks, dispatch
+from flamingo_kernels.ops.memo import once_per_signature
 from flamingo_kernels.ops.pointwise import contract, impl_torch
+from flamingo_kernels.precision import accumulated
 
 ACTIVATIONS = tuple(impl_torch.ACTIVATIONS)
 
@@ -36,6 +38,17 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str = "auto") -> 
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
+    chosen, needs_grad = _choose_residual(x, y, gate, kernel)
+    if chosen == "torch":
+        return impl_torch.gated_residual(x, y, gate)
+    inputs = (x, y.to(x.dtype), accumulated(gate, x))
+    if not needs_grad:
+        return contract.gated_residual_forward(*inputs, chosen)
+    return _GatedResidual.apply(*inputs, chosen)
+
+
+@once_per_signature
+def _choose_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str) -> dispatch.Choice:
     op = "gated_residual"
     _require_channels(op, x)
     checks.require_floating(op, "y", y)
@@ -44,13 +57,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str = "auto") -> 
     if x.device != y.device:
         raise ValueError(f"{op}: x is on {x.device}, y on {y.device}")
     checks.require_gate(op, gate, x, (1, x.shape[-1]))
-    chosen = dispatch.choose_for(op, kernel, x, y, gate, plain=_has_simple_rows)
-    if chosen == "torch":
-        return impl_torch.gated_residual(x, y, gate)
-    inputs = (x, y.to(x.dtype), _accumulated(gate, x))
-    if not dispatch.needs_grad(*inputs):
-        return contract.gated_residual_forward(*inputs, chosen)
-    return _GatedResidual.apply(*inputs, chosen)
+    return dispatch.choose_for(op, kernel, x, y, gate, plain=_has_simple_rows)
 
 
 def gated_activation(
@@ -82,11 +89,11 @@ def gated_activation(
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
-    chosen = _choose_activation("gated_activation", x, gate, activation, kernel)
+    chosen, needs_grad = _choose_activation("gated_activation", x, gate, activation, kernel)
     if chosen == "torch":
         return impl_torch.gated_activation(x, gate, activation)
-    gate = _accumulated(gate, x)
-    if not dispatch.needs_grad(x, gate):
+    gate = accumulated(gate, x)
+    if not needs_grad:
         return contract.gated_activation_forward(x, gate, activation, chosen)
     return _GatedActivation.apply(x, gate, activation, chosen)
 
@@ -121,19 +128,20 @@ def gated_activation_linear(
         The message names the offending values.
     """
     op = "gated_activation_linear"
-    chosen = _choose_activation(op, x, gate, activation, kernel)
+    chosen, needs_grad = _choose_activation(op, x, gate, activation, kernel)
     _require_projection(op, projection, x)
     if chosen == "torch":
         return F.linear(impl_torch.gated_activation(x, gate, activation), projection)
-    gate = _accumulated(gate, x)
-    if not dispatch.needs_grad(x, gate, projection):
+    gate = accumulated(gate, x)
+    if not (needs_grad or dispatch.needs_grad(projection)):
         return F.linear(contract.gated_activation_forward(x, gate, activation, chosen), projection)
     return _GatedActivationLinear.apply(x, gate, projection, activation, chosen)
 
 
+@once_per_signature
 def _choose_activation(
     op: str, x: Tensor, gate: Tensor | None, activation: str, kernel: str
-) -> str:
+) -> dispatch.Choice:
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     _require_channels(op, x)
@@ -172,10 +180,10 @@ def layer_norm(
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
-    chosen = _choose_layer_norm("layer_norm", x, weight, bias, eps, kernel)
+    chosen, needs_grad = _choose_layer_norm("layer_norm", x, weight, bias, eps, kernel)
     if chosen == "torch":
         return impl_torch.layer_norm(x, weight, bias, eps)
-    if not dispatch.needs_grad(x, weight, bias):
+    if not needs_grad:
         return contract.layer_norm_forward(x, weight, bias, eps, chosen)[0]
     return _LayerNorm.apply(x, weight, bias, eps, chosen)
 
@@ -211,18 +219,19 @@ def layer_norm_linear(
         The message names the offending values.
     """
     op = "layer_norm_linear"
-    chosen = _choose_layer_norm(op, x, weight, bias, eps, kernel)
+    chosen, needs_grad = _choose_layer_norm(op, x, weight, bias, eps, kernel)
     _require_projection(op, projection, x)
     if chosen == "torch":
         return F.linear(impl_torch.layer_norm(x, weight, bias, eps), projection)
-    if not dispatch.needs_grad(x, weight, bias, projection):
+    if not (needs_grad or dispatch.needs_grad(projection)):
         return F.linear(contract.layer_norm_forward(x, weight, bias, eps, chosen)[0], projection)
     return _LayerNormLinear.apply(x, weight, bias, projection, eps, chosen)
 
 
+@once_per_signature
 def _choose_layer_norm(
     op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kernel: str
-) -> str:
+) -> dispatch.Choice:
     _require_channels(op, x)
     if not eps >= 0:
         raise ValueError(f"{op}: eps must be at least 0, got {eps}")
@@ -255,10 +264,6 @@ def _require_channels(op: str, x: Tensor) -> None:
 
 def _has_simple_rows(tensor: Tensor) -> bool:
     return tensor.is_contiguous() or row_strides(tensor) is not None
-
-
-def _accumulated(gate: Tensor | None, x: Tensor) -> Tensor | None:
-    return None if gate is None else gate.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class _GatedResidual(torch.autograd.Function):

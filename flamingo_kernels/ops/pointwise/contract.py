@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.ops.kernel_op import kernel_op
+from flamingo_kernels.precision import accumulator
 
 
 def _like(parameter: Tensor | None, owner: Tensor) -> Tensor:
@@ -30,7 +31,7 @@ def _input_and_gate(d_out: Tensor, x: Tensor, gate: Tensor | None, *_) -> tuple[
 
 def _layer_norm_shapes(x: Tensor, *_) -> tuple[Tensor, Tensor, Tensor]:
     rows = math.prod(x.shape[:-1])  # Size.numel() would fix symbolic sizes to their values
-    mean = x.new_empty(rows, dtype=torch.promote_types(x.dtype, torch.float32))
+    mean = x.new_empty(rows, dtype=accumulator(x.dtype))
     return x.new_empty(x.shape), mean, torch.empty_like(mean)
 
 

@@ -6,10 +6,10 @@ values are laid out anew in the dtype of accumulation where they are not in it.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from flamingo_kernels._cpp import pointwise
+from flamingo_kernels.precision import accumulated
 
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -33,14 +33,14 @@ def gated_activation_backward(
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return pointwise.layer_norm_forward(x, _accumulated(weight, x), _accumulated(bias, x), eps)
+    return pointwise.layer_norm_forward(x, _laid_out(weight, x), _laid_out(bias, x), eps)
 
 
 def layer_norm_backward(
     d_out: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, has_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_x, d_weight, d_bias = pointwise.layer_norm_backward(
-        _with_rows(d_out), x, _accumulated(weight, x), mean, rstd, has_bias
+        _with_rows(d_out), x, _laid_out(weight, x), mean, rstd, has_bias
     )
     dtype = x.dtype if weight is None else weight.dtype
     nothing = x.new_empty(0, dtype=dtype)
@@ -56,7 +56,5 @@ def _with_rows(d_out: Tensor) -> Tensor:
     return d_out if pointwise.row_strides(d_out) is not None else d_out.contiguous()
 
 
-def _accumulated(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    if parameter is None:
-        return None
-    return parameter.to(torch.promote_types(x.dtype, torch.float32)).contiguous()
+def _laid_out(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if parameter is None else accumulated(parameter, x).contiguous()

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from flamingo_kernels._triton import configs
 from flamingo_kernels._triton.launch import (
-    accumulator,
     gate_gradient,
     launch,
     padded,
@@ -23,6 +22,7 @@ from flamingo_kernels._triton.pointwise import (
     gated_residual_backward_kernel,
     gated_residual_kernel,
 )
+from flamingo_kernels.precision import accumulator
 
 # Programs of a pass over memory: 16 of four warps on each of 132 multiprocessors fill them.
 POINTWISE_PROGRAMS = 2048

@@ -1,0 +1,17 @@
+"""The dtype that kernels of every kind accumulate in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums: fp32, or fp64 for fp64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accumulated(parameter: Tensor | None, x: Tensor) -> Tensor | None:
+    """A gate, weight or bias in the dtype that sums over ``x`` have."""
+    dtype = accumulator(x.dtype)
+    return parameter if parameter is None or parameter.dtype == dtype else parameter.to(dtype)

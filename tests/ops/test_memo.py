@@ -1,0 +1,72 @@
+"""Checks and choices are made once for calls alike, and again for every other call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from flamingo_kernels import MediaSpans
+from flamingo_kernels.ops import media_cross_attention
+from flamingo_kernels.ops.memo import once_per_signature
+
+
+def spans_of(*index: int) -> MediaSpans:
+    return MediaSpans.from_media_index(torch.tensor([index]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x[:1],
+        lambda x: x.t(),
+        lambda x: x.double(),
+        lambda x: x.to("meta"),
+        lambda x: x.clone().requires_grad_(),
+    ],
+    ids=["shape", "strides", "dtype", "device", "requires_grad"],
+)
+def test_what_a_call_depends_on(change) -> None:
+    calls: list[Tensor] = []
+    ask = once_per_signature(lambda x: calls.append(x) or len(calls))
+    x = torch.randn(2, 2)
+    assert [ask(x), ask(x + 1), ask(change(x)), ask(x)] == [1, 1, 2, 1]
+
+
+def test_grad_mode_options_and_spans_are_part_of_a_signature() -> None:
+    count = iter(range(100))
+    ask = once_per_signature(lambda *_: next(count))
+    x = torch.randn(2)
+    first = ask(x, "auto", spans_of(0, 0))
+    assert ask(x, "auto", spans_of(1, 1)) == first
+    with torch.no_grad():
+        assert ask(x, "auto", spans_of(0, 0)) != first
+    assert ask(x, "cpp", spans_of(0, 0)) != first
+    assert ask(x, "auto", spans_of(0, 0, 0)) != first
+
+
+def test_subclasses_of_tensors_are_asked_for_each_time() -> None:
+    class Subclass(torch.Tensor):
+        pass
+
+    count = iter(range(100))
+    ask = once_per_signature(lambda x: next(count))
+    x = torch.randn(2).as_subclass(Subclass)
+    assert [ask(x), ask(x)] == [0, 1]
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flamingo_kernels.ops.memo._MOST_SIGNATURES", 2)
+    count = iter(range(100))
+    ask = once_per_signature(lambda option: next(count))
+    assert [ask(1), ask(2), ask(1), ask(3), ask(1)] == [0, 1, 0, 2, 3]
+
+
+def test_a_call_that_fails_after_one_that_did_not() -> None:
+    q, kv = torch.randn(1, 2, 2, 8), torch.randn(1, 1, 4, 2, 8)
+    media_cross_attention(q, kv, kv, spans_of(0, 0))
+    for _ in range(2):
+        with pytest.raises(ValueError, match="expected"):
+            media_cross_attention(q, kv, kv, spans_of(0, 0, 0))
+        with pytest.raises(TypeError, match="spans must be MediaSpans"):
+            media_cross_attention(q, kv, kv, None)
