@@ -195,6 +195,7 @@ def _latent() -> Iterator[Case]:
         LatentShape(4, 8192, 16, 96),
     ):
         yield Case(op, shape, "bfloat16", quick=shape.items == 160, devices=("cuda",))
+    yield Case(op, LatentShape(1, 1, 1, 8, 1), training=False)  # what a call costs
     points = {
         "frames": [LatentShape(features=256 * f) for f in (1, 2, 4, 8, 16, 32)],
         "batch": [LatentShape(items=n) for n in (1, 2, 4, 8, 16)],
@@ -217,6 +218,13 @@ def _pointwise() -> Iterator[Case]:
         yield Case("gated_residual", PointwiseShape(2048, 2048), dtype)
         for activation in ("gelu", "squared_relu", "relu"):
             yield Case("gated_activation", PointwiseShape(2048, 8192, activation), dtype)
+    # What a call costs.
+    for op, activation in (
+        ("layer_norm", ""),
+        ("gated_residual", ""),
+        ("gated_activation", "gelu"),
+    ):
+        yield Case(op, PointwiseShape(1, 8, activation), training=False)
 
 
 def _modules() -> Iterator[Case]:

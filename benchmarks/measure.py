@@ -22,6 +22,8 @@ from benchmarks.problems import Problem
 
 MIN_ROUNDS = 3
 SHORT = 50e-6  # calls below this are timed several at a time
+LONG = 0.3  # calls above this wash out every cache: one is not warmed up for the next
+ENOUGH = 6.0  # seconds of a variant's rounds after which MIN_ROUNDS will do
 FLUSH_BYTES = 2**28  # more than any L2 cache
 # GPU cycles to keep the queue busy while a call is launched, so that events time the kernels.
 SLEEP_CYCLES = 400_000
@@ -38,7 +40,7 @@ class Effort:
 
 
 QUICK = Effort()
-FULL = Effort(rounds=5, seconds=0.1, min_samples=2)
+FULL = Effort(rounds=5, seconds=0.1)
 
 
 def keep_freed_memory() -> str:
@@ -67,6 +69,7 @@ class Variant:
     implementation: Implementation
     samples: dict[tuple[str, str], list[float]] = field(default_factory=lambda: defaultdict(list))
     error: str = ""
+    spent: float = 0.0  # seconds, in all rounds
 
     @property
     def trains(self) -> bool:
@@ -104,8 +107,8 @@ def alternate(
 ) -> int:
     """Run the rounds, each in another order, and fill ``samples``; returns the rounds completed.
 
-    Past the deadline (``time.monotonic()``) it stops after ``MIN_ROUNDS``. A variant that fails is
-    dropped, its ``error`` set.
+    Past the deadline (``time.monotonic()``) it stops after ``MIN_ROUNDS``, and so does a variant
+    that has taken ``ENOUGH``. One that fails is dropped, its ``error`` set.
     """
     for number in range(effort.rounds):
         if number >= MIN_ROUNDS and time.monotonic() > deadline:
@@ -113,13 +116,15 @@ def alternate(
         shift = number % max(len(variants), 1)
         gc.collect()
         for variant in variants[shift:] + variants[:shift]:
-            if variant.error:
+            if variant.error or (number >= MIN_ROUNDS and variant.spent > ENOUGH):
                 continue
             progress(f"round {number + 1}/{effort.rounds} {variant.name}")
+            start = time.perf_counter()
             try:
                 _one_round(variant, effort)
             except (RuntimeError, NotImplementedError) as error:
                 variant.error = first_line(error)
+            variant.spent += time.perf_counter() - start
     return effort.rounds
 
 
@@ -153,10 +158,12 @@ def _cpu_round(variant: Variant, effort: Effort) -> None:
     forwards = variant.samples["forward", "warm"]
     clock = time.perf_counter
     with torch.no_grad():
-        before()
-        start = clock()
-        forward()
-        elapsed = clock() - start
+        elapsed = LONG
+        if not forwards or min(forwards) < LONG:
+            before()
+            start = clock()
+            forward()
+            elapsed = clock() - start
         calls = 1 if implementation.before or elapsed > SHORT else 1 + int(SHORT / elapsed) * 4
 
         def sample_forward() -> None:
@@ -182,9 +189,10 @@ def _cpu_round(variant: Variant, effort: Effort) -> None:
         backwards.append(end - middle)
         both.append(end - start)
 
-    sample_training()
-    backwards.pop()
-    both.pop()
+    if not both or min(both) < LONG:
+        sample_training()
+        backwards.pop()
+        both.pop()
     _repeat(sample_training, effort)
 
 
