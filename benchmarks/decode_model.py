@@ -5,27 +5,32 @@ by transformers' ``generate``; the vision tower is a single convolution. They mu
 tokens before anything is measured. A step is the time between two tokens.
 
     python -m benchmarks.decode_model                    # 12 layers, width 768, 32 shots
-    python -m benchmarks.decode_model --threads 1 --new-tokens 40
+    python -m benchmarks.decode_model --threads 1 --new-tokens 40 --output /elsewhere
+
+It prints and writes ``<output>/<device>/decode_model.json``; ``publish`` puts it into the README.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.measure import summary
+from benchmarks import results, tables
+from benchmarks.measure import keep_freed_memory, summary
 from flamingo_kernels.convert import load_open_flamingo
 from flamingo_kernels.vision import wrap_vision_encoder
 from tests.peers import open_flamingo_model
 
 VOCAB, IMAGE, END_OF_CHUNK = 50_280, 50_278, 50_277
 VISION_DIM, IMAGE_SIZE, PATCH = 1024, 32, 2  # 256 patches of 1024 channels, as CLIP ViT-L/14
-ROUNDS = 3
+ROUNDS = 5
 GATE = 0.5
 
 
@@ -101,15 +106,21 @@ def build(layers: int, width: int) -> tuple[nn.Module, nn.Module]:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, write and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_model", description=__doc__)
     for name, default in (("layers", 12), ("width", 768), ("shots", 32), ("tokens", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--new-tokens", type=int, default=20)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--output", type=Path, default=results.RESULTS)
     options = parser.parse_args()
+    environment = results.environment("cpu")
+    if environment["dirty"] and options.output == results.RESULTS:
+        raise SystemExit("the working tree differs from its commit: commit first, or give --output")
     if options.threads:
         torch.set_num_threads(options.threads)
+    environment["threads"] = torch.get_num_threads()
+    environment["allocator"] = keep_freed_memory()
     ours, peer = build(options.layers, options.width)
     many, one = options.shots + 1, 1
     calls: dict[str, Callable[[Clock | None], Tensor]] = {}
@@ -148,23 +159,22 @@ def main() -> None:
             calls[name](clock)
             totals[name].append(time.perf_counter() - start)
             steps[name] += clock.steps
-    print(
-        f"{options.layers} layers, width {options.width}, {options.tokens} prompt tokens, "
-        f"{options.new_tokens} new ones, {torch.get_num_threads()} threads, {ROUNDS} rounds"
-    )
-    medians = {}
-    for name in names:
-        result = summary(steps[name])
-        medians[name] = result["median_s"]
-        whole = summary(totals[name])["median_s"]
-        print(
-            f"  {name:<32} step {result['median_s'] * 1e3:8.2f} ms "
-            f"({result['q20_s'] * 1e3:.2f}-{result['q80_s'] * 1e3:.2f})   "
-            f"{1 / result['median_s']:7.1f} tokens/s   with the prompt {whole:6.2f} s"
-        )
-    print(f"  steps with {many} images: {medians[names[1]] / medians[names[0]]:.1f} x faster")
-    ratio = medians[names[0]] / medians[names[2]]
-    print(f"  step with {many} images over one with {one}: {ratio:.3f}")
+    figures = {
+        name: summary(steps[name]) | {"with_prompt_s": summary(totals[name])["median_s"]}
+        for name in names
+    }
+    record = environment | {
+        "setting": f"{options.layers} layers, width {options.width}, {options.tokens} prompt "
+        f"tokens, {options.new_tokens} new ones, {ROUNDS} rounds",
+        "images": many,
+        "figures": figures,
+        "times_as_fast": figures[names[1]]["median_s"] / figures[names[0]]["median_s"],
+        "many_images_over_one": figures[names[0]]["median_s"] / figures[names[2]]["median_s"],
+    }
+    path = options.output / environment["device"] / tables.DECODING_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    print("\n".join([*tables.decoding_lines(record), str(path)]))
 
 
 if __name__ == "__main__":

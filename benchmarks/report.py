@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from pathlib import Path
@@ -126,6 +127,9 @@ def _readme_section(records: list[Record], folder: Path) -> list[str]:
     for name in [*names, "scaling-media_cross_attention-images-forward"]:
         if (results.ROOT / folder / f"{name}.svg").exists():
             lines.append(f"![{name}]({folder}/{name}.svg)")
+    decoding = results.ROOT / folder.parent / tables.DECODING_FILE
+    if decoding.exists():
+        lines += ["", *tables.decoding_lines(json.loads(decoding.read_text()))]
     missing = tables.unmeasured(records)
     lines += ["", f"Not measured there: {len(missing)} cases of the full suite."] if missing else []
     return [*lines, ""]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from benchmarks.cases import CASES
 from benchmarks.results import Record
 
+DECODING_FILE = "decode_model.json"  # beside the result files
 PHASES = ("forward", "backward", "forward_backward")
 PHASE_TITLES = {
     "forward": "forward",
@@ -249,3 +250,23 @@ def environment_lines(records: list[Record]) -> list[str]:
         f"arithmetic: {rates}",
     ]
     return lines + ([f"driver: {last['driver']}"] if last["driver"] else [])
+
+
+def decoding_lines(record: Record) -> list[str]:
+    """What ``decode_model`` measured, as Markdown."""
+    lines = [
+        f"Decoding with transformers' `generate`, float32 ({record['setting']}; commit "
+        f"{record['commit'][:12]}): a step with {record['images']} images is "
+        f"{record['times_as_fast']:.1f} times as fast as open-flamingo's, and takes "
+        f"{record['many_images_over_one']:.3f} times that with one image.",
+        "",
+        "| | step, ms | 20 % | 80 % | tokens/s | with the prompt, s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for name, found in record["figures"].items():
+        median, low, high = (found[key] * 1e3 for key in ("median_s", "q20_s", "q80_s"))
+        lines.append(
+            f"| {name} | {median:.1f} | {low:.1f} | {high:.1f} | {1e3 / median:.1f} | "
+            f"{found['with_prompt_s']:.2f} |"
+        )
+    return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 
@@ -54,6 +55,31 @@ def test_publish_fills_the_readme_between_its_markers(
     readme.write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
         report.publish(readme)
+
+
+def test_publish_adds_what_decoding_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    records = fixture_records()
+    folder = tmp_path / "results" / records[0]["device"]
+    write_lines(folder / "a.jsonl", records)
+    figures = {"ours": {"median_s": 0.02, "q20_s": 0.01, "q80_s": 0.04, "with_prompt_s": 0.5}}
+    decoding = {
+        "commit": "c" * 40,
+        "setting": "2 layers",
+        "images": 33,
+        "times_as_fast": 0.5,
+        "many_images_over_one": 1.25,
+        "figures": figures,
+    }
+    (folder / tables.DECODING_FILE).write_text(json.dumps(decoding))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.publish(readme)
+    assert "33 images is 0.5 times as fast" in readme.read_text()
+    assert "| ours | 20.0 | 10.0 | 40.0 | 50.0 | 0.50 |" in readme.read_text()
 
 
 def test_losses_are_shown_like_wins() -> None:
