@@ -158,7 +158,7 @@ class Trainer:
         for section in self.config.datasets:
             loader = self.loaders[section.name]
             batch = self._prepare(next(loader), section)
-            loss = self._parallel(**batch).loss
+            loss = self._parallel(**batch, return_logits=False).loss
             share, totals = self._share(loss, batch)
             losses[section.name] = totals.loss
             if not math.isfinite(totals.loss):
