@@ -460,7 +460,10 @@ class FlamingoModel(nn.Module):
                 features = self.vision_encoder(pixels.flatten(0, 2).to(weight.dtype))
                 return features.unflatten(0, pixels.shape[:3]).to(latents.dtype)
             index = tuple(i.to(pixels.device) for i in real.nonzero(as_tuple=True))
-            features = self.vision_encoder(pixels[index].to(weight.dtype)).to(latents.dtype)
+            images = pixels[index].to(weight.dtype)
+            if not len(images):  # not every encoder takes an empty batch
+                images = images.new_zeros(1, *images.shape[1:])
+            features = self.vision_encoder(images)[: len(index[0])].to(latents.dtype)
             padded = features.new_zeros(*pixels.shape[:3], *features.shape[1:])
             return padded.index_put(index, features)
 
@@ -483,7 +486,7 @@ class FlamingoModel(nn.Module):
             if block not in layers:
                 return hidden
             layer, kv = layers[block]
-            dtype = layer.attn.to_q.weight.dtype  # the frozen model's may be another
+            dtype = kv.key.dtype  # the layer's; the frozen model's may be another
             inside = hidden.to(dtype)
             if self._use_reentrant is None or not torch.is_grad_enabled():
                 out = run(inside, *kv, layer)

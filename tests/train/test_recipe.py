@@ -146,7 +146,9 @@ def test_nan_loss_stops_before_any_change(values, tmp_path) -> None:
         parameters["perceiver.latents"][0, 0] = float("nan")
         parameters["gated_cross_attn_layers.0.attn_gate"].fill_(1.0)
     before = {name: p.clone() for name, p in parameters.items()}
-    message = rf"the loss of pages is nan at step 2, samples .*pages\.jsonl: byte .*is {saved}"
+    message = (
+        rf"the loss of pages is nan at step 2, process 0, samples .*pages\.jsonl: byte .*is {saved}"
+    )
     with pytest.raises(TrainingError, match=message):
         trainer.step()
     assert all(torch.equal(p, before[n]) or "latents" in n for n, p in parameters.items())
