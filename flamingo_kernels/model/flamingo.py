@@ -151,7 +151,8 @@ class FlamingoModel(nn.Module):
             the place of pixels in every call.
         language_model : nn.Module
             A transformers causal language model, or a ``language.LanguageModel``. Its blocks are
-            found by structure; hooks on them are all that is added, and :meth:`unwrap` removes it.
+            found by structure; hooks on them and on the output product are all that is added, and
+            :meth:`unwrap` removes them.
         config : FlamingoConfig, optional
             Default: the paper's architecture, one cross-attention layer before every block, with
             the token ids that ``language.add_media_tokens`` has put into the language model's

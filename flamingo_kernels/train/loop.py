@@ -267,7 +267,7 @@ class Trainer:
     def _share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[float, _Totals]:
         """What to multiply this process's mean loss with, and figures of all processes.
 
-        DDP averages gradients over processes; the loss is a mean over the tokens of all of them.
+        Gradients are averaged over processes; the loss is a mean over the tokens of all of them.
         """
         tokens = int(batch["attention_mask"].sum())
         images = int(batch["num_images"].sum())

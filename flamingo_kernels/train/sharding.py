@@ -18,13 +18,12 @@ def units(model: FlamingoModel) -> list[list[nn.Module]]:
     all layers before any of them runs: what does that is a unit beside the rest of its layer. What
     stays gathered are the language model's embeddings and last norm.
     """
-    projections = [
-        [part for part in (layer.attn.norm_media, layer.attn.to_kv, layer.attn.norm_k) if part]
-        for layer in model.gated_cross_attn_layers
-    ]
-    alone = [*model.language_model.blocks, *model.gated_cross_attn_layers]
-    found = [[model.vision_encoder], [model.perceiver], *projections, *([unit] for unit in alone)]
-    return [unit for unit in found if any(True for part in unit for _ in part.parameters())]
+    layers = model.gated_cross_attn_layers
+    projections = [[a.norm_media, a.to_kv, a.norm_k] for a in (layer.attn for layer in layers)]
+    alone = [model.vision_encoder, model.perceiver, *model.language_model.blocks, *layers]
+    found = [*projections, *([module] for module in alone)]
+    found = [[module for module in unit if module is not None] for unit in found]
+    return [unit for unit in found if any(any(True for _ in m.parameters()) for m in unit)]
 
 
 def shard(model: FlamingoModel, compute: torch.dtype) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,14 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystem
 
-from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.data.samples import Sample, collate
 from flamingo_kernels.model.flamingo import FROZEN_PARTS
 from flamingo_kernels.train import TrainConfig, Trainer, TrainingError, checkpoint, sharding
 from flamingo_kernels.train.plan import shard_sizes
+from flamingo_kernels.vision import build_vision_encoder
+from tests.backbones import language_model
 from tests.budgets import assert_close_to_reference
 from tests.model.conftest import TINY, open_gates_of
 
@@ -66,12 +69,38 @@ class FixedBatches:
         self.place = state["place"]
 
 
-def trainer_of(ranks: list[int], folder: str, distributed: str = "ddp", **model: Any) -> Trainer:
+@dataclass(frozen=True)
+class Case:
+    """How to train what; ``opt`` is transformers' in place of the package's language model."""
+
+    distributed: str
+    language: str = "own"
+    compute: str = "float32"
+    activation_checkpointing: bool = False
+
+    def network(self) -> FlamingoModel:
+        torch.manual_seed(0)
+        if self.language == "own":
+            network = FlamingoModel(TINY)
+        else:
+            language = language_model(self.language, vocab_size=TINY.language.vocab_size)
+            for name in ("image_token_id", "end_of_chunk_token_id"):
+                setattr(language.config, name, getattr(TINY, name))
+            network = FlamingoModel.from_backbones(build_vision_encoder(TINY.vision), language)
+        open_gates_of(network)
+        return network
+
+
+def trainer_of(ranks: list[int], folder: str, case: Case) -> Trainer:
     shared = {"kind": "pairs", "shards": ["none"], "batch_size": 1}
     config = TrainConfig.from_dict(
         {
-            "model": {"config": "tiny", **model},
-            "distributed": distributed,
+            "model": {
+                "config": "tiny",
+                "compute": case.compute,
+                "activation_checkpointing": case.activation_checkpointing,
+            },
+            "distributed": case.distributed,
             "datasets": [
                 {"name": "mixed", **shared},
                 {"name": "text", "weight": 0.5, **shared},
@@ -81,16 +110,13 @@ def trainer_of(ranks: list[int], folder: str, distributed: str = "ddp", **model:
             "optimizer": {"clip": 1e9, "lr": 1e-4, "warmup_steps": 0},
         }
     )
-    torch.manual_seed(0)
-    network = FlamingoModel(FlamingoConfig.from_name("tiny"))
-    open_gates_of(network)
     loaders = {
         name: FixedBatches(
             [[r for rank in ranks for r in rows_of(rank, step)[name]] for step in range(STEPS)]
         )
         for name in ("mixed", "text")
     }
-    return Trainer(network, loaders, config)
+    return Trainer(case.network(), loaders, config)
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
@@ -98,7 +124,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {n: sharding.whole(p.grad) for n, p in parameters if p.grad is not None}
 
 
-def run_rank(rank: int, folder: str, distributed: str, model: dict[str, Any]) -> None:
+def run_rank(rank: int, folder: str, case: Case) -> None:
     """What each of the two processes runs."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -108,7 +134,7 @@ def run_rank(rank: int, folder: str, distributed: str, model: dict[str, Any]) ->
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    trainer = trainer_of([rank], f"{folder}/out", distributed, **model)
+    trainer = trainer_of([rank], f"{folder}/out", case)
     held = sum(sharding.local(p).untyped_storage().nbytes() for p in trainer.model.parameters())
     reports = [trainer.step()]
     save_file(gradients(trainer), f"{folder}/gradients.{rank}.safetensors")
@@ -119,7 +145,7 @@ def run_rank(rank: int, folder: str, distributed: str, model: dict[str, Any]) ->
     assert_stays_good_on_a_full_disk(trainer, saved, rank)
     assert_nan_of_one_process_stops_both(trainer, saved, rank)
 
-    resumed = trainer_of([rank], f"{folder}/out", distributed, **model)
+    resumed = trainer_of([rank], f"{folder}/out", case)
     assert resumed.resume() and resumed.step_number == 1
     assert resumed.step() == reports[1]
     save_file(
@@ -171,27 +197,28 @@ def assert_refused(trainer: Trainer, rank: int) -> None:
     with pytest.raises(ValueError, match="was saved with another value of distributed"):
         trainer.resume()
     torch.manual_seed(rank)
-    network = FlamingoModel(FlamingoConfig.from_name("tiny"))
+    network = FlamingoModel(TINY)
     with pytest.raises(ValueError, match="has another base model than this one"):
         Trainer(network, trainer.loaders, config)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("distributed", "model"),
+    "case",
     [
-        ("ddp", {}),
-        ("fsdp", {"activation_checkpointing": True}),
-        ("fsdp", {"compute": "bfloat16"}),
+        Case("ddp"),
+        Case("fsdp", activation_checkpointing=True),
+        Case("fsdp", "opt", "bfloat16", activation_checkpointing=True),
     ],
-    ids=["ddp", "fsdp", "fsdp-bfloat16"],
+    ids=["ddp", "fsdp", "fsdp-opt-bfloat16"],
 )
-def test_two_processes_are_one(
-    distributed: str, model: dict[str, Any], tmp_path: Path, capsys
-) -> None:
-    mp.spawn(run_rank, (str(tmp_path), distributed, model), nprocs=2)
-    dtype = getattr(torch, model.get("compute", "float32"))
-    alone = trainer_of([0, 1], str(tmp_path / "alone"), **model)
+def test_two_processes_are_one(case: Case, tmp_path: Path, capsys) -> None:
+    if case.language != "own":
+        pytest.importorskip("transformers")
+    mp.spawn(run_rank, (str(tmp_path), case), nprocs=2)
+    dtype = getattr(torch, case.compute)
+    one_process = dataclasses.replace(case, distributed="ddp")
+    alone = trainer_of([0, 1], str(tmp_path / "alone"), one_process)
     reports = [alone.step()]
     expected = {name: gradient.clone() for name, gradient in gradients(alone).items()}
     magnitude = max(gradient.abs().max().item() for gradient in expected.values())
@@ -209,7 +236,7 @@ def test_two_processes_are_one(
     for name, master in load_file(tmp_path / "masters.1.safetensors").items():
         assert torch.equal(trained[name], master), name
 
-    if distributed == "fsdp":
+    if case.distributed == "fsdp":
         (tmp_path / "out" / "step_00000001" / SECOND_SHARD).unlink()
         assert main(["export", str(tmp_path / "out"), str(exported)]) == 1
         assert "step_00000001: 1 of 2 shards" in capsys.readouterr().err
@@ -223,14 +250,14 @@ def test_two_processes_are_one(
         assert_close_to_reference(values[:, 0], wanted, dtype, "losses")
         gates = torch.tensor(list(alone.gates().values()))
         assert_close_to_reference(of_rank["gates"], gates, dtype, "gates")
-        if distributed == "fsdp":
+        if case == Case("fsdp", activation_checkpointing=True):  # plan knows that model
             frozen, trainable = shard_sizes(TINY, 2)
             assert of_rank["held"] == frozen * dtype.itemsize + trainable * 4
-    if distributed == "ddp":
+    if case.distributed == "ddp":
         with pytest.raises(ValueError, match=r"was saved by 2 process\(es\), now there are 1"):
-            trainer_of([0], str(tmp_path / "out")).resume()
+            trainer_of([0], str(tmp_path / "out"), case).resume()
 
 
 def test_sharding_needs_processes(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="fsdp shards over the processes that torchrun starts"):
-        trainer_of([0], str(tmp_path), "fsdp")
+        trainer_of([0], str(tmp_path), Case("fsdp"))
