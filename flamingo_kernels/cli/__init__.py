@@ -46,6 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train = commands.add_parser("train", help="train as a YAML file says, or continue to")
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see README.md")
 
+    export = commands.add_parser("export", help="one file of what a run has trained")
+    export.add_argument("run", type=Path, metavar="RUN", help="output of a run, or a checkpoint")
+    export.add_argument("output", type=Path, metavar="OUT", help="folder")
+
     plan = commands.add_parser("plan", help="memory per GPU of training, and what fits")
     plan.add_argument("--config", required=True, help="name or JSON file")
     plan.add_argument("--gpus", type=int, required=True)
@@ -83,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from flamingo_kernels.cli import train as command
 
             return command.run(options.config)
+        elif options.command == "export":
+            from flamingo_kernels.train import checkpoint
+
+            print(checkpoint.export(options.run, options.output))
         elif options.command == "plan":
             from flamingo_kernels.cli import plan as command
 

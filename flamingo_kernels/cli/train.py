@@ -27,7 +27,9 @@ def run(path: Path) -> int:
 
 def _train(config: TrainConfig, device: torch.device) -> None:
     torch.manual_seed(config.seed)
-    model = build_model(config.model).to(device)
+    model = build_model(config.model)
+    if config.distributed == "ddp":
+        model.to(device)
     tokenizer = config.model.tokenizer or config.model.language_model or config.model.pretrained
     encoding = text_encoding(None if tokenizer is None else Path(tokenizer), model.config)
     loaders = {

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from flamingo_kernels.language.config import DecoderConfig
 from flamingo_kernels.language.protocol import (
     BeforeBlock,
+    Head,
     LanguageModelOutput,
     check_inputs,
     positions,
@@ -211,6 +212,7 @@ class Decoder(nn.Module):
         cache: DecoderCache | None = None,
         before_block: BeforeBlock | None = None,
         use_cache: bool = False,
+        head: Head | None = None,
     ) -> LanguageModelOutput:
         check_inputs(input_ids, attention_mask, cache)
         rows, new = input_ids.shape
@@ -235,12 +237,15 @@ class Decoder(nn.Module):
             if before_block is not None:
                 x = before_block(i, x)
             x = block(x, angles, visible, cache, i)
-        logits = F.linear(self.final_norm(x), self.token_embedding.weight)
+        hidden, weight = self.final_norm(x), self.token_embedding.weight
+        logits = F.linear(hidden, weight) if head is None else None
 
         if cache is not None:
             cache.length += new
             cache.masked = cache.masked or attention_mask is not None
-        return LanguageModelOutput(logits, cache)
+        return LanguageModelOutput(
+            logits, cache, None if head is None else head(hidden, weight, None)
+        )
 
 
 def _visible_keys(index: Tensor, cached: int, attention_mask: Tensor | None) -> Tensor | None:

@@ -21,6 +21,7 @@ from flamingo_kernels.language.checkpointing import checkpoint_blocks
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.language.protocol import (
     BeforeBlock,
+    Head,
     LanguageModelOutput,
     check_inputs,
     positions,
@@ -66,11 +67,16 @@ class _Call:
         owner: object,
         before_block: BeforeBlock | None,
         before_blocks_of: BeforeBlocksOf | None = None,
+        without_logits: bool = False,
     ) -> None:
         self.owner = owner
         self.before_block = before_block
         self.before_blocks_of = before_blocks_of
         self.blocks_run = 0
+        # The input of the output product, and its result for none of the tokens.
+        self.without_logits = without_logits
+        self.hidden: Tensor | None = None
+        self.empty_logits: Tensor | None = None
 
 
 _running: ContextVar[_Call | None] = ContextVar("flamingo_kernels_running_call", default=None)
@@ -87,7 +93,7 @@ class _BeforeBlockHook:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         call = _running.get()
-        if call is None or call.owner is not self.owner:
+        if call is None or call.owner is not self.owner or call.before_block is None:
             return None
         if self.index != call.blocks_run:
             raise RuntimeError(
@@ -135,6 +141,33 @@ class _BeforeModelHook:
             )
         call.before_block = call.before_blocks_of(start, start + tokens, rows)
         call.blocks_run = 0
+
+
+class _HeadHooks:
+    """Before and after the output product: keep its input, and let it see no tokens.
+
+    If the model returns the very tensor that the product gave, nothing but the product gives its
+    logits: no scaling, no capping.
+    """
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    def before(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+        call = self._call()
+        if call is None:
+            return None
+        (call.hidden,) = args
+        return (call.hidden[:, :0],)
+
+    def after(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        call = self._call()
+        if call is not None:
+            call.empty_logits = output
+
+    def _call(self) -> _Call | None:
+        call = _running.get()
+        return call if call and call.owner is self.owner and call.without_logits else None
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -229,6 +262,12 @@ class HuggingFaceLanguageModel(nn.Module):
         self._handles.append(
             model.register_forward_pre_hook(_BeforeModelHook(self._owner), with_kwargs=True)
         )
+        head, hooks = model.get_output_embeddings(), _HeadHooks(self._owner)
+        # False once it is known that something else follows the output product.
+        self._head_is_last = type(head) is nn.Linear
+        if self._head_is_last:
+            self._handles.append(head.register_forward_pre_hook(hooks.before))
+            self._handles.append(head.register_forward_hook(hooks.after))
 
     @classmethod
     def from_config(cls, config: HuggingFaceLanguageConfig) -> HuggingFaceLanguageModel:
@@ -307,6 +346,7 @@ class HuggingFaceLanguageModel(nn.Module):
         cache: HuggingFaceCache | None = None,
         before_block: BeforeBlock | None = None,
         use_cache: bool = False,
+        head: Head | None = None,
     ) -> LanguageModelOutput:
         check_inputs(input_ids, attention_mask, cache)
         held = 0 if cache is None else cache.length
@@ -318,20 +358,15 @@ class HuggingFaceLanguageModel(nn.Module):
             if self._takes_position_ids:
                 options["position_ids"] = positions(attention_mask, input_ids.shape[1])
 
-        call = None
-        if before_block is not None:
-            self._check_can_run_before_blocks()
-            call = _Call(self._owner, before_block)
-        token = _running.set(call)
-        try:
-            output = self.model(input_ids=input_ids, **options)
-        finally:
-            _running.reset(token)
-        if call is not None and call.blocks_run != self.num_blocks:
-            raise RuntimeError(
-                f"{type(self.model).__name__} ran {call.blocks_run} of its {self.num_blocks} "
-                "blocks, so `before_block` was not called for all"
-            )
+        if head is not None and self._head_is_last and not options["use_cache"]:
+            call = _Call(self._owner, before_block, without_logits=True)
+            output = self._run(call, input_ids, options)
+            if output.logits is call.empty_logits:
+                linear = self.model.get_output_embeddings()
+                result = head(call.hidden, linear.weight, linear.bias)
+                return LanguageModelOutput(None, None, result)
+            self._head_is_last = False
+        output = self._run(_Call(self._owner, before_block), input_ids, options)
 
         if not options["use_cache"]:
             return LanguageModelOutput(output.logits, None)
@@ -344,6 +379,21 @@ class HuggingFaceLanguageModel(nn.Module):
                 f"tokens after {held + input_ids.shape[1]}: use it with use_cache=False only"
             )
         return LanguageModelOutput(output.logits, grown)
+
+    def _run(self, call: _Call, input_ids: Tensor, options: dict[str, Any]) -> Any:
+        if call.before_block is not None:
+            self._check_can_run_before_blocks()
+        token = _running.set(call)
+        try:
+            output = self.model(input_ids=input_ids, **options)
+        finally:
+            _running.reset(token)
+        if call.before_block is not None and call.blocks_run != self.num_blocks:
+            raise RuntimeError(
+                f"{type(self.model).__name__} ran {call.blocks_run} of its {self.num_blocks} "
+                "blocks, so `before_block` was not called for all"
+            )
+        return output
 
     def generate(self, input_ids: Tensor, before_blocks_of: BeforeBlocksOf, **options: Any) -> Any:
         """transformers' own `generate`, with something run before each block.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 BeforeBlock = Callable[[int, Tensor], Tensor]
+# (hidden [B, T, dim], weight [V, dim], bias [V] or None) -> what is wanted of them, such as a loss.
+Head = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @runtime_checkable
@@ -33,10 +35,14 @@ class LanguageModelCache(Protocol):
 
 
 class LanguageModelOutput(NamedTuple):
-    """Logits [B, T, V], and the cache where one was asked for or given."""
+    """Logits [B, T, V], and the cache where one was asked for or given.
 
-    logits: Tensor
+    Or what `head` returned, in place of the logits.
+    """
+
+    logits: Tensor | None
     cache: LanguageModelCache | None
+    head_output: Tensor | None = None
 
 
 @runtime_checkable
@@ -63,6 +69,7 @@ class LanguageModel(Protocol):
         cache: LanguageModelCache | None = None,
         before_block: BeforeBlock | None = None,
         use_cache: bool = False,
+        head: Head | None = None,
     ) -> LanguageModelOutput:
         """Logits of the tokens given.
 
@@ -75,6 +82,9 @@ class LanguageModel(Protocol):
         before_block : ``before_block(i, hidden [B, T, dim]) -> hidden``, called just before block
             i. None and a function that returns its argument give the same bits.
         use_cache : start a cache if none is given.
+        head : called with the last hidden states, weight and bias in place of the product that
+            gives the logits; only if that product is all that gives them, otherwise the output
+            holds logits all the same. A language model may do without this argument.
 
         Raises
         ------

@@ -65,7 +65,7 @@ def load(
 ) -> FlamingoModel:
     """Read the checkpoint at ``path``; see ``FlamingoModel.from_pretrained``."""
     file = Path(path) / WEIGHTS_FILE
-    config, tensors = _read(file)
+    config, tensors = read(file)
     if vision_encoder is not None:
         vision_encoder = wrap_vision_encoder(vision_encoder, config)
     if language_model is not None:
@@ -143,7 +143,8 @@ def _owners(tensors: dict[str, Tensor]) -> list[str]:
     return list(seen.values())
 
 
-def _read(file: Path) -> tuple[FlamingoConfig, dict[str, Tensor]]:
+def read(file: Path) -> tuple[FlamingoConfig, dict[str, Tensor]]:
+    """What :func:`write` wrote; FileNotFoundError or ValueError if it is not such a file."""
     if not file.is_file():
         raise FileNotFoundError(
             f"no {file.name} in {file.parent}: not a flamingo_kernels checkpoint"

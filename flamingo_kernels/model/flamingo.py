@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
 from os import PathLike
 from typing import Any
 
@@ -17,7 +19,7 @@ from flamingo_kernels.model.cache import FlamingoCache, append_media, writable
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.context import Context
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
-from flamingo_kernels.model.loss import next_token_loss
+from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidden
 from flamingo_kernels.model.untouched import untouched_unless_done
 from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
 from flamingo_kernels.ops import MediaSpans, plan_media_attention
@@ -29,10 +31,10 @@ FROZEN_PARTS = ("vision_encoder", "language_model")
 
 @dataclass(frozen=True)
 class FlamingoOutput:
-    """``loss`` scalar or None, ``logits`` [B, T, V], ``cache`` or None."""
+    """``loss`` scalar or None, ``logits`` [B, T, V] or None, ``cache`` or None."""
 
     loss: Tensor | None
-    logits: Tensor
+    logits: Tensor | None
     cache: FlamingoCache | None = None
 
 
@@ -149,7 +151,8 @@ class FlamingoModel(nn.Module):
             the place of pixels in every call.
         language_model : nn.Module
             A transformers causal language model, or a ``language.LanguageModel``. Its blocks are
-            found by structure; hooks on them are all that is added, and :meth:`unwrap` removes it.
+            found by structure; hooks on them and on the output product are all that is added, and
+            :meth:`unwrap` removes them.
         config : FlamingoConfig, optional
             Default: the paper's architecture, one cross-attention layer before every block, with
             the token ids that ``language.add_media_tokens`` has put into the language model's
@@ -255,6 +258,7 @@ class FlamingoModel(nn.Module):
         assign: str | Sequence[str] = "previous",
         cache: FlamingoCache | None = None,
         use_cache: bool = False,
+        return_logits: bool = True,
     ) -> FlamingoOutput:
         """Logits, and the loss where labels are given.
 
@@ -284,6 +288,9 @@ class FlamingoModel(nn.Module):
             extended in place: use ``cache.select_rows`` for a copy that can be continued twice.
         use_cache : bool
             Return a cache for the next call; one that is given is always returned, grown.
+        return_logits : bool
+            False, with labels: leave the logits out, which the loss then does without where it can
+            (torch 2.13, a frozen output product, no cache).
 
         Returns
         -------
@@ -295,6 +302,8 @@ class FlamingoModel(nn.Module):
             Input that does not fit; the message names the row or the value.
         """
         use_cache = use_cache or cache is not None
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False without labels: there is nothing to return")
         context = self.read(
             input_ids,
             pixel_values,
@@ -307,20 +316,27 @@ class FlamingoModel(nn.Module):
         )
         length, new = context.input_ids.shape[1], input_ids.shape[1]
         mask = context.attention_mask
+        if labels is not None:
+            real = None if mask is None else mask[:, length - new :] != 0
+            labels = self.counted_labels(labels, real)
+        options: dict[str, Any] = {}
+        if not return_logits and "head" in signature(self.language_model.forward).parameters:
+            options["head"] = partial(next_token_loss_of_hidden, labels=labels)
         out = self.language_model(
             input_ids,
             attention_mask=mask,
             cache=None if cache is None else cache.language,
             before_block=self.cross_attention(context, length - new, length),
             use_cache=use_cache,
+            **options,
         )
-        loss = None
-        if labels is not None:
-            real = None if mask is None else mask[:, length - new :] != 0
-            loss = next_token_loss(out.logits, self.counted_labels(labels, real))
+        loss = out.head_output
+        if labels is not None and loss is None:
+            loss = next_token_loss(out.logits, labels)
+        logits = out.logits if return_logits else None
         if not use_cache:
-            return FlamingoOutput(loss, out.logits)
-        return FlamingoOutput(loss, out.logits, FlamingoCache.after(context, out.cache).with_room())
+            return FlamingoOutput(loss, logits)
+        return FlamingoOutput(loss, logits, FlamingoCache.after(context, out.cache).with_room())
 
     def read(
         self,
@@ -445,7 +461,10 @@ class FlamingoModel(nn.Module):
                 features = self.vision_encoder(pixels.flatten(0, 2).to(weight.dtype))
                 return features.unflatten(0, pixels.shape[:3]).to(latents.dtype)
             index = tuple(i.to(pixels.device) for i in real.nonzero(as_tuple=True))
-            features = self.vision_encoder(pixels[index].to(weight.dtype)).to(latents.dtype)
+            images = pixels[index].to(weight.dtype)
+            if not len(images):  # not every encoder takes an empty batch
+                images = images.new_zeros(1, *images.shape[1:])
+            features = self.vision_encoder(images)[: len(index[0])].to(latents.dtype)
             padded = features.new_zeros(*pixels.shape[:3], *features.shape[1:])
             return padded.index_put(index, features)
 
@@ -468,7 +487,7 @@ class FlamingoModel(nn.Module):
             if block not in layers:
                 return hidden
             layer, kv = layers[block]
-            dtype = layer.attn.to_q.weight.dtype  # the frozen model's may be another
+            dtype = kv.key.dtype  # the layer's; the frozen model's may be another
             inside = hidden.to(dtype)
             if self._use_reentrant is None or not torch.is_grad_enabled():
                 out = run(inside, *kv, layer)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+# torch 2.13; without options its linear_cross_entropy keeps all logits.
+_IN_CHUNKS = hasattr(nn, "LinearCrossEntropyOptions")
 
 from flamingo_kernels.precision import accumulator
 
@@ -29,6 +32,46 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
         logits[:, :-1].flatten(0, 1).to(precision), targets.flatten(), reduction="sum"
     )
     return total / (targets != -100).sum().clamp(min=1)
+
+
+def next_token_loss_of_hidden(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+) -> Tensor:
+    """:func:`next_token_loss` of ``F.linear(hidden, weight, bias)``, without those logits.
+
+    ``torch.nn.functional.linear_cross_entropy`` makes them in chunks, here and again in the
+    backward. Where torch lacks it they are made at once; also for a weight that is trained, whose
+    gradient it adds up in no fixed order on a GPU.
+
+    Parameters
+    ----------
+    hidden : Tensor
+        [B, T, dim].
+    weight, bias : Tensor
+        [V, dim] and [V] or None.
+    labels : Tensor
+        int64 [B, T]; -100 is ignored, and hidden states of which only such are predicted are not
+        read.
+
+    Returns
+    -------
+    Tensor
+        As :func:`next_token_loss`; the losses that it is the mean of are in the dtype of hidden.
+    """
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if trained or not _IN_CHUNKS:
+        return next_token_loss(F.linear(hidden, weight, bias), labels)
+    counted = labels[:, 1:] != -100
+    losses = F.linear_cross_entropy(
+        hidden[:, :-1][counted],
+        weight,
+        labels[:, 1:][counted],
+        linear_bias=bias,
+        reduction="none",  # "sum" adds up bfloat16 losses in bfloat16
+        options=nn.LinearCrossEntropyOptions(),
+    )
+    precision = torch.promote_types(hidden.dtype, torch.float32)
+    return losses.to(precision).sum() / max(1, len(losses))
 
 
 def ignore_text_before_first_image(

@@ -13,6 +13,7 @@ from flamingo_kernels.data.images import FITS
 from flamingo_kernels.fields import check_positive, check_types
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
+STRATEGIES = ("ddp", "fsdp")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +111,18 @@ class OptimizerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run. ``output`` gets ``log.jsonl`` and the checkpoints ``step_00001000`` ..."""
+    """A training run. ``output`` gets ``log.jsonl`` and the checkpoints ``step_00001000`` ...
+
+    ``distributed``: what the processes of ``torchrun`` hold, a whole model each (``ddp``) or a
+    share of one (``fsdp``).
+    """
 
     model: ModelSection
     datasets: tuple[DatasetSection, ...]
     steps: int
     output: str
     optimizer: OptimizerSection = dataclasses.field(default_factory=OptimizerSection)
+    distributed: str = "ddp"
     seed: int = 0
     log_every: int = 10
     save_every: int = 1000
@@ -125,6 +131,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "steps", "log_every", "save_every", "keep")
+        _one_of(self, "distributed", STRATEGIES)
         _in_range(self, "seed", 0, None)
         names = [dataset.name for dataset in self.datasets]
         if not names:

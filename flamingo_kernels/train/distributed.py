@@ -1,4 +1,4 @@
-"""Processes started by torchrun, each with a model of its own: ranks, sums, and what they share.
+"""Processes started by torchrun: ranks, sums, and what they share.
 
 Without a process group everything here is the trivial case of one process.
 """
@@ -25,57 +25,61 @@ if "forward_sync_buffers" in signature(DistributedDataParallel).parameters:
 
 def start() -> torch.device:
     """Join the group if torchrun started this process; the device to train on."""
-    cuda = torch.cuda.is_available()
-    if not dist.is_available() or not dist.is_torchelastic_launched():
-        return torch.device("cuda" if cuda else "cpu")
-    if not cuda:
-        dist.init_process_group("gloo")
-        return torch.device("cpu")
-    device = torch.device("cuda", dist.get_node_local_rank(0))
-    torch.cuda.set_device(device)
-    dist.init_process_group("nccl", device_id=device)
-    return device
+    if dist.is_available() and dist.is_torchelastic_launched():
+        if torch.cuda.is_available():
+            own = torch.device("cuda", dist.get_node_local_rank(0))
+            torch.cuda.set_device(own)
+            dist.init_process_group("nccl", device_id=own)
+        else:
+            dist.init_process_group("gloo")
+    return device()
+
+
+def device() -> torch.device:
+    """Where this process trains: on the device that the group communicates from."""
+    if torch.cuda.is_available() and not (active() and dist.get_backend() == "gloo"):
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
 
 
 def stop() -> None:
     """Leave the group, if there is one."""
-    if _active():
+    if active():
         dist.destroy_process_group()
 
 
 def rank() -> int:
     """Number of this process, 0 for one alone."""
-    return dist.get_rank() if _active() else 0
+    return dist.get_rank() if active() else 0
 
 
 def world_size() -> int:
     """Processes in the group."""
-    return dist.get_world_size() if _active() else 1
+    return dist.get_world_size() if active() else 1
 
 
 def wrap(model: FlamingoModel) -> nn.Module:
     """``model`` with gradients averaged over the processes; itself for one process.
 
-    Parameters are taken to be equal already. A process whose batch has no image uses no resampler:
-    DDP finds that out at each call, in place of waiting for its gradients for ever.
+    Parameters are taken to be equal already, and all processes to use the same ones.
     """
-    if not _active():
+    if not active():
         return model
-    return DistributedDataParallel(
-        model, find_unused_parameters=True, init_sync=False, **{_SYNC_BUFFERS: False}
-    )
+    return DistributedDataParallel(model, init_sync=False, **{_SYNC_BUFFERS: False})
 
 
 def broadcast(parameters: Iterable[Tensor]) -> None:
-    """Give all processes the values of the first."""
-    if _active():
+    """Give all processes the values of the first; the parameters may be on the host."""
+    if active():
         for parameter in parameters:
-            dist.broadcast(parameter.detach(), 0)
+            values = parameter.detach().to(device())
+            dist.broadcast(values, 0)
+            parameter.detach().copy_(values)
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """Element-wise sums; the values themselves for one process."""
-    if not _active():
+    if not active():
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
     dist.all_reduce(total)
@@ -85,14 +89,14 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 def gather(value: T) -> list[T]:
     """``value`` of every process, in order of rank."""
     values: list[Any] = [value] * world_size()
-    if _active():
+    if active():
         dist.all_gather_object(values, value)
     return values
 
 
 def on_first_rank(run: Callable[[], T]) -> T:
     """What ``run`` returns on rank 0, on all; an OSError that it raises there is raised on all."""
-    if not _active():
+    if not active():
         return run()
     outcome: list[Any] = [None]
     if rank() == 0:
@@ -106,5 +110,6 @@ def on_first_rank(run: Callable[[], T]) -> T:
     return outcome[0]
 
 
-def _active() -> bool:
+def active() -> bool:
+    """Whether this process is in a group."""
     return dist.is_available() and dist.is_initialized()

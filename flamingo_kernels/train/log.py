@@ -1,22 +1,31 @@
-"""What a run reports: JSON lines, TensorBoard where it is installed, and a progress line."""
+"""What a run reports: JSON lines, TensorBoard where it is installed, and a progress bar."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 LOG_FILE = "log.jsonl"
+_BAR = 20  # characters
 
 
 class RunLog:
-    """Appends to ``log.jsonl`` in ``output``, less the lines after ``step`` of a run that died."""
+    """Appends to ``log.jsonl`` in ``output``, less the lines after ``step`` of a run that died.
+
+    On a terminal it keeps a progress bar; elsewhere every line of the log is one on stderr.
+    """
 
     def __init__(self, output: Path, step: int, total: int) -> None:
         output.mkdir(parents=True, exist_ok=True)
         self.total = total
+        self._first, self._started = step, time.monotonic()
+        self._figures = ""
         path = output / LOG_FILE
         kept = [line for line in _lines(path) if _step_of(line) <= step]
         temporary = output / f".{LOG_FILE}.incomplete"
@@ -32,27 +41,43 @@ class RunLog:
         if self._tensorboard is not None:
             for name, value in _scalars("", values):
                 self._tensorboard.add_scalar(name, value, values["step"])
-        self._progress(values)
+        self._figures = _figures(values)
+        if sys.stderr.isatty():
+            self.show(values["step"])
+        else:
+            print(f"step {values['step']}/{self.total}  {self._figures}", file=sys.stderr)
+
+    def show(self, step: int) -> None:
+        """Move the bar to ``step``, with the figures of the last line; nothing off a terminal."""
+        if not sys.stderr.isatty():
+            return
+        filled = _BAR * step // self.total
+        line = f"[{'#' * filled}{'.' * (_BAR - filled)}] {step}/{self.total}"
+        if done := step - self._first:
+            seconds = (time.monotonic() - self._started) / done * (self.total - step)
+            line += f"  {timedelta(seconds=round(seconds))} left"
+        line = f"{line}  {self._figures}"[: shutil.get_terminal_size().columns - 1]
+        print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the progress line and close the files."""
+        """End the bar's line and close the files."""
         if sys.stderr.isatty():
             print(file=sys.stderr)
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
 
-    def _progress(self, values: dict[str, Any]) -> None:
-        losses = "  ".join(f"{name} {loss:.4f}" for name, loss in values["losses"].items())
-        line = (
-            f"step {values['step']}/{self.total}  loss {values['loss']:.4f} ({losses})  "
-            f"{values['tokens_per_second']:.0f} tokens/s"
-        )
-        if skipped := sum(values["skipped"].values()):
-            line += f"  {skipped} skipped"
-        interactive = sys.stderr.isatty()
-        start, end = ("\r\033[K", "") if interactive else ("", "\n")
-        print(start + line, end=end, file=sys.stderr, flush=True)
+
+def _figures(values: dict[str, Any]) -> str:
+    losses = "  ".join(f"{name} {loss:.4f}" for name, loss in values["losses"].items())
+    gates = values["gates"].values()
+    text = (
+        f"loss {values['loss']:.4f} ({losses})  {values['tokens_per_second']:.0f} tokens/s  "
+        f"gates {min(gates):.3f} to {max(gates):.3f}"
+    )
+    if skipped := sum(values["skipped"].values()):
+        text += f"  {skipped} skipped"
+    return text
 
 
 def _lines(path: Path) -> list[str]:

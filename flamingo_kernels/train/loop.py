@@ -6,6 +6,7 @@ import math
 import time
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from flamingo_kernels.data.samples import IGNORED_LABEL
 from flamingo_kernels.data.stream import BatchLoader
 from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.model.loss import ignore_text_before_first_image
-from flamingo_kernels.train import checkpoint, distributed
+from flamingo_kernels.train import checkpoint, distributed, sharding
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
 from flamingo_kernels.train.log import RunLog
 from flamingo_kernels.train.optimizer import MasterWeights, build_optimizer, learning_rate
@@ -41,8 +42,9 @@ class Trainer:
     Parameters
     ----------
     model : FlamingoModel
-        On the device to train on; its frozen parts are cast to the compute dtype. In a process
-        group every process has one, and the frozen parts must be the same.
+        On the device to train on, or on the host if it is to be sharded (``config.distributed``),
+        which happens here, in place. Its frozen parts are cast to the compute dtype. In a process
+        group every process gives one, and the frozen parts must be the same.
     loaders : for every dataset of ``config``, by name.
     config : TrainConfig
 
@@ -53,7 +55,7 @@ class Trainer:
     Raises
     ------
     ValueError
-        The frozen parts differ between processes.
+        The frozen parts differ between processes, or there is nothing to shard the model over.
     """
 
     def __init__(
@@ -69,17 +71,33 @@ class Trainer:
                 raise ValueError(f"process {other} has another base model than this one")
         self.step_number = 0
         dtype = getattr(torch, config.model.compute)
-        self.masters = MasterWeights(model.trainable_parameters(), dtype)
         for part in (model.vision_encoder, model.language_model):
             frozen = {n: p for n, p in part.named_parameters() if not p.requires_grad}
             for parameter in frozen.values():
                 parameter.data = parameter.data.to(dtype)
         if config.model.activation_checkpointing:
             model.gradient_checkpointing_enable()
-        distributed.broadcast(self.masters.parameters.values())
-        self.masters.publish()
+        trainable = model.trainable_parameters()
+        # How checkpoints are written and read.
+        self._files: ModuleType = checkpoint
+        if config.distributed == "fsdp":
+            if not distributed.active():
+                raise ValueError("distributed: fsdp shards over the processes that torchrun starts")
+            from flamingo_kernels.train import sharded_checkpoint
+
+            self._files = sharded_checkpoint
+            for parameter in trainable.values():
+                parameter.data = parameter.data.to(torch.float32)
+            distributed.broadcast(trainable.values())
+            sharding.shard(model, dtype)
+            self.masters = MasterWeights(model.trainable_parameters(), torch.float32)
+            self._parallel = model
+        else:
+            self.masters = MasterWeights(trainable, dtype)
+            distributed.broadcast(self.masters.parameters.values())
+            self.masters.publish()
+            self._parallel = distributed.wrap(model)
         self.optimizer = build_optimizer(self.masters.parameters, config.optimizer)
-        self._parallel = distributed.wrap(model)
 
     @property
     def device(self) -> torch.device:
@@ -96,8 +114,8 @@ class Trainer:
         found = checkpoint.list_checkpoints(self.output)
         if not found:
             return False
-        saved = checkpoint.load(found[-1], self.base_model)
-        positions = saved.state["data"]
+        state = checkpoint.load_state(found[-1], self.base_model)
+        positions = state["data"]
         if len(positions) != distributed.world_size():
             raise ValueError(
                 f"{found[-1]} was saved by {len(positions)} process(es), now there are "
@@ -109,27 +127,21 @@ class Trainer:
                 f"{found[-1]} was trained on the datasets {sorted(position)}, the "
                 f"configuration has {sorted(self.loaders)}"
             )
-        frozen = self.model.saved_frozen
-        self.masters.load({n: t for n, t in saved.tensors.items() if n not in frozen})
-        for name, moments in saved.moments.items():
-            parameter = self.masters.parameters[name]
-            self.optimizer.state[parameter] = {
-                # AdamW keeps its count of steps on the host.
-                key: value.clone() if key == "step" else value.to(parameter.device, copy=True)
-                for key, value in moments.items()
-            }
-        for name, state in position.items():
-            self.loaders[name].load_state_dict(state)
-        torch.set_rng_state(saved.random_states["cpu"])
-        if "cuda" in saved.random_states and torch.cuda.is_available():
-            torch.cuda.set_rng_state(saved.random_states["cuda"])
-        self.step_number = saved.step
+        if checkpoint.is_sharded(found[-1]) != (self.config.distributed == "fsdp"):
+            raise ValueError(
+                f"{found[-1]} was saved with another value of distributed: continue with that, or "
+                "start anew from what flamingo-kernels export makes of it"
+            )
+        self._files.load(found[-1], self.model, self.masters, self.optimizer)
+        for name, data in position.items():
+            self.loaders[name].load_state_dict(data)
+        self.step_number = state["step"]
         return True
 
     def save(self) -> Path:
         """Write a checkpoint of this moment; OSError if it cannot be written.
 
-        To be called by all processes of a group; the first one writes.
+        To be called by all processes of a group.
         """
         position = {name: loader.state_dict() for name, loader in self.loaders.items()}
         state = {
@@ -137,11 +149,8 @@ class Trainer:
             "base_model": self.base_model,
             "data": distributed.gather(position),
         }
-        parameters, keep = self.masters.parameters, self.config.keep
-        return distributed.on_first_rank(
-            lambda: checkpoint.save(
-                self.output, self.model, parameters, self.optimizer, state, keep=keep
-            )
+        return self._files.save(
+            self.output, self.model, self.masters, self.optimizer, state, keep=self.config.keep
         )
 
     def step(self) -> dict[str, Any]:
@@ -158,27 +167,28 @@ class Trainer:
         for section in self.config.datasets:
             loader = self.loaders[section.name]
             batch = self._prepare(next(loader), section)
-            loss = self._parallel(**batch).loss
+            loss = self._parallel(**batch, return_logits=False).loss
             share, totals = self._share(loss, batch)
             losses[section.name] = totals.loss
             if not math.isfinite(totals.loss):
+                where = distributed.gather(None if math.isfinite(loss.item()) else loader.keys)
+                process = next(i for i, keys in enumerate(where) if keys is not None)
+                keys = where[process]
                 raise self._failure(
-                    f"the loss of {section.name} is {totals.loss} at step {number}, "
-                    f"samples {', '.join(loader.keys[:3])}{', ...' if loader.keys[3:] else ''}"
+                    f"the loss of {section.name} is {totals.loss} at step {number}, process "
+                    f"{process}, samples {', '.join(keys[:3])}{', ...' if keys[3:] else ''}"
                 )
             (section.weight * share * loss).backward()
             self.masters.collect_gradients()
             tokens += totals.tokens
             images += totals.images
         parameters = self.masters.parameters
-        norm = total_norm([p.grad for p in parameters.values() if p.grad is not None])
+        gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
+        norm = sharding.whole(total_norm(list(gradients.values())))
         if not torch.isfinite(norm):
-            bad = next(
-                name
-                for name, p in parameters.items()
-                if p.grad is not None and not torch.isfinite(p.grad).all()
-            )
-            raise self._failure(f"the gradient of {bad} is not finite at step {number}")
+            bad = [n for n, g in gradients.items() if not sharding.local(g).isfinite().all()]
+            first = next(name for names in distributed.gather(bad) for name in names)
+            raise self._failure(f"the gradient of {first} is not finite at step {number}")
         clip_grads_with_norm_(parameters.values(), self.config.optimizer.clip, norm)
         rate = learning_rate(self.config.optimizer, number)
         for group in self.optimizer.param_groups:
@@ -211,6 +221,8 @@ class Trainer:
             started, tokens, images = time.perf_counter(), 0, 0
             while self.step_number < self.config.steps:
                 report = self.step()
+                if log is not None:
+                    log.show(self.step_number)
                 tokens += report.pop("tokens")
                 images += report.pop("images")
                 last = self.step_number == self.config.steps
@@ -230,15 +242,16 @@ class Trainer:
                 log.close()
 
     def gates(self) -> dict[str, float]:
-        """tanh of every layer's gates, by layer; the mean magnitude of vector gates."""
-        return {
-            f"{kind}.{layer}": torch.tanh(gate.detach().float()).abs().mean().item()
-            if gate.numel() > 1
-            else torch.tanh(gate.detach().float()).item()
+        """tanh of every layer's gates, by layer; the mean magnitude of vector gates.
+
+        To be called by all processes of a group.
+        """
+        values = {
+            f"{kind}.{layer}": sharding.whole(getattr(module, kind).detach()).float().tanh()
             for kind in ("attn_gate", "ff_gate")
             for layer, module in enumerate(self.model.gated_cross_attn_layers)
-            for gate in [getattr(module, kind)]
         }
+        return {n: (v.abs().mean() if len(v) > 1 else v).item() for n, v in values.items()}
 
     def skipped(self) -> dict[str, int]:
         """Shards, records and images skipped so far by all processes, by dataset and reason."""
@@ -254,10 +267,10 @@ class Trainer:
     def _share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[float, _Totals]:
         """What to multiply this process's mean loss with, and figures of all processes.
 
-        DDP averages gradients over processes; the loss is a mean over the tokens of all of them.
+        Gradients are averaged over processes; the loss is a mean over the tokens of all of them.
         """
         tokens = int(batch["attention_mask"].sum())
-        images = int(batch["num_images"].sum()) if "num_images" in batch else 0
+        images = int(batch["num_images"].sum())
         size = distributed.world_size()
         if size == 1:
             return 1.0, _Totals(loss.item(), tokens, images)
@@ -274,10 +287,23 @@ class Trainer:
             batch["labels"] = ignore_text_before_first_image(
                 batch["labels"], batch["input_ids"], self.model.config.image_token_id
             )
+        if "pixel_values" not in batch:
+            batch |= self._unused_slot(len(batch["input_ids"]))
         return {
             name: value.to(self.device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in batch.items()
         }
+
+    def _unused_slot(self, rows: int) -> dict[str, Tensor]:
+        """Media of a batch without images: one slot that no row fills.
+
+        All processes run all modules, so that none waits for the others' shares or gradients.
+        """
+        encoder = self.model.vision_encoder
+        size = encoder.image_size
+        shape = (1, encoder.output_dim) if size is None else (3, size, size)
+        none = torch.zeros(rows, dtype=torch.int64)
+        return {"pixel_values": torch.zeros(rows, 1, 1, *shape), "num_images": none}
 
     def _failure(self, what: str) -> TrainingError:
         self.optimizer.zero_grad(set_to_none=True)

@@ -59,20 +59,20 @@ class MasterWeights:
         ValueError
             Other names or shapes.
         """
-        different = set(tensors) ^ set(self.parameters)
-        different |= {
-            name
-            for name in set(tensors) & set(self.parameters)
-            if tensors[name].shape != self.parameters[name].shape
-        }
+        self.check({name: tensor.shape for name, tensor in tensors.items()})
+        for name, tensor in tensors.items():
+            self.parameters[name].copy_(tensor)
+        self.publish()
+
+    def check(self, shapes: dict[str, torch.Size]) -> None:
+        """Raise ValueError unless these are the names and shapes of the masters."""
+        own = {name: parameter.shape for name, parameter in self.parameters.items()}
+        different = {name for name, _ in shapes.items() ^ own.items()}
         if different:
             raise ValueError(
                 f"{len(different)} trainable tensor(s) are not those of this model, such as "
                 f"{min(different)}"
             )
-        for name, tensor in tensors.items():
-            self.parameters[name].copy_(tensor)
-        self.publish()
 
 
 def build_optimizer(

@@ -1,15 +1,16 @@
 """Memory that training a configuration needs on each GPU, without allocating any of it.
 
-Parameters are counted on the meta device. What autograd keeps is counted with fake tensors, of one
-language model block at a time, and by the shapes that a cross-attention block keeps. Left out: the
-vision encoder's working memory (it builds no graph), fragments and the CUDA context.
+Parameters are counted on the meta device, in the units that ``sharding`` gathers. What autograd
+keeps is counted with fake tensors, of one language model block at a time, and by the shapes that a
+cross-attention block keeps. The loss is that of torch 2.13, which makes no whole logits. Left out:
+the vision encoder's working memory (it builds no graph), fragments and the CUDA context.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -18,14 +19,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels.language import DecoderConfig, build_language_model
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
-from flamingo_kernels.model.loss import next_token_loss
 from flamingo_kernels.nn import PerceiverResampler
+from flamingo_kernels.train.config import STRATEGIES
+from flamingo_kernels.train.sharding import units
 
 GIB = 2**30
-STRATEGIES = ("DDP", "FSDP2, trainable parts sharded", "FSDP2, all sharded")
 _MASTER, _MOMENTS = 4, 8  # bytes of a trainable value: float32, and AdamW's two
-# FSDP2 gathers the next unit while one computes.
-_GATHERED_UNITS = 2
+# Of a unit that computes FSDP2 has the parameters and, until the next one is there, the buffer they
+# were gathered in; then the buffer of the next.
+_GATHERED_UNITS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,31 +59,54 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a model, and of the largest parts that FSDP would gather at once."""
+    """Values in a model's parameters, tied ones once.
+
+    ``resident``: those that FSDP gathers once per step; ``largest_unit`` and
+    ``largest_trainable_unit``: of the parts that it gathers as they run.
+    """
 
     frozen: int
     trainable: int
+    resident: int
     largest_unit: int
     largest_trainable_unit: int
 
 
 def parameter_sizes(config: FlamingoConfig) -> Sizes:
-    """Counted on the meta device; tied parameters count once."""
-    with torch.device("meta"):
-        model = FlamingoModel(config)
-    trainable = sum(p.numel() for p in model.trainable_parameters().values())
-    units = [*model.gated_cross_attn_layers, model.perceiver]
-    frozen_units = [*model.language_model.blocks, model.vision_encoder]
+    """Counted on the meta device."""
+    model = _on_meta(config)
+    trainable = _numel(model.trainable_parameters().values())
+    everything = _numel(model.parameters())
+    gathered, earlier = [], set()
+    for unit in units(model):
+        own = [p for part in unit for p in part.parameters() if p not in earlier]
+        gathered.append(own)
+        earlier.update(own)
     return Sizes(
-        sum(p.numel() for p in model.parameters()) - trainable,
+        everything - trainable,
         trainable,
-        max(_numel(unit) for unit in (*units, *frozen_units)),
-        max(_numel(unit) for unit in units),
+        everything - sum(map(_numel, gathered)),
+        max(map(_numel, gathered)),
+        max(_numel(unit) for unit in gathered if unit[0].requires_grad),
     )
 
 
+def shard_sizes(config: FlamingoConfig, gpus: int) -> tuple[int, int]:
+    """Frozen and trainable values that FSDP keeps on each GPU.
+
+    Parameters are divided along their first dimension, and all shares are as long as the longest.
+    """
+    model = _on_meta(config)
+    shares = {True: 0, False: 0}
+    for parameter in model.parameters():
+        rows = parameter.shape[0] if parameter.ndim else 1
+        share = math.ceil(rows / gpus) * (parameter.numel() // rows)
+        shares[parameter.requires_grad] += share
+    return shares[False], shares[True]
+
+
 def plan(config: FlamingoConfig, gpus: int, work: Workload) -> dict[str, Memory]:
-    """Memory per GPU under each strategy.
+    """Memory per GPU under each strategy, by the names that a configuration of training has.
 
     Raises
     ------
@@ -99,11 +124,7 @@ def plan(config: FlamingoConfig, gpus: int, work: Workload) -> dict[str, Memory]
     narrow = work.dtype.itemsize
     copy = 0 if work.dtype == torch.float32 else narrow  # beside the float32 masters
     activations, media = activation_bytes(config, work), media_bytes(config, work)
-    gathered = _GATHERED_UNITS * narrow
-
-    def share(values: int) -> int:
-        return math.ceil(values / gpus)
-
+    frozen, trainable = shard_sizes(config, gpus)
     strategies = (
         (
             sizes.frozen * narrow + sizes.trainable * (_MASTER + copy),
@@ -112,18 +133,12 @@ def plan(config: FlamingoConfig, gpus: int, work: Workload) -> dict[str, Memory]
             sizes.trainable * _MOMENTS,
         ),
         (
-            sizes.frozen * narrow
-            + share(sizes.trainable) * _MASTER
-            + sizes.largest_trainable_unit * gathered,
-            share(sizes.trainable) * _MASTER + sizes.largest_trainable_unit * narrow,
-            share(sizes.trainable) * _MOMENTS,
-        ),
-        (
-            share(sizes.frozen) * narrow
-            + share(sizes.trainable) * _MASTER
-            + sizes.largest_unit * gathered,
-            share(sizes.trainable) * _MASTER + sizes.largest_trainable_unit * narrow,
-            share(sizes.trainable) * _MOMENTS,
+            frozen * narrow
+            + trainable * _MASTER
+            + (sizes.resident + _GATHERED_UNITS * sizes.largest_unit) * narrow,
+            # The masters' shares, a unit's own, and the float32 in which those are averaged.
+            trainable * _MASTER + sizes.largest_trainable_unit * (narrow + _MASTER),
+            trainable * _MOMENTS,
         ),
     )
     return {
@@ -148,11 +163,11 @@ def plan_lines(
         f"{'checkpointed' if work.activation_checkpointing else 'kept'}; GiB per GPU"
     )
     columns = [field.name for field in dataclasses.fields(Memory)]
-    yield f"{'strategy':<32}" + "".join(f"{name:>13}" for name in (*columns, "total")) + "  fits"
+    yield f"{'distributed':<12}" + "".join(f"{name:>13}" for name in (*columns, "total")) + "  fits"
     for name, memory in memories.items():
         values = (*dataclasses.astuple(memory), memory.total)
         fits = "yes" if memory.total <= memory_gib * GIB else "no"
-        yield f"{name:<32}" + "".join(f"{v / GIB:>13.1f}" for v in values) + f"  {fits}"
+        yield f"{name:<12}" + "".join(f"{v / GIB:>13.1f}" for v in values) + f"  {fits}"
 
 
 def media_bytes(config: FlamingoConfig, work: Workload) -> int:
@@ -190,12 +205,17 @@ def cross_attention_bytes(config: FlamingoConfig, work: Workload) -> int:
 def language_bytes(
     config: DecoderConfig, batch_size: int, tokens: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Of one frozen block, and of embeddings, logits and loss."""
+    """Of one frozen block, and of embeddings, last norm and loss.
+
+    The loss keeps the hidden states. In the backward it has their gradient beside a chunk of the
+    logits, which is chosen to have no more values than they: in float32 and in their dtype.
+    """
     one, two = (
         _kept_by_decoder(dataclasses.replace(config, depth=depth), batch_size, tokens, dtype)
         for depth in (1, 2)
     )
-    return two - one, 2 * one - two + batch_size * tokens * config.vocab_size * dtype.itemsize
+    hidden = batch_size * tokens * config.dim
+    return two - one, 2 * one - two + hidden * (3 * dtype.itemsize + torch.float32.itemsize)
 
 
 def resampler_bytes(config: FlamingoConfig, work: Workload) -> int:
@@ -253,7 +273,8 @@ def _kept_by_decoder(
             return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
 
         return kept_bytes(
-            model, lambda: next_token_loss(model(ids, before_block=trained).logits, ids)
+            model,
+            lambda: model(ids, before_block=trained, head=lambda hidden, *_: hidden).head_output,
         )
 
 
@@ -271,5 +292,10 @@ class _default_dtype:  # noqa: N801
         torch.set_default_dtype(self.before)
 
 
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+def _on_meta(config: FlamingoConfig) -> FlamingoModel:
+    with torch.device("meta"):
+        return FlamingoModel(config)
+
+
+def _numel(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

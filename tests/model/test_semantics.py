@@ -263,6 +263,21 @@ def test_a_mask_means_nonzero() -> None:
         assert torch.equal(model(**arguments).logits, expected)
 
 
+def test_point_7_slots_that_no_row_fills_are_as_none() -> None:
+    """The encoder is given no empty batch; the resampler's gradients are zero, not absent."""
+    model = make_model()
+    encoded: list[int] = []
+    model.vision_encoder.register_forward_pre_hook(lambda _, args: encoded.append(len(args[0])))
+    ids = torch.randint(0, 256, (2, 9))
+    slots = {"pixel_values": torch.full((2, 1, 1, 3, 32, 32), float("nan"))}
+    out = model(ids, **slots, num_images=torch.zeros(2, dtype=torch.int64), labels=ids)
+    assert encoded == [1]
+    assert torch.equal(out.logits, model(ids).logits)
+    out.loss.backward()
+    for parameter in model.perceiver.parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+
+
 def test_point_14_loss_ignores_images_padding_and_labels_of_minus_100() -> None:
     model = make_model()
     ids = torch.tensor([[5, IMAGE, 6, 7, 8]])

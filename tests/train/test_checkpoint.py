@@ -106,6 +106,23 @@ def test_a_full_disk_leaves_the_previous_checkpoint_good(where: str, values, mon
     trainer.save()
 
 
+def test_export_writes_the_newest_as_one_file(values, tmp_path, capsys) -> None:
+    trainer = make_trainer(values)
+    target = tmp_path / "exported"
+    for number in (1, 2):
+        trainer.step()
+        folder = trainer.save()
+        newest = {n: p.detach().clone() for n, p in trainer.masters.parameters.items()}
+        assert main(["export", str(trainer.output), str(target)]) == 0, number
+        stored = load_file(target / "model.safetensors")
+        assert stored.keys() == newest.keys()
+        assert all(torch.equal(stored[name], tensor) for name, tensor in newest.items())
+    assert capsys.readouterr().out == f"{target / 'model.safetensors'}\n" * 2
+    assert main(["export", str(folder), str(target)]) == 0
+    assert main(["export", str(tmp_path), str(target)]) == 1
+    assert "no checkpoint of a training run in" in capsys.readouterr().err
+
+
 def test_another_base_model_is_refused(values) -> None:
     trainer = make_trainer(values)
     trainer.step()

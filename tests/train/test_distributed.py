@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
+from contextlib import nullcontext
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.filesystem import FileSystem
 
-from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels import FlamingoModel
+from flamingo_kernels.cli import main
 from flamingo_kernels.data.samples import Sample, collate
-from flamingo_kernels.train import TrainConfig, Trainer
+from flamingo_kernels.model.flamingo import FROZEN_PARTS
+from flamingo_kernels.train import TrainConfig, Trainer, TrainingError, checkpoint, sharding
+from flamingo_kernels.train.plan import shard_sizes
+from flamingo_kernels.vision import build_vision_encoder
+from tests.backbones import language_model
 from tests.budgets import assert_close_to_reference
 from tests.model.conftest import TINY, open_gates_of
 
 STEPS = 2
+SECOND_SHARD = "shard-00002-model-00001-of-00001.safetensors"
 
 
 def row(length: int, images: int, seed: int) -> Sample:
@@ -46,7 +58,9 @@ class FixedBatches:
 
     def __next__(self) -> dict[str, Any]:
         self.place += 1
-        return collate(self.batches[self.place - 1], TINY.pad_token_id)
+        batch = self.batches[self.place - 1]
+        self.keys = [sample.key for sample in batch]
+        return collate(batch, TINY.pad_token_id)
 
     def state_dict(self) -> dict[str, int]:
         return {"place": self.place}
@@ -55,11 +69,38 @@ class FixedBatches:
         self.place = state["place"]
 
 
-def trainer_of(ranks: list[int], folder: str) -> Trainer:
+@dataclass(frozen=True)
+class Case:
+    """How to train what; ``opt`` is transformers' in place of the package's language model."""
+
+    distributed: str
+    language: str = "own"
+    compute: str = "float32"
+    activation_checkpointing: bool = False
+
+    def network(self) -> FlamingoModel:
+        torch.manual_seed(0)
+        if self.language == "own":
+            network = FlamingoModel(TINY)
+        else:
+            language = language_model(self.language, vocab_size=TINY.language.vocab_size)
+            for name in ("image_token_id", "end_of_chunk_token_id"):
+                setattr(language.config, name, getattr(TINY, name))
+            network = FlamingoModel.from_backbones(build_vision_encoder(TINY.vision), language)
+        open_gates_of(network)
+        return network
+
+
+def trainer_of(ranks: list[int], folder: str, case: Case) -> Trainer:
     shared = {"kind": "pairs", "shards": ["none"], "batch_size": 1}
     config = TrainConfig.from_dict(
         {
-            "model": {"config": "tiny"},
+            "model": {
+                "config": "tiny",
+                "compute": case.compute,
+                "activation_checkpointing": case.activation_checkpointing,
+            },
+            "distributed": case.distributed,
             "datasets": [
                 {"name": "mixed", **shared},
                 {"name": "text", "weight": 0.5, **shared},
@@ -69,23 +110,21 @@ def trainer_of(ranks: list[int], folder: str) -> Trainer:
             "optimizer": {"clip": 1e9, "lr": 1e-4, "warmup_steps": 0},
         }
     )
-    torch.manual_seed(0)
-    model = FlamingoModel(FlamingoConfig.from_name("tiny"))
-    open_gates_of(model)
     loaders = {
         name: FixedBatches(
             [[r for rank in ranks for r in rows_of(rank, step)[name]] for step in range(STEPS)]
         )
         for name in ("mixed", "text")
     }
-    return Trainer(model, loaders, config)
+    return Trainer(case.network(), loaders, config)
 
 
 def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
-    return {n: p.grad for n, p in trainer.masters.parameters.items() if p.grad is not None}
+    parameters = trainer.masters.parameters.items()
+    return {n: sharding.whole(p.grad) for n, p in parameters if p.grad is not None}
 
 
-def run_rank(rank: int, folder: str) -> None:
+def run_rank(rank: int, folder: str, case: Case) -> None:
     """What each of the two processes runs."""
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -95,45 +134,130 @@ def run_rank(rank: int, folder: str) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
-    trainer = trainer_of([rank], f"{folder}/out")
+    trainer = trainer_of([rank], f"{folder}/out", case)
+    held = sum(sharding.local(p).untyped_storage().nbytes() for p in trainer.model.parameters())
     reports = [trainer.step()]
     save_file(gradients(trainer), f"{folder}/gradients.{rank}.safetensors")
-    trainer.save()
+    saved = trainer.save()
+    masters = {n: sharding.whole(p.detach()) for n, p in trainer.masters.parameters.items()}
+    save_file(masters, f"{folder}/masters.{rank}.safetensors")
     reports.append(trainer.step())
-    resumed = trainer_of([rank], f"{folder}/out")
+    assert_stays_good_on_a_full_disk(trainer, saved, rank)
+    assert_nan_of_one_process_stops_both(trainer, saved, rank)
+
+    resumed = trainer_of([rank], f"{folder}/out", case)
     assert resumed.resume() and resumed.step_number == 1
     assert resumed.step() == reports[1]
-    values = torch.tensor([[r["loss"], r["tokens"], r["images"]] for r in reports])
-    save_file({"reports": values}, f"{folder}/reports.{rank}.safetensors")
-    try:
-        with torch.no_grad():
-            if rank == 1:
-                next(trainer.model.language_model.parameters()).add_(1)
-        Trainer(trainer.model, trainer.loaders, trainer.config)
-    except ValueError as error:
-        assert "has another base model than this one" in str(error)
-    else:
-        raise AssertionError("different base models were not noticed")
+    save_file(
+        {
+            "reports": torch.tensor([[r["loss"], r["tokens"], r["images"]] for r in reports]),
+            "gates": torch.tensor(list(resumed.gates().values())),
+            "held": torch.tensor(held),
+        },
+        f"{folder}/reports.{rank}.safetensors",
+    )
+    assert_refused(resumed, rank)
     dist.destroy_process_group()
 
 
+def assert_stays_good_on_a_full_disk(trainer: Trainer, saved: Path, rank: int) -> None:
+    """On the disk of the process that writes, and of the last one where all do."""
+    whole = trainer.config.distributed == "ddp"
+    target = (checkpoint, "save_file") if whole else (FileSystem, "create_stream")
+    broken = mock.patch.object(*target, side_effect=OSError(errno.ENOSPC, "No space left"))
+    message = rf"cannot write .*step_00000002: .*No space.*; the last good one is {saved}"
+    with broken if rank == (0 if whole else 1) else nullcontext():
+        with pytest.raises(OSError, match=message):
+            trainer.save()
+    dist.barrier()
+    assert [path.name for path in trainer.output.iterdir()] == [saved.name]
+
+
+def assert_nan_of_one_process_stops_both(trainer: Trainer, saved: Path, rank: int) -> None:
+    loader = trainer.loaders["mixed"]
+    loader.place = 1
+    if rank == 1:
+        loader.batches[1][0].media[0].fill_(float("nan"))
+    before = [sharding.local(p).clone() for p in trainer.masters.parameters.values()]
+    message = rf"loss of mixed is nan at step 3, process 1, samples row 12; .* is {saved}"
+    with pytest.raises(TrainingError, match=message):
+        trainer.step()
+    after = [sharding.local(p) for p in trainer.masters.parameters.values()]
+    assert all(torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+def assert_refused(trainer: Trainer, rank: int) -> None:
+    """Another base model, another way to share the work, and base models that differ."""
+    own, config = trainer.base_model, trainer.config
+    trainer.base_model = {**own, "language_model": "another"}
+    with pytest.raises(ValueError, match="was trained on another language_model: resume with"):
+        trainer.resume()
+    other = "fsdp" if config.distributed == "ddp" else "ddp"
+    trainer.base_model, trainer.config = own, dataclasses.replace(config, distributed=other)
+    with pytest.raises(ValueError, match="was saved with another value of distributed"):
+        trainer.resume()
+    torch.manual_seed(rank)
+    network = FlamingoModel(TINY)
+    with pytest.raises(ValueError, match="has another base model than this one"):
+        Trainer(network, trainer.loaders, config)
+
+
 @pytest.mark.slow
-def test_two_processes_are_one(tmp_path: Path) -> None:
-    mp.spawn(run_rank, (str(tmp_path),), nprocs=2)
-    alone = trainer_of([0, 1], str(tmp_path / "alone"))
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("ddp"),
+        Case("fsdp", activation_checkpointing=True),
+        Case("fsdp", "opt", "bfloat16", activation_checkpointing=True),
+    ],
+    ids=["ddp", "fsdp", "fsdp-opt-bfloat16"],
+)
+def test_two_processes_are_one(case: Case, tmp_path: Path, capsys) -> None:
+    if case.language != "own":
+        pytest.importorskip("transformers")
+    mp.spawn(run_rank, (str(tmp_path), case), nprocs=2)
+    dtype = getattr(torch, case.compute)
+    one_process = dataclasses.replace(case, distributed="ddp")
+    alone = trainer_of([0, 1], str(tmp_path / "alone"), one_process)
     reports = [alone.step()]
     expected = {name: gradient.clone() for name, gradient in gradients(alone).items()}
     magnitude = max(gradient.abs().max().item() for gradient in expected.values())
     found = [load_file(tmp_path / f"gradients.{rank}.safetensors") for rank in range(2)]
     for name, gradient in expected.items():
         assert torch.equal(found[0][name], found[1][name]), name
-        assert_close_to_reference(found[0][name], gradient, torch.float32, name, terms=magnitude)
+        assert_close_to_reference(found[0][name], gradient, dtype, name, terms=magnitude)
     assert found[0].keys() == expected.keys()
+
+    exported = tmp_path / "exported"
+    assert main(["export", str(tmp_path / "out"), str(exported)]) == 0
+    base = {part: getattr(alone.model, part) for part in FROZEN_PARTS}
+    trained = FlamingoModel.from_pretrained(exported, **base).trainable_parameters()
+    assert trained.keys() == expected.keys()
+    for name, master in load_file(tmp_path / "masters.1.safetensors").items():
+        assert torch.equal(trained[name], master), name
+
+    if case.distributed == "fsdp":
+        (tmp_path / "out" / "step_00000001" / SECOND_SHARD).unlink()
+        assert main(["export", str(tmp_path / "out"), str(exported)]) == 1
+        assert "step_00000001: 1 of 2 shards" in capsys.readouterr().err
+
     reports.append(alone.step())
     for rank in range(2):
-        values = load_file(tmp_path / f"reports.{rank}.safetensors")["reports"]
+        of_rank = load_file(tmp_path / f"reports.{rank}.safetensors")
+        values = of_rank["reports"]
         assert values[:, 1:].tolist() == [[r["tokens"], r["images"]] for r in reports]
         wanted = torch.tensor([r["loss"] for r in reports])
-        assert_close_to_reference(values[:, 0], wanted, torch.float32, "losses")
-    with pytest.raises(ValueError, match=r"was saved by 2 process\(es\), now there are 1"):
-        trainer_of([0], str(tmp_path / "out")).resume()
+        assert_close_to_reference(values[:, 0], wanted, dtype, "losses")
+        gates = torch.tensor(list(alone.gates().values()))
+        assert_close_to_reference(of_rank["gates"], gates, dtype, "gates")
+        if case == Case("fsdp", activation_checkpointing=True):  # plan knows that model
+            frozen, trainable = shard_sizes(TINY, 2)
+            assert of_rank["held"] == frozen * dtype.itemsize + trainable * 4
+    if case.distributed == "ddp":
+        with pytest.raises(ValueError, match=r"was saved by 2 process\(es\), now there are 1"):
+            trainer_of([0], str(tmp_path / "out"), case).resume()
+
+
+def test_sharding_needs_processes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fsdp shards over the processes that torchrun starts"):
+        trainer_of([0], str(tmp_path), Case("fsdp"))
