@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flamingo_kernels.precision import accumulator
+
 # torch 2.13; without options its linear_cross_entropy keeps all logits.
 _IN_CHUNKS = hasattr(nn, "LinearCrossEntropyOptions")
-
-from flamingo_kernels.precision import accumulator
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -70,7 +70,7 @@ def next_token_loss_of_hidden(
         reduction="none",  # "sum" adds up bfloat16 losses in bfloat16
         options=nn.LinearCrossEntropyOptions(),
     )
-    precision = torch.promote_types(hidden.dtype, torch.float32)
+    precision = accumulator(hidden.dtype)
     return losses.to(precision).sum() / max(1, len(losses))
 
 
