@@ -107,7 +107,7 @@ def trainer_of(ranks: list[int], folder: str, case: Case) -> Trainer:
             ],
             "steps": STEPS,
             "output": folder,
-            "optimizer": {"clip": 1e9, "lr": 1e-4, "warmup_steps": 0},
+            "optimizer": {"clip": 0.5, "lr": 1e-4, "warmup_steps": 0},
         }
     )
     loaders = {
