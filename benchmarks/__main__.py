@@ -27,6 +27,9 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--suite", choices=("quick", "full"), default="quick")
     _add_selection(run)
     run.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N")
+    run.add_argument(
+        "--patience", type=float, help="leave out peers slower than so many seconds a call (CPU)"
+    )
     run.add_argument("--output", type=Path, help="folder; default benchmarks/results")
     run.add_argument("--fresh", action="store_true", help="measure again what the file has")
     run.add_argument("--allow-dirty", action="store_true", help="mark results of a changed tree")
@@ -94,6 +97,7 @@ def _run(options: argparse.Namespace) -> int:
         shard=options.shard,
         budget_minutes=options.budget_minutes,
         output=options.output,
+        patience=options.patience,
         fresh=options.fresh,
         allow_dirty=options.allow_dirty,
     )

@@ -29,14 +29,22 @@ FLUSH_BYTES = 2**28  # more than any L2 cache
 SLEEP_CYCLES = 400_000
 
 
+class TooSlowError(RuntimeError):
+    """One call took longer than the run waits for."""
+
+
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: per round each phase of each peer gets ``seconds``."""
+    """How long to measure: per round each phase of each peer gets ``seconds``.
+
+    A peer of which one call on a CPU takes more than ``patience`` seconds is left out.
+    """
 
     rounds: int = 3
     seconds: float = 0.05
     min_samples: int = 1
     max_samples: int = 200
+    patience: float = 3.0
 
 
 QUICK = Effort()
@@ -152,6 +160,13 @@ def _repeat(sample: Callable[[], None], effort: Effort) -> None:
         sample()
 
 
+def _check_patience(call: str, seconds: float, effort: Effort) -> None:
+    if seconds > effort.patience:
+        raise TooSlowError(
+            f"{call} took {seconds:.1f} s, more than the {effort.patience:g} s of --patience"
+        )
+
+
 def _cpu_round(variant: Variant, effort: Effort) -> None:
     implementation, seed = variant.implementation, variant.problem.seed
     forward, before = implementation.forward, implementation.before or (lambda: None)
@@ -164,6 +179,7 @@ def _cpu_round(variant: Variant, effort: Effort) -> None:
             start = clock()
             forward()
             elapsed = clock() - start
+            _check_patience("forward", elapsed, effort)
         calls = 1 if implementation.before or elapsed > SHORT else 1 + int(SHORT / elapsed) * 4
 
         def sample_forward() -> None:
@@ -192,7 +208,7 @@ def _cpu_round(variant: Variant, effort: Effort) -> None:
     if not both or min(both) < LONG:
         sample_training()
         backwards.pop()
-        both.pop()
+        _check_patience("forward and backward", both.pop(), effort)
     _repeat(sample_training, effort)
 
 

@@ -6,7 +6,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,6 +35,7 @@ class Options:
     fresh: bool = False
     allow_dirty: bool = False
     effort: measure.Effort | None = None
+    patience: float | None = None
 
 
 @dataclass
@@ -188,9 +189,12 @@ class _Session:
                 if variant is not None:
                     variants.append(variant)
         usual = measure.QUICK if self.options.suite == "quick" else measure.FULL
+        effort = self.options.effort or usual
+        if self.options.patience is not None:
+            effort = replace(effort, patience=self.options.patience)
         rounds = measure.alternate(
             variants,
-            self.options.effort or usual,
+            effort,
             self.deadline,
             lambda text: self.progress(f"{group[0].key}: {text}"),
         )

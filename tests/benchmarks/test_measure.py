@@ -54,6 +54,15 @@ def test_the_deadline_leaves_three_rounds() -> None:
     assert measure.alternate([variant], effort, deadline=0.0) == 3
 
 
+def test_a_slow_peer_is_left_out_with_the_reason() -> None:
+    problem = build(LATENT, "cpu")
+    implementation = Implementation(lambda: problem.leaves["q"] * 1, problem.leaves)
+    variant = measure.Variant("a", problem, implementation)
+    measure.alternate([variant], dataclasses.replace(EFFORT, patience=0.0))
+    assert "TooSlowError: forward took" in variant.error and "0 s of --patience" in variant.error
+    assert not any(variant.samples.values())
+
+
 def test_memory_counts_what_the_backward_needs() -> None:
     """exp keeps its output, 4 bytes a value; inputs do not count."""
     problem = build(LATENT, "cpu")
