@@ -369,15 +369,15 @@ def _prefill(
     piece = chunk_size or sequence.shape[1]
     while start < sequence.shape[1]:
         end = min(start + piece, sequence.shape[1])
-        logits, language = model.language_model(
+        out = model.language_model(
             sequence[:, start:end],
             None if mask is None else mask[:, :end],
             language,
             model.cross_attention(context, start, end),
             use_cache=True,
         )
-        start = end
-    return logits, language
+        start, language = end, out.cache
+    return out.logits, language
 
 
 def _next(
@@ -391,13 +391,14 @@ def _next(
     """Logits and cache after the last token of the sequence, or after all of it without a cache."""
     end = sequence.shape[1]
     begin = end - 1 if use_cache else 0
-    return model.language_model(
+    out = model.language_model(
         sequence[:, begin:],
         mask,
         language,
         model.cross_attention(context, begin, end),
         use_cache=use_cache,
     )
+    return out.logits, out.cache
 
 
 def _without_image(logits: Tensor, image_token_id: int) -> Tensor:
