@@ -77,6 +77,11 @@ class _Call:
         self.without_logits = without_logits
         self.hidden: Tensor | None = None
         self.empty_logits: Tensor | None = None
+        self.version = 0
+
+    def nothing_follows_the_product(self, logits: Tensor) -> bool:
+        """Whether these, the model's, are what the product gave, untouched."""
+        return logits is self.empty_logits and logits._version == self.version
 
 
 _running: ContextVar[_Call | None] = ContextVar("flamingo_kernels_running_call", default=None)
@@ -146,8 +151,8 @@ class _BeforeModelHook:
 class _HeadHooks:
     """Before and after the output product: keep its input, and let it see no tokens.
 
-    If the model returns the very tensor that the product gave, nothing but the product gives its
-    logits: no scaling, no capping.
+    If the model returns the very tensor that the product gave, not written to since, nothing but
+    the product gives its logits: no scaling, no capping.
     """
 
     def __init__(self, owner: object) -> None:
@@ -163,7 +168,7 @@ class _HeadHooks:
     def after(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         call = self._call()
         if call is not None:
-            call.empty_logits = output
+            call.empty_logits, call.version = output, output._version
 
     def _call(self) -> _Call | None:
         call = _running.get()
@@ -219,6 +224,8 @@ def check_causal(model: nn.Module) -> None:
             "its forward takes no past_key_values, so that decoding step by step cannot tell which "
             f"tokens are new; it takes {', '.join(parameters)}"
         )
+    elif any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
+        why = "its positions are counted from the padding token's id on, as RoBERTa's"
     if why is not None:
         raise ValueError(f"cannot wrap {type(model).__name__}: {why}")
 
@@ -358,10 +365,11 @@ class HuggingFaceLanguageModel(nn.Module):
             if self._takes_position_ids:
                 options["position_ids"] = positions(attention_mask, input_ids.shape[1])
 
-        if head is not None and self._head_is_last and not options["use_cache"]:
+        tracked = not torch.is_inference_mode_enabled()  # whether tensors are written to
+        if head is not None and self._head_is_last and tracked and not options["use_cache"]:
             call = _Call(self._owner, before_block, without_logits=True)
             output = self._run(call, input_ids, options)
-            if output.logits is call.empty_logits:
+            if call.nothing_follows_the_product(output.logits):
                 linear = self.model.get_output_embeddings()
                 result = head(call.hidden, linear.weight, linear.bias)
                 return LanguageModelOutput(None, None, result)
@@ -371,6 +379,11 @@ class HuggingFaceLanguageModel(nn.Module):
         if not options["use_cache"]:
             return LanguageModelOutput(output.logits, None)
         masked = attention_mask is not None or (cache is not None and cache.masked)
+        if getattr(output, "past_key_values", None) is None:
+            raise RuntimeError(
+                f"{type(self.model).__name__} returns no past_key_values: use it with "
+                "use_cache=False only"
+            )
         grown = HuggingFaceCache(output.past_key_values, masked)
         if grown.length != held + input_ids.shape[1]:
             raise RuntimeError(

@@ -91,7 +91,12 @@ def load(
                 f"trained with {config.language.vocab_size}: call add_media_tokens on it with the "
                 "tokenizer first, or pass the one it was trained with"
             )
-    model = model_class(config, kernel, **given)
+    try:
+        model = model_class(config, kernel, **given)
+    except ValueError:
+        raise
+    except Exception as error:  # other libraries' configurations raise all kinds
+        raise ValueError(f"cannot build the model that {file} describes: {error}") from error
     expected = model.state_dict()
     wanted = {
         name

@@ -323,6 +323,8 @@ def no_causal_language_models():
         BertConfig,
         BertForMaskedLM,
         LlamaModel,
+        RobertaConfig,
+        RobertaForCausalLM,
         T5Config,
         T5ForConditionalGeneration,
     )
@@ -347,6 +349,10 @@ def no_causal_language_models():
         "bert": (
             lambda: BertForMaskedLM(BertConfig(**small, **attention)),
             r"BertForMaskedLM: transformers cannot generate with it \(can_generate\)",
+        ),
+        "roberta": (
+            lambda: RobertaForCausalLM(RobertaConfig(**small, **attention, is_decoder=True)),
+            "RobertaForCausalLM: its positions are counted from the padding token's id on",
         ),
         "t5": (
             lambda: T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, num_heads=2, **t5)),

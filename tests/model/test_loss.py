@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,3 +155,18 @@ def test_logits_that_are_changed_afterwards_are_given(model_type, changes, monke
     for _ in range(2):
         out = wrapped(ids, head=F.linear)
         assert out.head_output is None and torch.equal(out.logits, expected)
+
+
+def test_logits_that_are_written_to_afterwards_are_given() -> None:
+    pytest.importorskip("transformers")
+    from flamingo_kernels.language import HuggingFaceLanguageModel
+
+    def write(module: nn.Module, inputs: tuple, out: Any) -> None:
+        out.logits[..., 3] = -1.0
+
+    model = language_model("llama")
+    model.register_forward_hook(write)
+    wrapped, ids = HuggingFaceLanguageModel(model), torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        out = wrapped(ids, head=F.linear)
+    assert out.head_output is None and (out.logits[..., 3] == -1).all()
