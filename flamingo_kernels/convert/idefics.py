@@ -120,7 +120,10 @@ def load_idefics(
     if values["tie_word_embeddings"]:
         tensors = {k: v for k, v in tensors.items() if not k.startswith("lm_head.")}
     converted = convert(tensors, TABLE, WHAT)
-    model = FlamingoModel(config, kernel)
+    try:
+        model = FlamingoModel(config, kernel)
+    except (ArithmeticError, LookupError, TypeError) as error:
+        raise ValueError(f"cannot build the model that {where} describes: {error!r}") from error
     needed = {name for name, _ in model.named_parameters()}
     load_into(model, converted.tensors, needed, WHAT)
     _log.info("%s", converted.report)

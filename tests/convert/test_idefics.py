@@ -145,6 +145,12 @@ def test_from_a_directory(tmp_path) -> None:
     model = load_idefics(tmp_path)
     with torch.no_grad():
         assert torch.equal(model(**prompt_of(0)).logits, load_idefics(peer)(**prompt_of(0)).logits)
+    config = tmp_path / "config.json"
+    text = config.read_text()
+    config.write_text(text.replace('"hidden_act": "silu"', '"hidden_act": "none"'))
+    with pytest.raises(ValueError, match=r"cannot build the model that .*config\.json describes"):
+        load_idefics(tmp_path)
+    config.write_text(text)
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(FileNotFoundError, match=r"names model-.*\.safetensors, which is missing"):
         load_idefics(tmp_path)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.model import checkpoint
+from tests.backbones import language_model
 from tests.model.conftest import TINY, make_model, ragged_batch
 
 
@@ -140,6 +141,17 @@ def test_foreign_and_missing_tensors(saved: Path) -> None:
         "1 of another shape (gated_cross_attn_layers.0.attn_gate (2,) instead of (1,))" in message
     )
     assert "1 of another kind (gated_cross_attn_layers.1.attn_gate torch.int64" in message
+
+
+def test_options_that_transformers_refuses(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    model = FlamingoModel.from_backbones(16, language_model("llama"))
+    model.save_pretrained(tmp_path, include_frozen=True)
+    config = model.config.to_dict()
+    config["language"]["options"]["num_attention_heads"] = []
+    rewrite(tmp_path, lambda tensors: None, json.dumps(config))
+    with pytest.raises(ValueError, match=r"cannot build the model that .* describes"):
+        FlamingoModel.from_pretrained(tmp_path)
 
 
 def test_a_pickle_is_refused(saved: Path) -> None:
