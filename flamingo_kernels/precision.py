@@ -12,6 +12,6 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def accumulated(parameter: Tensor | None, x: Tensor) -> Tensor | None:
-    """A gate, weight or bias in the dtype that sums over ``x`` have."""
+    """A gate, weight or bias, of any shape and floating dtype, in the dtype of sums over ``x``."""
     dtype = accumulator(x.dtype)
     return parameter if parameter is None or parameter.dtype == dtype else parameter.to(dtype)

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint as run_checkpointed
 from flamingo_kernels.language import BeforeBlock, build_language_model, checkpoint_blocks
 from flamingo_kernels.model import backbones, checkpoint, generation, scoring
 from flamingo_kernels.model.cache import FlamingoCache, append_media, writable
-from flamingo_kernels.model.config import FlamingoConfig
+from flamingo_kernels.model.config import FlamingoConfig, ResamplerConfig
 from flamingo_kernels.model.context import Context
 from flamingo_kernels.model.inputs import MediaInputs, check_media, check_text
 from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidden
@@ -27,6 +27,24 @@ from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.vision import build_vision_encoder
 
 FROZEN_PARTS = ("vision_encoder", "language_model")
+
+
+def build_resampler(config: ResamplerConfig, kernel: str) -> PerceiverResampler:
+    """The resampler that ``config`` describes, with random weights."""
+    return PerceiverResampler(
+        config.dim,
+        depth=config.depth,
+        dim_head=config.head_dim,
+        heads=config.heads,
+        num_latents=config.num_latents,
+        max_num_frames=config.max_num_frames,
+        ff_mult=config.ff_mult,
+        input_dim=config.input_dim,
+        activation=config.activation,
+        qk_norm=config.qk_norm,
+        final_norm=config.final_norm,
+        kernel=kernel,
+    )
 
 
 @dataclass(frozen=True)
@@ -85,25 +103,12 @@ class FlamingoModel(nn.Module):
             )
         self.vision_encoder = vision_encoder or build_vision_encoder(config.vision)
         self.language_model = language_model or build_language_model(config.language)
-        resampler, cross = config.resampler, config.cross_attention
-        self.perceiver = PerceiverResampler(
-            resampler.dim,
-            depth=resampler.depth,
-            dim_head=resampler.head_dim,
-            heads=resampler.heads,
-            num_latents=resampler.num_latents,
-            max_num_frames=resampler.max_num_frames,
-            ff_mult=resampler.ff_mult,
-            input_dim=resampler.input_dim,
-            activation=resampler.activation,
-            qk_norm=resampler.qk_norm,
-            final_norm=resampler.final_norm,
-            kernel=kernel,
-        )
+        cross = config.cross_attention
+        self.perceiver = build_resampler(config.resampler, kernel)
         self.gated_cross_attn_layers = nn.ModuleList(
             GatedCrossAttentionBlock(
                 config.language.dim,
-                resampler.dim,
+                config.resampler.dim,
                 dim_head=cross.head_dim,
                 heads=cross.heads,
                 ff_mult=cross.ff_mult,

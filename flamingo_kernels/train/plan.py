@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels.language import DecoderConfig, build_language_model
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
-from flamingo_kernels.nn import PerceiverResampler
+from flamingo_kernels.model.flamingo import build_resampler
 from flamingo_kernels.train.config import STRATEGIES
 from flamingo_kernels.train.sharding import units
 
@@ -220,24 +220,11 @@ def language_bytes(
 
 def resampler_bytes(config: FlamingoConfig, work: Workload) -> int:
     """Of the resampler, with the features it reads."""
-    resampler, vision = config.resampler, config.vision
+    vision = config.vision
     # NFNet halves the side in the stem twice and in every stage but the first.
     side = math.ceil(vision.image_size / 2 ** (1 + len(vision.depths)))
     with FakeTensorMode(), _default_dtype(work.dtype):
-        module = PerceiverResampler(
-            resampler.dim,
-            resampler.depth,
-            resampler.head_dim,
-            resampler.heads,
-            resampler.num_latents,
-            max_num_frames=resampler.max_num_frames,
-            ff_mult=resampler.ff_mult,
-            input_dim=resampler.input_dim,
-            activation=resampler.activation,
-            qk_norm=resampler.qk_norm,
-            final_norm=resampler.final_norm,
-            kernel="torch",
-        )
+        module = build_resampler(config.resampler, kernel="torch")
         shape = (work.batch_size, work.images, work.frames, side * side, vision.output_dim)
         features = torch.empty(shape)
         return kept_bytes(module, lambda: module(features))
