@@ -1,0 +1,128 @@
+"""Accuracy on classes, drawings and names that were never trained on."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from examples.fast_binding.documents import Gallery
+from examples.fast_binding.text import HELD_OUT_NAMES, TOKENS, bound_chunks
+from flamingo_kernels import FlamingoModel
+
+SHOTS = (0, 1, 2, 4, 8, 16, 32)
+# Episodes read at once share their names; this bounds the memory of the caches.
+_TOKENS_AT_ONCE = 40_000
+_MOST_EPISODES_AT_ONCE = 50
+_Z = 1.96  # of a 95 % interval
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """``right`` of ``episodes``, with the bounds of Wilson's 95 % interval."""
+
+    right: int
+    episodes: int
+
+    @property
+    def value(self) -> float:
+        return self.right / self.episodes
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        n, z2 = self.episodes, _Z**2
+        middle = (self.right + z2 / 2) / (n + z2)
+        half = _Z / (n + z2) * math.sqrt(self.right * (n - self.right) / n + z2 / 4)
+        return middle - half, middle + half
+
+    def __add__(self, other: Accuracy) -> Accuracy:
+        return Accuracy(self.right + other.right, self.episodes + other.episodes)
+
+
+@dataclass(frozen=True)
+class Episodes:
+    """Questions that share their names: which of ``names`` is the last picture called?
+
+    Attributes
+    ----------
+    names : int64 [ways, 3].
+    input_ids : [B, T], ending where the answer begins.
+    features : [B, I, 1, S, D].
+    answers : [B], index of the right name.
+    """
+
+    names: np.ndarray
+    input_ids: Tensor
+    features: Tensor
+    answers: np.ndarray
+
+
+def draw_episodes(
+    gallery: Gallery, ways: int, shots: int, rows: int, generator: np.random.Generator
+) -> Episodes:
+    """``shots`` pictures of each of ``ways`` classes, and one more; in each round of ``ways``
+    pictures every class comes once, in random order.
+    """
+    names = generator.choice(HELD_OUT_NAMES, ways, replace=False)
+    rounds = [
+        [generator.permutation(ways) for _ in range(shots)] + [generator.integers(ways, size=1)]
+        for _ in range(rows)
+    ]
+    which = np.stack([np.concatenate(row) for row in rounds])
+    features = torch.stack([_with_query(gallery, generator, row, ways) for row in which])
+    images = np.full((*which.shape, 1), TOKENS.image_token_id)
+    ids = bound_chunks(images, names[which])[:, : -(names.shape[1] + 1)]
+    return Episodes(names, ids, features, which[:, -1])
+
+
+def _with_query(
+    gallery: Gallery, generator: np.random.Generator, which: np.ndarray, ways: int
+) -> Tensor:
+    # Without examples one class is shown, but not always the first.
+    shown = which if len(which) > 1 else np.zeros_like(which)
+    return gallery.draw(generator, shown)
+
+
+@torch.no_grad()
+def accuracy(
+    model: FlamingoModel, gallery: Gallery, ways: int, shots: int, episodes: int, seed: int
+) -> Accuracy:
+    """How often the right one of the names in the prompt is the likeliest answer.
+
+    ``shots`` are examples per class: the prompt holds ``ways * shots`` of them.
+    """
+    tokens = ways * (5 * (ways * shots + 1) + 4)
+    rows = max(1, min(_MOST_EPISODES_AT_ONCE, _TOKENS_AT_ONCE // tokens))
+    right = done = 0
+    while done < episodes:
+        generator = np.random.default_rng([seed, ways, shots, done])
+        batch = draw_episodes(gallery, ways, shots, min(rows, episodes - done), generator)
+        scores = model.score_answers(batch.input_ids, batch.names.tolist(), batch.features)
+        right += int((scores.argmax(1).numpy() == batch.answers).sum())
+        done += len(batch.answers)
+    return Accuracy(right, episodes)
+
+
+def class_means(gallery: Gallery, ways: int, shots: int, episodes: int, seed: int) -> Accuracy:
+    """The same of a rule without a language model: the class whose mean feature is nearest.
+
+    Features are averaged over positions and compared by cosine.
+    """
+    pooled = gallery.features.mean(2)
+    pooled = F.normalize(pooled - pooled.mean((0, 1)), dim=-1)
+    generator = np.random.default_rng([seed, ways, shots])
+    right = 0
+    for _ in range(episodes):
+        classes = generator.choice(len(pooled), ways, replace=False)
+        asked = int(generator.integers(ways))
+        places = np.stack(
+            [generator.choice(pooled.shape[1], shots + 1, replace=False) for _ in classes]
+        )
+        means = pooled[classes[:, None], places[:, :-1]].mean(1)
+        query = pooled[classes[asked], places[asked, -1]]
+        right += int(F.cosine_similarity(means, query[None]).argmax()) == asked
+    return Accuracy(right, episodes)

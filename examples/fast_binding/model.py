@@ -1,0 +1,122 @@
+"""The model, and what the ablations make of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from examples.fast_binding import text, vision
+from examples.fast_binding.text import TOKENS
+from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.language.decoder import Decoder
+from flamingo_kernels.model.config import CrossAttentionConfig, ResamplerConfig
+from flamingo_kernels.train import Trainer
+from flamingo_kernels.vision import NFNet
+
+CONFIG = FlamingoConfig(
+    name="fast-binding",
+    vision=vision.CONFIG,
+    language=text.CONFIG,
+    resampler=ResamplerConfig(
+        dim=vision.CONFIG.output_dim,
+        depth=2,
+        heads=4,
+        head_dim=32,
+        num_latents=4,
+        max_num_frames=None,
+        final_norm=True,
+    ),
+    cross_attention=CrossAttentionConfig(every=1, heads=4, head_dim=32),
+    image_token_id=TOKENS.image_token_id,
+    end_of_chunk_token_id=TOKENS.end_of_chunk_token_id,
+    bos_token_id=TOKENS.bos_token_id,
+    eos_token_id=TOKENS.eos_token_id,
+    pad_token_id=TOKENS.pad_token_id,
+)
+# tanh is 1 there in float32, so that a gate held at it is none.
+_NO_GATE = 20.0
+
+
+class FeatureMLP(nn.Module):
+    """In place of the resampler: an MLP on each feature by itself, none is left out or mixed."""
+
+    def __init__(self, config: FlamingoConfig, positions: int) -> None:
+        super().__init__()
+        width, inner = config.vision.output_dim, 4 * config.vision.output_dim
+        # FlamingoModel takes the shape of one item's media from here.
+        self.latents = nn.Parameter(torch.zeros(positions, config.resampler.dim))
+        self.layers = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, inner),
+            nn.GELU(),
+            nn.Linear(inner, config.resampler.dim),
+            nn.LayerNorm(config.resampler.dim),
+        )
+
+    def forward(self, features: Tensor, num_frames: Tensor | None = None) -> Tensor:
+        """Features [B, I, 1, S, D] -> [B, I, S, dim]; the latents are positions' embeddings."""
+        return self.layers(features[:, :, 0]) + self.latents
+
+
+class RoundRobin(Trainer):
+    """Each update is from a batch of one dataset alone, taken in turn."""
+
+    def step(self) -> dict[str, Any]:
+        everything = self.config
+        section = everything.datasets[self.step_number % len(everything.datasets)]
+        self.config = replace(everything, datasets=(section,))
+        try:
+            return super().step()
+        finally:
+            self.config = everything
+
+
+def _without_gates(model: FlamingoModel) -> None:
+    for layer in model.gated_cross_attn_layers:
+        for gate in (layer.attn_gate, layer.ff_gate):
+            gate.data.fill_(_NO_GATE)
+            gate.requires_grad_(False)
+
+
+def _mlp(model: FlamingoModel) -> None:
+    positions = model.vision_encoder(torch.zeros(1, 3, vision.SIZE, vision.SIZE)).shape[1]
+    model.perceiver = FeatureMLP(model.config, positions)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What an ablation changes; the default is the baseline."""
+
+    title: str
+    cross_attention: dict[str, Any] | None = None
+    change: Callable[[FlamingoModel], None] | None = None
+    datasets: tuple[str, ...] = ("documents", "pairs")
+    trainer: type[Trainer] = Trainer
+
+    def build(self, encoder: NFNet, language_model: Decoder, seed: int) -> FlamingoModel:
+        """A model around the frozen parts, its trainable parts freshly initialised."""
+        torch.manual_seed(seed)
+        placement = replace(CONFIG.cross_attention, **(self.cross_attention or {}))
+        config = replace(CONFIG, cross_attention=placement)
+        model = FlamingoModel(config, vision_encoder=encoder, language_model=language_model)
+        if self.change is not None:
+            self.change(model)
+        return model
+
+
+BASELINE = Variant("baseline")
+ABLATIONS = {
+    "no-gate": Variant("no tanh gate", change=_without_gates),
+    "pairs-only": Variant("pairs only, nothing interleaved", datasets=("pairs",)),
+    "attend-previous": Variant("attend to all previous images", {"attend": "previous"}),
+    "mlp": Variant("resampler replaced by an MLP", change=_mlp),
+    "one-layer": Variant(
+        "cross-attention in one layer only",
+        {"every": text.CONFIG.depth, "offset": text.CONFIG.depth // 2},
+    ),
+    "round-robin": Variant("round-robin instead of accumulated gradients", trainer=RoundRobin),
+}
