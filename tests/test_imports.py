@@ -20,7 +20,7 @@ LAYERS = (
     ("language", "vision", "nn"),
     ("ops",),
     ("_triton", "_cpp"),
-    ("env",),
+    ("env", "models"),
 )
 RANK = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 

@@ -14,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flamingo_kernels.models import FAST_BINDING_NEW_DIGITS
+
 SIZE = 32
-TRAINING_DIGITS = (0, 2, 4, 6, 8)
-HELD_OUT_DIGITS = (1, 3, 5, 7, 9)
+TRAINING_DIGITS = tuple(set(range(10)) - set(FAST_BINDING_NEW_DIGITS))
 # Held-out glyph classes have numbers from here on; those of training lie below.
 FIRST_HELD_OUT_GLYPH = 1_000_000
 HELD_OUT_DRAWINGS = 40
@@ -116,26 +117,25 @@ def digits(which: Sequence[int]) -> Tensor:
     return torch.from_numpy(np.array(pictures)).float() / 255
 
 
-def draw_everything(glyphs: int, drawings: int, held_out: int, seed: int) -> dict[str, Tensor]:
-    """Pictures [classes, drawings, SIZE, SIZE] by kind, for training and held out.
+def training_glyphs(classes: int, drawings: int, seed: int) -> Tensor:
+    """Drawings [classes, drawings, SIZE, SIZE] of the glyphs to train on."""
+    return _draw_classes(0, classes, drawings, seed)
 
-    ``drawings`` are of each training glyph; held-out ones get as many as an episode may need.
-    """
-    return {
-        "glyphs": _draw_classes(0, glyphs, drawings, seed),
-        "digits": digits(TRAINING_DIGITS),
-        "held_out_glyphs": _draw_classes(FIRST_HELD_OUT_GLYPH, held_out, HELD_OUT_DRAWINGS, seed),
-        "held_out_digits": digits(HELD_OUT_DIGITS),
-    }
+
+def held_out_glyphs(classes: int, seed: int) -> Tensor:
+    """Drawings of other glyphs, as many of each as the longest episode shows."""
+    return _draw_classes(FIRST_HELD_OUT_GLYPH, classes, HELD_OUT_DRAWINGS, seed)
 
 
 def _draw_classes(first: int, classes: int, drawings: int, seed: int) -> Tensor:
     numbers = np.repeat(np.arange(first, first + classes), drawings)
     parts = np.array_split(numbers, -(-len(numbers) // _ROWS_AT_ONCE))
-    drawn = [
-        draw_glyphs(part, np.random.default_rng([seed, first, i])) for i, part in enumerate(parts)
-    ]
-    return torch.cat(drawn).unflatten(0, (classes, drawings))
+    return torch.cat(
+        [
+            draw_glyphs(part, np.random.default_rng([seed, first, place]))
+            for place, part in enumerate(parts)
+        ]
+    ).unflatten(0, (classes, drawings))
 
 
 def jitter(images: Tensor, generator: np.random.Generator) -> Tensor:

@@ -7,9 +7,11 @@ outside their document, so all that a model can learn is to bind them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.fast_binding.progress import Progress
 from flamingo_kernels.language import ByteTokenizer
@@ -19,16 +21,21 @@ from flamingo_kernels.model.loss import next_token_loss
 
 TOKENS = ByteTokenizer()
 LETTERS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXY", np.uint8).astype(np.int64)
-MOST_LETTERS = 3
-_CONSONANTS, _VOWELS = b"bdfgklmnprstvz", b"aeiou"
+_CHARACTERS = np.array([*LETTERS, *b"abcdefghijklmnopqrstuvwxyz"])
+_CONSONANTS, _VOWELS = b"bdfgklmnprstvwxz", b"aeiou"
 _ALL_NAMES = np.array([[a, b, c] for a in _CONSONANTS for b in _VOWELS for c in _CONSONANTS])
+_NAME_AND_END = 4  # tokens
 # Every tenth name is kept for evaluation.
 _HELD_OUT = np.arange(len(_ALL_NAMES)) % 10 == 0
 TRAINING_NAMES, HELD_OUT_NAMES = _ALL_NAMES[~_HELD_OUT], _ALL_NAMES[_HELD_OUT]
+_LEXICON = [
+    bytes(draw.choice(np.arange(ord("a"), ord("z") + 1), draw.integers(2, 6)).tolist())
+    for draw in (np.random.default_rng([5, word]) for word in range(200))
+]
 
 
 def bound_chunks(things: np.ndarray, names: np.ndarray) -> Tensor:
-    """Ids of ``<BOS>`` and chunks ``thing=name<EOC>``: things [B, N, L], names [B, N, 3]."""
+    """Ids of ``<BOS>`` and chunks ``thing name<EOC>``: things [B, N, L], names [B, N, 3]."""
     rows, chunks, _ = things.shape
     end = np.full((rows, chunks, 1), TOKENS.end_of_chunk_token_id)
     ids = np.concatenate((things, names, end), 2).reshape(rows, -1)
@@ -36,68 +43,119 @@ def bound_chunks(things: np.ndarray, names: np.ndarray) -> Tensor:
     return torch.from_numpy(np.concatenate((start, ids), 1))
 
 
-def text_documents(
-    generator: np.random.Generator, rows: int, chunks: int, letters: int, wrong: float
-) -> Tensor:
-    """Ids [rows, T] of documents about two to six things each.
+@dataclass(frozen=True)
+class Documents:
+    """What the documents of a batch are like.
 
-    Parameters
+    Attributes
     ----------
-    chunks : times that a document says what something is called.
-    letters : that tell a thing.
-    wrong : probability that a letter is another one.
+    most_things : a document is about two things to so many.
+    most_letters : a batch's things are told by one letter to so many.
+    tokens : of a document, at most.
+    rows : documents of a batch.
+    wrong : probability that a letter is another one, where there are several.
     """
-    most = 6
-    # Things of a document differ in their first letter, so that none is told as another.
-    first = generator.random((rows, len(LETTERS))).argsort(-1)[:, :most, None]
-    others = generator.integers(len(LETTERS), size=(rows, most, letters - 1))
-    things = np.concatenate((first, others), 2)
-    which = (generator.random((rows, chunks)) * generator.integers(2, most + 1, (rows, 1))).astype(
-        int
-    )
-    names = generator.choice(TRAINING_NAMES, (rows, most))
-    told = np.take_along_axis(things, which[..., None], 1)
-    swapped = generator.random(told.shape) < wrong
-    told = np.where(swapped, generator.integers(len(LETTERS), size=told.shape), told)
-    return bound_chunks(LETTERS[np.sort(told)], np.take_along_axis(names, which[..., None], 1))
+
+    most_things: int
+    most_letters: int
+    tokens: int
+    rows: int
+    wrong: float = 0.0
+
+    def draw(self, generator: np.random.Generator, letters: int | None = None) -> Tensor:
+        """Ids [rows, T] of a batch whose things are told by ``letters`` (default: drawn)."""
+        rows, most = self.rows, self.most_things
+        letters = letters or int(generator.integers(1, self.most_letters + 1))
+        chunks = (self.tokens - 1) // (letters + _NAME_AND_END)
+        # Things of a document differ in their first letter, so that none is told as another.
+        first = generator.random((rows, len(LETTERS))).argsort(-1)[:, :most, None]
+        others = generator.integers(len(LETTERS), size=(rows, most, letters - 1))
+        things = np.concatenate((first, others), 2)
+        count = generator.integers(2, most + 1, (rows, 1))
+        which = (generator.random((rows, chunks)) * count).astype(int)[..., None]
+        told = np.take_along_axis(things, which, 1)
+        if letters > 1:
+            swapped = generator.random(told.shape) < self.wrong
+            told = np.where(swapped, generator.integers(len(LETTERS), size=told.shape), told)
+        names = generator.choice(TRAINING_NAMES, (rows, most))
+        return bound_chunks(LETTERS[np.sort(told)], np.take_along_axis(names, which, 1))
 
 
-CONFIG = DecoderConfig(vocab_size=TOKENS.vocab_size, dim=128, depth=4, heads=4, head_dim=32)
-# The decoder's initial deviation of 0.02 is for wide models: 0.06 learns to bind several times
-# sooner at width 128.
+def prose(generator: np.random.Generator, rows: int, tokens: int) -> Tensor:
+    """Ids [rows, tokens] of words of a fixed made-up lexicon, in random order."""
+    drawn = generator.integers(len(_LEXICON), size=(rows, tokens))
+    text = (b" ".join(_LEXICON[word] for word in row)[: tokens - 1] for row in drawn)
+    return torch.tensor([[TOKENS.bos_token_id, *row] for row in text])
+
+
+def repetition(generator: np.random.Generator, rows: int, tokens: int) -> Tensor:
+    """Ids [rows, tokens], a random string again and again: what teaches to copy soonest."""
+    ids = np.full((rows, tokens), TOKENS.bos_token_id)
+    for row in ids:
+        some = generator.permutation(_CHARACTERS)[: generator.integers(3, len(_CHARACTERS) + 1)]
+        once = generator.choice(some, generator.integers(4, tokens // 3))
+        row[1:] = np.resize(once, tokens - 1)
+    return torch.from_numpy(ids)
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a batch holds: documents that bind, and rows of other text beside them."""
+
+    bound: Documents
+    prose: int = 0
+    repetition: int = 0
+
+    def draw(self, generator: np.random.Generator) -> Tensor:
+        """Ids [rows, T]."""
+        ids = self.bound.draw(generator)
+        tokens = ids.shape[1]
+        others = (
+            make(generator, rows, tokens)
+            for make, rows in ((prose, self.prose), (repetition, self.repetition))
+            if rows
+        )
+        return torch.cat((ids, *others))
+
+
+CONFIG = DecoderConfig(vocab_size=TOKENS.vocab_size, dim=64, depth=3, heads=4, head_dim=32)
+# Each from this share of the updates on: easy text until the model copies, at the end as long
+# documents as five classes of 32 examples make.
+_COURSE = (
+    (0.0, Lesson(Documents(4, 1, tokens=81, rows=8), prose=2, repetition=6)),
+    (0.5, Lesson(Documents(6, 3, tokens=150, rows=6, wrong=0.15), prose=2, repetition=6)),
+    (0.8, Lesson(Documents(6, 3, tokens=840, rows=2, wrong=0.15))),
+)
+# The decoder's initial deviation of 0.02 is for wide models.
 _INITIAL_SCALE = 3.0
-_LEARNING_RATE, _WARM_UP = 2e-3, 100
-# Chunks and rows of a batch from each part of the training on: short documents first, at the end as
-# long ones as 5 classes of 32 examples make.
-_LENGTHS = ((0.0, 14, 16), (0.75, 28, 8), (0.9, 110, 2))
-_CLEAN_UNTIL, WRONG = 0.3, 0.15
-_DECAY_FROM = 0.6
+_LEARNING_RATE, _WARM_UP, _DECAY_FROM = 6e-3, 100, 0.6
+_BETAS, _WEIGHT_DECAY, _CLIP = (0.9, 0.98), 0.01, 1.0
 
 
 def train_language_model(updates: int, seed: int) -> Decoder:
-    """A decoder trained on :func:`text_documents`, frozen."""
+    """A decoder trained to predict all of the text."""
     torch.manual_seed(seed)
     model = Decoder(CONFIG)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(_INITIAL_SCALE)
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+        # What all tokens have in common lets attention go by position alone from the start.
+        tokens = model.token_embedding.weight
+        tokens += tokens.std() * torch.randn(CONFIG.dim)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=_BETAS, weight_decay=_WEIGHT_DECAY)
     progress = Progress("language model", updates)
     for step in progress:
         done = step / updates
-        generator = np.random.default_rng([seed, step])
-        _, chunks, rows = max(part for part in _LENGTHS if part[0] <= done)
-        letters = int(generator.integers(1, MOST_LETTERS + 1))
-        wrong = WRONG if letters > 1 and done > _CLEAN_UNTIL else 0.0
-        ids = text_documents(generator, rows, chunks, letters, wrong)
+        lesson = [lesson for start, lesson in _COURSE if start < done][-1]
+        ids = lesson.draw(np.random.default_rng([seed, step]))
         loss = next_token_loss(model(ids).logits, ids)
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), _CLIP)
         decay = min(1.0, max(0.05, (1 - done) / (1 - _DECAY_FROM)))
         for group in optimizer.param_groups:
             group["lr"] = _LEARNING_RATE * min(1, step / _WARM_UP) * decay
         optimizer.step()
         progress.note = f"loss {loss.item():.3f}"
-    return model.eval().requires_grad_(False)
+    return model

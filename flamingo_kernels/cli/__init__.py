@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from flamingo_kernels.models import FAST_BINDING
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status (2 for wrong use, 1 for a reported error)."""
@@ -17,14 +19,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     info.add_argument("--config", metavar="NAME", help="parameter counts of this configuration")
 
     demo = commands.add_parser(
-        "demo", help="few-shot prompt over real pictures: forward, backward, generation"
+        "demo", help="new pictures named from examples, beside the reference"
     )
     demo.add_argument("--kernel", default="auto", help="auto, triton, cpp or torch")
-    demo.add_argument("--shots", type=int, default=4, help="examples in the prompt")
+    demo.add_argument("--shots", type=int, default=2, help="examples in the prompt")
     demo.add_argument("--output", type=Path, default=Path("demo_output"), help="folder for the PNG")
 
     generate = commands.add_parser("generate", help="text for images, by a saved model")
-    generate.add_argument("--model", type=Path, required=True, help="folder of the checkpoint")
+    generate.add_argument(
+        "--model", type=Path, default=FAST_BINDING, help="folder; default: the shipped model"
+    )
     generate.add_argument("--image", type=Path, action="append", default=[], help="repeatable")
     generate.add_argument("--text", required=True, help="prompt; <image> marks each image's place")
     generate.add_argument("--language-model", type=Path, help="folder, if the checkpoint has none")

@@ -1,4 +1,4 @@
-"""The main job on real pictures: a few-shot prompt, run by the best kernel and by the reference."""
+"""New pictures named from examples by the shipped model: the best kernel beside the reference."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,28 +16,36 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flamingo_kernels import FlamingoConfig, FlamingoModel, MediaSpans
+from flamingo_kernels import FlamingoModel
 from flamingo_kernels.data.images import to_pixel_values
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
+from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_NEW_DIGITS
 from flamingo_kernels.ops import dispatch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-SEED = 0
-GATE = 0.5
+NAMES = ("dax", "wug")
+QUERIES = 8
 ROUNDS = 5
-NEW_TOKENS = 16
 # Parity bound of SEMANTICS point 7, relative to the largest value.
 PARITY = 1e-5
 
 
 @dataclass(frozen=True)
-class Prompt:
-    """An interleaved prompt: pictures, token ids [1, T] and pixel values [1, I, 1, 3, H, W]."""
+class Prompts:
+    """The same examples before each of several pictures that are asked about.
 
-    pictures: list[Image]
-    captions: list[str]
+    Attributes
+    ----------
+    examples, queries : pictures.
+    right : name of each query.
+    input_ids, pixel_values : [queries, T] and [queries, examples + 1, 1, 3, H, W].
+    """
+
+    examples: list[Image]
+    queries: list[Image]
+    right: list[str]
     input_ids: Tensor
     pixel_values: Tensor
 
@@ -55,8 +63,8 @@ class Run:
 
 def run(kernel: str, shots: int, output: Path) -> int:
     """Run the demo; 0 if the package agrees with the reference, 1 otherwise."""
-    if not 0 <= shots <= 32:
-        raise ValueError(f"--shots must be in 0..32, got {shots}")
+    if not 1 <= shots <= 32:
+        raise ValueError(f"--shots must be in 1..32, got {shots}")
     dispatch.check_kernel_name(kernel)
     missing = [name for name in ("sklearn", "PIL", "matplotlib") if find_spec(name) is None]
     if missing:
@@ -64,100 +72,60 @@ def run(kernel: str, shots: int, output: Path) -> int:
             f'the demo needs {", ".join(missing)}: pip install "flamingo_kernels[demo]"'
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    config = FlamingoConfig.from_name("tiny")
+    model = FlamingoModel.from_pretrained(FAST_BINDING, kernel).to(device)
     tokenizer = ByteTokenizer()
 
     _heading("Prompt")
-    prompt = _build_prompt(config, tokenizer, shots, device)
-    for line in _describe(prompt, config, tokenizer):
-        print(line)
+    prompts = _build_prompts(model, tokenizer, shots)
+    text = tokenizer.decode(prompts.input_ids[0], skip_special_tokens=False)
+    digits = " and ".join(str(digit) for digit in FAST_BINDING_NEW_DIGITS[: len(NAMES)])
+    print(f"{text}   ({len(prompts.queries)} times, the last image another each time)")
+    print(f"handwritten {digits}, digits that the model never saw, under names made up for them")
 
     _heading("Kernels")
     for line in _kernel_lines(kernel, device.type):
         print(line)
 
-    torch.manual_seed(SEED)
-    model = FlamingoModel(config, kernel=kernel).to(device)
-    for name, parameter in model.trainable_parameters().items():
-        if name.endswith("_gate"):
-            parameter.data.fill_(GATE)
-    _heading("Forward and backward")
-    print(f"config 'tiny', random weights, every gate opened to {GATE} so that the images matter")
-    ours = _measure(
-        "flamingo_kernels",
-        lambda: model(prompt.input_ids, prompt.pixel_values, labels=prompt.input_ids),
-        model.trainable_parameters(),
-        device,
-    )
     oracle = _reference(model, device)
-    agree = oracle is None or _agrees_with(oracle, prompt, ours, device)
+    _heading("Names")
+    same = _name(model, oracle, prompts, tokenizer, output / "names.png")
 
-    _heading("Generation")
-    same = _generate(model, oracle, prompt, tokenizer, device)
-
-    picture = output / "attention_pattern.png"
-    _draw(prompt, config, tokenizer, picture)
-    _heading("Picture")
-    print(f"which text sees which image: {picture}")
+    _heading("Forward and backward")
+    ours = _measure("flamingo_kernels", model, model.trainable_parameters(), prompts, device)
+    agree = oracle is None or _agrees_with(oracle, prompts, ours, device)
     return 0 if agree and same else 1
 
 
-def _build_prompt(
-    config: FlamingoConfig, tokenizer: ByteTokenizer, shots: int, device: torch.device
-) -> Prompt:
+def _build_prompts(model: FlamingoModel, tokenizer: ByteTokenizer, shots: int) -> Prompts:
     from PIL import Image
-    from sklearn.datasets import load_digits, load_sample_images
+    from sklearn.datasets import load_digits
 
-    photographs = load_sample_images()
-    captions = {"china.jpg": "a temple in China.", "flower.jpg": "a dahlia in bloom."}
-    digits = load_digits()
-    pool = [
-        (Image.fromarray(pixels), captions[Path(name).name])
-        for name, pixels in zip(photographs.filenames, photographs.images, strict=True)
-    ]
-    pool += [
-        (
-            Image.fromarray((digits.images[i] * 15.9).astype("uint8")),
-            f"the digit {digits.target[i]}.",
-        )
-        for i in range(shots)
-    ]
-    examples, query = pool[:shots], pool[shots]
-    text = "".join(f"<image>Output: {caption}<EOC>" for _, caption in examples)
-    ids = tokenizer.encode(text + "<image>Output:", add_bos=True)
-    pictures = [picture for picture, _ in (*examples, query)]
-    size = config.vision.image_size
-    pixels = torch.stack([to_pixel_values(picture, size) for picture in pictures])
-    return Prompt(
-        pictures,
-        [caption for _, caption in (*examples, query)],
-        torch.tensor([ids], device=device),
-        pixels[None, :, None].to(device),
+    found = load_digits()
+    drawn = {
+        name: [Image.fromarray((i * 15.9375).astype("uint8")) for i in found.images[chosen]]
+        for name, digit in zip(NAMES, FAST_BINDING_NEW_DIGITS, strict=False)
+        for chosen in [found.target == digit]
+    }
+    names = [NAMES[i % len(NAMES)] for i in range(shots)]
+    examples = [drawn[name].pop(0) for name in names]
+    right = [NAMES[i % len(NAMES)] for i in range(QUERIES)]
+    queries = [drawn[name].pop(0) for name in right]
+    text = "".join(f"<image>{name}<EOC>" for name in names) + "<image>"
+    device, encoder = model.perceiver.latents.device, model.vision_encoder
+
+    def pixels(picture: Image) -> Tensor:
+        constants = {"mean": encoder.image_mean, "std": encoder.image_std}
+        return to_pixel_values(picture, encoder.image_size, **constants)
+
+    rows = [torch.stack([pixels(p) for p in (*examples, query)]) for query in queries]
+    ids = torch.tensor([tokenizer.encode(text, add_bos=True)], device=device)
+    return Prompts(
+        examples,
+        queries,
+        right,
+        ids.expand(QUERIES, -1),
+        torch.stack(rows)[:, :, None].to(device),
     )
-
-
-def _segments(prompt: Prompt, config: FlamingoConfig) -> Iterator[tuple[int, list[int]]]:
-    """(media index or -1, token positions) of each stretch of text that sees the same image."""
-    spans = MediaSpans.from_tokens(
-        prompt.input_ids, config.image_token_id, config.cross_attention.attend
-    )
-    seen = spans.last[0].tolist()
-    start = 0
-    for position in range(1, len(seen) + 1):
-        if position == len(seen) or seen[position] != seen[start]:
-            yield seen[start], list(range(start, position))
-            start = position
-
-
-def _describe(prompt: Prompt, config: FlamingoConfig, tokenizer: ByteTokenizer) -> Iterator[str]:
-    yield f"{len(prompt.pictures)} pictures, {prompt.input_ids.shape[1]} tokens (bytes)"
-    for media, positions in _segments(prompt, config):
-        text = tokenizer.decode(prompt.input_ids[0, positions], skip_special_tokens=False)
-        if media < 0:
-            yield f"  sees nothing  {text}"
-        else:
-            width, height = prompt.pictures[media].size
-            yield f"  sees image {media:<2} {text:<40} ({width}x{height} px)"
 
 
 def _kernel_lines(kernel: str, device_type: str) -> Iterator[str]:
@@ -176,18 +144,75 @@ def _kernel_lines(kernel: str, device_type: str) -> Iterator[str]:
             yield f"    not {name} in training: {'; '.join(reasons)}"
 
 
+def _reference(model: FlamingoModel, device: torch.device) -> torch.nn.Module | None:
+    """The oracle with the model's weights; it ships with the repository, not with the package."""
+    if find_spec("reference") is None:
+        print("  reference/ is not here: run the demo from a checkout to compare with it")
+        return None
+    from reference import Flamingo
+
+    oracle = Flamingo(model.config).to(device)
+    oracle.load_state_dict(model.state_dict())
+    return oracle
+
+
+def _name(
+    model: FlamingoModel,
+    oracle: torch.nn.Module | None,
+    prompts: Prompts,
+    tokenizer: ByteTokenizer,
+    picture: Path,
+) -> bool:
+    """Print what each picture is called; whether package and reference say the same."""
+    longest = max(map(len, NAMES))
+
+    def by_package() -> Tensor:
+        return model.generate(
+            prompts.input_ids, prompts.pixel_values, max_new_tokens=longest, stop_token_ids=[]
+        )
+
+    @torch.no_grad()
+    def by_reference() -> Tensor:
+        ids = prompts.input_ids
+        for _ in range(longest):
+            logits = oracle(ids, prompts.pixel_values).logits[:, -1]
+            logits[:, model.config.image_token_id] = float("-inf")
+            ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
+        return ids
+
+    ways = {"flamingo_kernels": by_package}
+    if oracle is not None:
+        ways["reference"] = by_reference
+    said = {}
+    for who, generate in ways.items():
+        start = time.perf_counter()
+        new = generate()[:, prompts.input_ids.shape[1] :]
+        seconds = time.perf_counter() - start
+        said[who] = [tokenizer.decode(row) for row in new]
+        count = sum(a == b for a, b in zip(said[who], prompts.right, strict=True))
+        print(
+            f"  {who:<18} {' '.join(said[who])}   {count} of {len(new)} right, "
+            f"{seconds * 1e3:.0f} ms"
+        )
+    print(f"  {'right':<18} {' '.join(prompts.right)}")
+    _draw(prompts, said["flamingo_kernels"], picture)
+    print(f"  picture: {picture}")
+    return len(set(map(tuple, said.values()))) == 1
+
+
 def _measure(
     what: str,
-    forward: Callable[[], object],
+    model: torch.nn.Module,
     parameters: dict[str, torch.nn.Parameter],
+    prompts: Prompts,
     device: torch.device,
 ) -> Run:
-    """Loss, logits and gradients of ``forward``, and its cost with the backward pass."""
+    """Loss, logits and gradients of a model, and its cost with the backward pass."""
 
     def step() -> object:
         for parameter in parameters.values():
             parameter.grad = None
-        out = forward()
+        out = model(prompts.input_ids, prompts.pixel_values, labels=prompts.input_ids)
         out.loss.backward()
         return out
 
@@ -218,26 +243,11 @@ def _measure(
     return result
 
 
-def _reference(model: FlamingoModel, device: torch.device) -> torch.nn.Module | None:
-    """The oracle with the model's weights; it ships with the repository, not with the package."""
-    if find_spec("reference") is None:
-        print("  reference/ is not here: run the demo from a checkout to compare with it")
-        return None
-    from reference import Flamingo
-
-    oracle = Flamingo(model.config).to(device)
-    oracle.load_state_dict(model.state_dict())
-    return oracle
-
-
-def _agrees_with(oracle: torch.nn.Module, prompt: Prompt, ours: Run, device: torch.device) -> bool:
+def _agrees_with(
+    oracle: torch.nn.Module, prompts: Prompts, ours: Run, device: torch.device
+) -> bool:
     named = {name: p for name, p in oracle.named_parameters() if p.requires_grad}
-    theirs = _measure(
-        "reference",
-        lambda: oracle(prompt.input_ids, prompt.pixel_values, labels=prompt.input_ids),
-        named,
-        device,
-    )
+    theirs = _measure("reference", oracle, named, prompts, device)
     print(f"  the package takes {ours.seconds / theirs.seconds:.2f} x the reference's time")
     errors = {
         "loss": _relative_error(ours.loss, theirs.loss),
@@ -251,56 +261,6 @@ def _agrees_with(oracle: torch.nn.Module, prompt: Prompt, ours: Run, device: tor
         verdict = "agrees" if error <= PARITY else "DISAGREES"
         print(f"  {what:<10} largest difference {error:.1e} of the largest value: {verdict}")
     return all(error <= PARITY for error in errors.values())
-
-
-def _generate(
-    model: FlamingoModel,
-    oracle: torch.nn.Module | None,
-    prompt: Prompt,
-    tokenizer: ByteTokenizer,
-    device: torch.device,
-) -> bool:
-    """Greedy tokens: ours with the cache, ours and the reference's by recomputation."""
-
-    def by_reference() -> Tensor:
-        ids = prompt.input_ids
-        with torch.no_grad():
-            for _ in range(NEW_TOKENS):
-                logits = oracle(ids, prompt.pixel_values).logits[:, -1]
-                logits[:, model.config.image_token_id] = float("-inf")
-                ids = torch.cat((ids, logits.argmax(-1, keepdim=True)), 1)
-        return ids
-
-    def by_package(use_cache: bool) -> Tensor:
-        return model.generate(
-            prompt.input_ids,
-            prompt.pixel_values,
-            max_new_tokens=NEW_TOKENS,
-            stop_token_ids=[],
-            use_cache=use_cache,
-        )
-
-    ways: dict[str, Callable[[], Tensor]] = {
-        "flamingo_kernels": lambda: by_package(True),
-        "  without cache": lambda: by_package(False),
-    }
-    if oracle is not None:
-        ways["reference"] = by_reference
-    results = []
-    for name, generate in ways.items():
-        before = _reset_peak(device)
-        start = time.perf_counter()
-        results.append(generate())
-        seconds = time.perf_counter() - start
-        after = _peak(device)
-        peak = "" if before is None else f"   peak memory {(after - before) / 2**20:.1f} MiB"
-        same = _yes(torch.equal(results[-1], results[0]))
-        print(f"  {name:<18} {seconds * 1e3:8.1f} ms{peak}   same {NEW_TOKENS} tokens: {same}")
-    new = results[0][0, prompt.input_ids.shape[1] :]
-    print(f"  continuation: {tokenizer.decode(new, skip_special_tokens=False)!r}")
-    print(f"  as bytes: {new.tolist()}")
-    print("  (the weights are random: this text means nothing)")
-    return all(torch.equal(result, results[0]) for result in results)
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -333,44 +293,25 @@ def _peak(device: torch.device) -> int | None:
     return int(fields["VmHWM"].split()[0]) * 1024
 
 
-def _draw(prompt: Prompt, config: FlamingoConfig, tokenizer: ByteTokenizer, file: Path) -> None:
-    """Text by media: one row per image, the text that sees it coloured."""
+def _draw(prompts: Prompts, said: list[str], file: Path) -> None:
+    """Examples with the names they were given, queries with those that the model gave them."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colours = pyplot.get_cmap("tab20")
-    count, tokens = len(prompt.pictures), prompt.input_ids.shape[1]
-    figure, (images, grid) = pyplot.subplots(
-        1,
-        2,
-        figsize=(14, 1.5 + 0.8 * count),
-        gridspec_kw={"width_ratios": [1, 14]},
-        layout="constrained",
-    )
-    for media, picture in enumerate(prompt.pictures):
-        images.imshow(picture.convert("RGB"), extent=(0, 0.9, media + 0.45, media - 0.45))
-    images.set(xlim=(0, 0.9), ylim=(count - 0.5, -0.5), aspect="auto")
-    images.axis("off")
-    for media, positions in _segments(prompt, config):
-        text = tokenizer.decode(prompt.input_ids[0, positions], skip_special_tokens=False)
-        if media < 0:
-            grid.axvspan(positions[0] - 0.5, positions[-1] + 0.5, color="0.85")
-            continue
-        grid.barh(media, len(positions), left=positions[0] - 0.5, height=0.9, color=colours(media))
-        label = text.replace("<image>", "", 1)
-        inside = positions[0] + len(positions) / 2 < tokens / 2
-        x, align = (positions[-1] + 1, "left") if inside else (positions[0] - 1, "right")
-        grid.text(x, media, label, va="center", ha=align, fontsize=9)
-    grid.set(
-        xlim=(-0.5, tokens - 0.5),
-        ylim=(count - 0.5, -0.5),
-        yticks=range(count),
-        xlabel="text token (byte)",
-        ylabel="media item",
-        title="Which image each token sees (coloured); grey: text before the first image sees none",
-    )
+    shots = len(prompts.examples)
+    given = [NAMES[i % len(NAMES)] for i in range(shots)]
+    rows = ((prompts.examples, given, "0.2"), (prompts.queries, said, "tab:blue"))
+    widest = max(shots, len(said))
+    figure, axes = pyplot.subplots(2, widest, figsize=(1.1 * widest, 3.2), layout="constrained")
+    for row, (pictures, names, colour) in zip(axes, rows, strict=True):
+        for axis in row:
+            axis.axis("off")
+        for axis, picture, name in zip(row, pictures, names, strict=False):
+            axis.imshow(picture, cmap="gray")
+            axis.set_title(name, color=colour)
+    figure.suptitle("examples with their names (above), new pictures as the model calls them")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     pyplot.close(figure)
@@ -379,7 +320,3 @@ def _draw(prompt: Prompt, config: FlamingoConfig, tokenizer: ByteTokenizer, file
 def _heading(title: str) -> None:
     print(f"\n== {title}")
     sys.stdout.flush()
-
-
-def _yes(value: bool) -> str:
-    return "yes" if value else "NO"
