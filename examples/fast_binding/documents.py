@@ -78,7 +78,7 @@ def interleaved(
     names = generator.choice(TRAINING_NAMES, (rows, which.max() + 1))
     kinds = (generator.random(rows) < _SHARE_OF_DIGITS).astype(int)
     features = [galleries[k].draw(generator, row) for k, row in zip(kinds, which, strict=True)]
-    images = np.full((*which.shape, 1), TOKENS.image_token_id)
+    images = np.full_like(which, TOKENS.image_token_id)
     ids = bound_chunks(images, np.take_along_axis(names, which[..., None], 1))
     return batch_of(ids, torch.stack(features))
 

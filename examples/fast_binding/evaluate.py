@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.fast_binding.documents import Gallery
-from examples.fast_binding.text import HELD_OUT_NAMES, TOKENS, bound_chunks
+from examples.fast_binding.text import CHUNK_TOKENS, HELD_OUT_NAMES, TOKENS, bound_chunks
 from flamingo_kernels import FlamingoModel
 
 SHOTS = (0, 1, 2, 4, 8, 16, 32)
@@ -74,7 +74,7 @@ def draw_episodes(
     ]
     which = np.stack([np.concatenate(row) for row in rounds])
     features = torch.stack([_with_query(gallery, generator, row, ways) for row in which])
-    images = np.full((*which.shape, 1), TOKENS.image_token_id)
+    images = np.full_like(which, TOKENS.image_token_id)
     ids = bound_chunks(images, names[which])[:, : -(names.shape[1] + 1)]
     return Episodes(names, ids, features, which[:, -1])
 
@@ -95,7 +95,7 @@ def accuracy(
 
     ``shots`` are examples per class: the prompt holds ``ways * shots`` of them.
     """
-    tokens = ways * (5 * (ways * shots + 1) + 4)
+    tokens = ways * CHUNK_TOKENS * (ways * shots + 1)
     rows = max(1, min(_MOST_EPISODES_AT_ONCE, _TOKENS_AT_ONCE // tokens))
     right = done = 0
     while done < episodes:

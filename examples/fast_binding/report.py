@@ -134,7 +134,7 @@ Each after {steps["no-gate"]} updates, the baseline too.
 
 ## Loss on text
 
-Mean over text of things told by one, two and three letters; before training {same}.
+Of documents that bind names to letters; before training {same}.
 
 {losses}
 ## Time

@@ -1,8 +1,8 @@
 """Text alone: made-up names bound to things within a document, and the language model of it.
 
-A thing is told by a few capital letters, and a document says again and again what it is called:
-``BQTdax<EOC>CFWwug<EOC>BQTdax<EOC>...``. Now and then a letter is wrong. Names mean nothing
-outside their document, so all that a model can learn is to bind them.
+A thing is a capital letter, and a document says again and again what it is called:
+``Bdax<EOC>Fwug<EOC>Bdax<EOC>...``. Now and then the thing is wrong. Names mean nothing outside
+their document, so all that a model can learn is to bind them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LETTERS = np.frombuffer(b"ABCDEFGHIJKLMNOPQRSTUVWXY", np.uint8).astype(np.int64)
 _CHARACTERS = np.array([*LETTERS, *b"abcdefghijklmnopqrstuvwxyz"])
 _CONSONANTS, _VOWELS = b"bdfgklmnprstvwxz", b"aeiou"
 _ALL_NAMES = np.array([[a, b, c] for a in _CONSONANTS for b in _VOWELS for c in _CONSONANTS])
-_NAME_AND_END = 4  # tokens
+CHUNK_TOKENS = 5  # a thing, the letters of its name, <EOC>
 # Every tenth name is kept for evaluation.
 _HELD_OUT = np.arange(len(_ALL_NAMES)) % 10 == 0
 TRAINING_NAMES, HELD_OUT_NAMES = _ALL_NAMES[~_HELD_OUT], _ALL_NAMES[_HELD_OUT]
@@ -35,11 +35,10 @@ _LEXICON = [
 
 
 def bound_chunks(things: np.ndarray, names: np.ndarray) -> Tensor:
-    """Ids of ``<BOS>`` and chunks ``thing name<EOC>``: things [B, N, L], names [B, N, 3]."""
-    rows, chunks, _ = things.shape
-    end = np.full((rows, chunks, 1), TOKENS.end_of_chunk_token_id)
-    ids = np.concatenate((things, names, end), 2).reshape(rows, -1)
-    start = np.full((rows, 1), TOKENS.bos_token_id)
+    """Ids of ``<BOS>`` and chunks ``thing name<EOC>``: things [B, N], names [B, N, 3]."""
+    end = np.full_like(things, TOKENS.end_of_chunk_token_id)
+    ids = np.concatenate((things[..., None], names, end[..., None]), 2).reshape(len(things), -1)
+    start = np.full((len(things), 1), TOKENS.bos_token_id)
     return torch.from_numpy(np.concatenate((start, ids), 1))
 
 
@@ -50,35 +49,28 @@ class Documents:
     Attributes
     ----------
     most_things : a document is about two things to so many.
-    most_letters : a batch's things are told by one letter to so many.
     tokens : of a document, at most.
     rows : documents of a batch.
-    wrong : probability that a letter is another one, where there are several.
+    wrong : probability that a thing is taken for another one, or for none of the document.
     """
 
     most_things: int
-    most_letters: int
     tokens: int
     rows: int
     wrong: float = 0.0
 
-    def draw(self, generator: np.random.Generator, letters: int | None = None) -> Tensor:
-        """Ids [rows, T] of a batch whose things are told by ``letters`` (default: drawn)."""
+    def draw(self, generator: np.random.Generator) -> Tensor:
+        """Ids [rows, T] of a batch."""
         rows, most = self.rows, self.most_things
-        letters = letters or int(generator.integers(1, self.most_letters + 1))
-        chunks = (self.tokens - 1) // (letters + _NAME_AND_END)
-        # Things of a document differ in their first letter, so that none is told as another.
-        first = generator.random((rows, len(LETTERS))).argsort(-1)[:, :most, None]
-        others = generator.integers(len(LETTERS), size=(rows, most, letters - 1))
-        things = np.concatenate((first, others), 2)
-        count = generator.integers(2, most + 1, (rows, 1))
-        which = (generator.random((rows, chunks)) * count).astype(int)[..., None]
-        told = np.take_along_axis(things, which, 1)
-        if letters > 1:
-            swapped = generator.random(told.shape) < self.wrong
-            told = np.where(swapped, generator.integers(len(LETTERS), size=told.shape), told)
+        chunks = (self.tokens - 1) // CHUNK_TOKENS
+        things = LETTERS[generator.random((rows, len(LETTERS))).argsort(-1)[:, :most]]
         names = generator.choice(TRAINING_NAMES, (rows, most))
-        return bound_chunks(LETTERS[np.sort(told)], np.take_along_axis(names, which, 1))
+        count = generator.integers(2, most + 1, (rows, 1))
+        which = (generator.random((rows, chunks)) * count).astype(int)
+        told = np.take_along_axis(things, which, 1)
+        swapped = generator.random(told.shape) < self.wrong
+        told = np.where(swapped, generator.choice(LETTERS, told.shape), told)
+        return bound_chunks(told, np.take_along_axis(names, which[..., None], 1))
 
 
 def prose(generator: np.random.Generator, rows: int, tokens: int) -> Tensor:
@@ -119,16 +111,16 @@ class Lesson:
 
 
 CONFIG = DecoderConfig(vocab_size=TOKENS.vocab_size, dim=64, depth=3, heads=4, head_dim=32)
-# Each from this share of the updates on: easy text until the model copies, at the end as long
-# documents as five classes of 32 examples make.
+# Each from this share of the updates on: short text until the model copies, at the end documents as
+# long as five classes of 32 examples make.
 _COURSE = (
-    (0.0, Lesson(Documents(4, 1, tokens=81, rows=8), prose=2, repetition=6)),
-    (0.5, Lesson(Documents(6, 3, tokens=150, rows=6, wrong=0.15), prose=2, repetition=6)),
-    (0.8, Lesson(Documents(6, 3, tokens=840, rows=2, wrong=0.15))),
+    (0.0, Lesson(Documents(4, tokens=81, rows=8), prose=2, repetition=4)),
+    (0.4, Lesson(Documents(6, tokens=161, rows=6, wrong=0.1), repetition=2)),
+    (0.8, Lesson(Documents(6, tokens=806, rows=2, wrong=0.1))),
 )
 # The decoder's initial deviation of 0.02 is for wide models.
 _INITIAL_SCALE = 3.0
-_LEARNING_RATE, _WARM_UP, _DECAY_FROM = 6e-3, 100, 0.6
+_LEARNING_RATE, _WARM_UP, _DECAY_FROM = 5e-3, 100, 0.6
 _BETAS, _WEIGHT_DECAY, _CLIP = (0.9, 0.98), 0.01, 1.0
 
 

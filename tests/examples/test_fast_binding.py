@@ -47,14 +47,13 @@ def test_training_and_evaluation_share_no_class_and_no_name() -> None:
 
 
 def test_text_binds_each_thing_to_one_name() -> None:
-    documents_of = text.Documents(most_things=6, most_letters=3, tokens=1 + 30 * 7, rows=4)
-    ids = documents_of.draw(np.random.default_rng(0), letters=3)
-    assert ids.shape == (4, 1 + 30 * 7)
-    for row in ids[:, 1:].unflatten(1, (30, 7)).tolist():
+    ids = text.Documents(most_things=6, tokens=151, rows=4).draw(np.random.default_rng(0))
+    assert ids.shape == (4, 151)
+    for row in ids[:, 1:].unflatten(1, (-1, text.CHUNK_TOKENS)).tolist():
         bound = {}
-        for chunk in row:
-            assert bound.setdefault(tuple(chunk[:3]), chunk[3:6]) == chunk[3:6]
-            assert chunk[6] == TOKENS.end_of_chunk_token_id
+        for thing, *name, end in row:
+            assert bound.setdefault(thing, name) == name
+            assert end == TOKENS.end_of_chunk_token_id
         assert 2 <= len(bound) <= 6
 
 
