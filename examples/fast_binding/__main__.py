@@ -115,7 +115,7 @@ class Experiment:
             lambda: text.train_language_model(sizes.language_updates, SEED),
         )
         self.galleries = {
-            kind: Gallery(vision.features_of(self.encoder, drawn), documents.captions_of(drawn))
+            kind: Gallery(vision.features_of(self.encoder, drawn), documents.letters_of(drawn))
             for kind, drawn in pictures.items()
         }
         every = [(ways, shots) for ways in WAYS for shots in SHOTS]

@@ -1,7 +1,7 @@
 """Training documents: pictures with names bound within a document, and pictures with captions.
 
-``<BOS><image>dax<EOC><image>wug<EOC>...`` and ``<BOS><image>BQT<EOC>``, the letters of a caption
-being the cells of a 5 x 5 grid that hold most ink.
+``<BOS><image>dax<EOC><image>wug<EOC>...`` and ``<BOS><image>TBQ<EOC>``, the letters of a caption
+being some of the cells of a 5 x 5 grid that hold most ink.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from examples.fast_binding.text import LETTERS, TOKENS, TRAINING_NAMES, bound_ch
 
 IMAGES_PER_DOCUMENT = 5
 _GRID = 5
-_CAPTION_LETTERS = 3
+_INKED_CELLS, _CAPTION_LETTERS = 6, 3
 _SHARE_OF_DIGITS = 0.15
 
 
@@ -31,11 +31,11 @@ class Gallery:
     Attributes
     ----------
     features : [classes, drawings, S, D], what the frozen vision encoder makes of them.
-    captions : letters' ids [classes, drawings, 3].
+    letters : ids of the letters [classes, drawings, 6] of the cells with most ink.
     """
 
     features: Tensor
-    captions: np.ndarray
+    letters: np.ndarray
 
     def draw(self, generator: np.random.Generator, which: np.ndarray) -> Tensor:
         """Features [N, 1, S, D] of pictures of the classes 0, 1, ... that ``which`` [N] names.
@@ -50,11 +50,11 @@ class Gallery:
         return self.features[classes[which], chosen][:, None]
 
 
-def captions_of(pictures: Tensor) -> np.ndarray:
-    """Ids of the letters [..., 3] of the cells with most ink of ``pictures`` [..., H, W]."""
+def letters_of(pictures: Tensor) -> np.ndarray:
+    """Ids of the letters [..., 6] of the cells with most ink of ``pictures`` [..., H, W]."""
     ink = F.adaptive_avg_pool2d(pictures.flatten(0, -3)[:, None], _GRID).flatten(1)
-    cells = ink.topk(_CAPTION_LETTERS).indices.sort(1).values
-    return LETTERS[cells.numpy()].reshape(*pictures.shape[:-2], _CAPTION_LETTERS)
+    cells = ink.topk(_INKED_CELLS).indices.numpy()
+    return LETTERS[cells].reshape(*pictures.shape[:-2], _INKED_CELLS)
 
 
 def batch_of(ids: Tensor, features: Tensor) -> dict[str, Tensor]:
@@ -90,8 +90,8 @@ def pairs(
     ids, features = [], []
     for kind in (generator.random(rows) < _SHARE_OF_DIGITS).astype(int):
         gallery = galleries[kind]
-        place = tuple(int(generator.integers(size)) for size in gallery.captions.shape[:2])
-        letters = gallery.captions[place].tolist()
+        place = tuple(int(generator.integers(size)) for size in gallery.letters.shape[:2])
+        letters = generator.permutation(gallery.letters[place])[:_CAPTION_LETTERS].tolist()
         ids.append(
             [TOKENS.bos_token_id, TOKENS.image_token_id, *letters, TOKENS.end_of_chunk_token_id]
         )
