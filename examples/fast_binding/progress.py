@@ -1,4 +1,4 @@
-"""A progress line with the time that is left."""
+"""Lines that say how far something is."""
 
 from __future__ import annotations
 
@@ -6,32 +6,26 @@ import sys
 import time
 from collections.abc import Iterator
 
+_SECONDS_BETWEEN = 5
+
 
 class Progress:
-    """Counts from 1 to ``total`` and shows how far it is; ``note`` is shown beside it.
+    """Counts from 1 to ``total`` and says now and then how far it is and what time is left.
 
-    On a terminal one line is written again and again, elsewhere a line for every tenth.
+    ``note`` is what to say beside it.
     """
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total, self.note = what, total, ""
 
     def __iter__(self) -> Iterator[int]:
-        started = shown = time.monotonic()
-        terminal = sys.stderr.isatty()
-        tenth = max(1, self.total // 10)
+        started = said = time.monotonic()
         for step in range(1, self.total + 1):
             yield step
             now = time.monotonic()
-            if step == self.total or (now - shown > 1 if terminal else step % tenth == 0):
-                shown = now
+            if step == self.total or now - said > _SECONDS_BETWEEN:
+                said = now
                 left = (now - started) / step * (self.total - step)
-                line = f"{self.what}: {step}/{self.total}  {self.note}  {left:.0f} s left"
-                print(
-                    f"\r\033[K{line}" if terminal else line,
-                    end="" if terminal else "\n",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        if terminal:
-            print(file=sys.stderr)
+                bar = f"{'#' * (20 * step // self.total):<20}"
+                line = f"{self.what} [{bar}] {step}/{self.total}  {self.note}  {left:.0f} s left"
+                print(line, file=sys.stderr, flush=True)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from examples.fast_binding import __main__ as command
-from examples.fast_binding import documents, images, report, text, vision
+from examples.fast_binding import documents, experiment, images, report, text, vision
 from examples.fast_binding.documents import DrawnBatches, Gallery
 from examples.fast_binding.evaluate import Accuracy, accuracy, draw_episodes
 from examples.fast_binding.model import ABLATIONS, BASELINE
@@ -20,7 +19,7 @@ from flamingo_kernels.language.decoder import Decoder
 from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_NEW_DIGITS
 from flamingo_kernels.vision import NFNet
 
-RESULTS = Path(command.__file__).parent / "results" / report.RESULTS_FILE
+RESULTS = Path(report.__file__).parent / "results" / report.RESULTS_FILE
 SHIPPED_BYTES = 8 * 10**6
 
 
@@ -41,7 +40,7 @@ def test_a_glyph_is_drawn_again_the_same_and_each_drawing_differs() -> None:
 
 def test_training_and_evaluation_share_no_class_and_no_name() -> None:
     assert not set(images.TRAINING_DIGITS) & set(FAST_BINDING_NEW_DIGITS)
-    assert command.Sizes().glyphs < images.FIRST_HELD_OUT_GLYPH
+    assert experiment.Sizes().glyphs < images.FIRST_HELD_OUT_GLYPH
     names = [set(map(tuple, names)) for names in (text.TRAINING_NAMES, text.HELD_OUT_NAMES)]
     assert names[0] and names[1] and not names[0] & names[1]
 
@@ -130,19 +129,19 @@ def test_every_ablation_is_another_model_that_runs(name: str, gallery: Gallery) 
 
 @pytest.mark.slow
 def test_all_stages_run_and_are_not_repeated(tmp_path: Path) -> None:
-    command.Experiment(tmp_path, command.QUICK).run()
+    experiment.Experiment(tmp_path, experiment.QUICK).run()
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.safetensors")}
     before = json.loads((tmp_path / "stages" / "text-before.json").read_text())["lines"][0]
     assert before["alone"] == before["added"]
     table = (tmp_path / "results" / "report.md").read_text()
     assert all(variant.title in table for variant in ABLATIONS.values())
     FlamingoModel.from_pretrained(tmp_path / "model")
-    command.Experiment(tmp_path, command.QUICK).run()
+    experiment.Experiment(tmp_path, experiment.QUICK).run()
     trained = {path: time for path, time in written.items() if path.parent.name != "model"}
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
 
 
-@pytest.mark.parametrize("kind", command.HELD_OUT)
+@pytest.mark.parametrize("kind", experiment.HELD_OUT)
 def test_the_shipped_model_is_as_good_as_the_results_say(kind: str) -> None:
     """On the episodes that were reported; rounding may turn a few."""
     stages = {line["stage"]: line for line in map(json.loads, RESULTS.read_text().splitlines())}
@@ -151,10 +150,10 @@ def test_the_shipped_model_is_as_good_as_the_results_say(kind: str) -> None:
     if kind == "digits":
         pictures = images.digits(FAST_BINDING_NEW_DIGITS)
     else:
-        pictures = images.held_out_glyphs(command.Sizes().held_out_glyphs, command.SEED)
+        pictures = images.held_out_glyphs(experiment.Sizes().held_out_glyphs, experiment.SEED)
     features = vision.features_of(model.vision_encoder, pictures)
     gallery = Gallery(features, documents.letters_of(pictures))
-    seed = command.HELD_OUT.index(kind)
+    seed = experiment.HELD_OUT.index(kind)
     found = accuracy(model.eval(), gallery, 2, 4, reported.episodes, seed)
     low, high = reported.interval
     assert low <= found.value <= high
