@@ -1,7 +1,9 @@
 """Training documents: pictures with names bound within a document, and pictures with captions.
 
-``<BOS><image>dax<EOC><image>wug<EOC>...`` and ``<BOS><image>TBQ<EOC>``, the letters of a caption
-being some of the cells of a 5 x 5 grid that hold most ink.
+``<BOS><image>dax<EOC><image>wug<EOC>...``, in half of the batches after text that gives each thing's
+name by a letter, ``Bdax<EOC>Twug<EOC>``; and ``<BOS><image>TBQ<EOC>``. The letters are those of the
+cells of a 5 x 5 grid: a caption names some of those with most ink, an introduction that which tells
+the thing from the others of its document.
 """
 
 from __future__ import annotations
@@ -17,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from examples.fast_binding.text import LETTERS, TOKENS, TRAINING_NAMES, bound_chunks
+from examples.fast_binding.vision import features_of
+from flamingo_kernels.vision import NFNet
 
 IMAGES_PER_DOCUMENT = 5
 _GRID = 5
 _INKED_CELLS, _CAPTION_LETTERS = 6, 3
-_SHARE_OF_DIGITS = 0.15
+_SHARE_OF_DIGITS, _SHARE_INTRODUCED = 0.15, 0.5
 
 
 @dataclass(frozen=True)
@@ -31,30 +35,36 @@ class Gallery:
     Attributes
     ----------
     features : [classes, drawings, S, D], what the frozen vision encoder makes of them.
-    letters : ids of the letters [classes, drawings, 6] of the cells with most ink.
+    ink : [classes, drawings, 25], mean brightness of the cells of a grid.
     """
 
     features: Tensor
-    letters: np.ndarray
+    ink: Tensor
 
-    def draw(self, generator: np.random.Generator, which: np.ndarray) -> Tensor:
-        """Features [N, 1, S, D] of pictures of the classes 0, 1, ... that ``which`` [N] names.
+    @classmethod
+    def of(cls, encoder: NFNet, pictures: Tensor) -> Gallery:
+        """Of pictures [classes, drawings, H, W] in 0..1."""
+        ink = F.adaptive_avg_pool2d(pictures, _GRID).flatten(2)
+        return cls(features_of(encoder, pictures), ink)
 
-        Which classes these are is drawn, and no picture comes twice.
-        """
-        classes = generator.choice(len(self.features), which.max() + 1, replace=False)
-        chosen = np.empty_like(which)
-        for number in np.unique(which):
-            places = which == number
+    def draw_classes(self, generator: np.random.Generator, count: int) -> np.ndarray:
+        """Numbers [count] of different classes."""
+        return generator.choice(len(self.features), count, replace=False)
+
+    def draw(self, generator: np.random.Generator, classes: np.ndarray) -> Tensor:
+        """Features [N, 1, S, D] of pictures of these ``classes`` [N], none of them twice."""
+        chosen = np.empty_like(classes)
+        for number in np.unique(classes):
+            places = classes == number
             chosen[places] = generator.choice(self.features.shape[1], places.sum(), replace=False)
-        return self.features[classes[which], chosen][:, None]
+        return self.features[classes, chosen][:, None]
 
-
-def letters_of(pictures: Tensor) -> np.ndarray:
-    """Ids of the letters [..., 6] of the cells with most ink of ``pictures`` [..., H, W]."""
-    ink = F.adaptive_avg_pool2d(pictures.flatten(0, -3)[:, None], _GRID).flatten(1)
-    cells = ink.topk(_INKED_CELLS).indices.numpy()
-    return LETTERS[cells].reshape(*pictures.shape[:-2], _INKED_CELLS)
+    def letters_of(self, classes: np.ndarray) -> np.ndarray:
+        """Ids [N] of the letters that tell each of ``classes`` [N] from the others."""
+        ink = self.ink[classes].mean(1)
+        others = torch.eye(len(classes), dtype=torch.bool)[..., None]
+        most_elsewhere = ink[None].masked_fill(others, 0).amax(1)
+        return LETTERS[(ink - most_elsewhere).argmax(1).numpy()]
 
 
 def batch_of(ids: Tensor, features: Tensor) -> dict[str, Tensor]:
@@ -71,16 +81,20 @@ def interleaved(
     galleries: Sequence[Gallery], rows: int, generator: np.random.Generator
 ) -> dict[str, Tensor]:
     """Documents of five pictures of two or three classes; ``galleries`` are glyphs and digits."""
-    which = [
-        generator.integers(generator.integers(2, 4), size=IMAGES_PER_DOCUMENT) for _ in range(rows)
-    ]
-    which = np.stack([np.unique(row, return_inverse=True)[1] for row in which])
-    names = generator.choice(TRAINING_NAMES, (rows, which.max() + 1))
-    kinds = (generator.random(rows) < _SHARE_OF_DIGITS).astype(int)
-    features = [galleries[k].draw(generator, row) for k, row in zip(kinds, which, strict=True)]
-    images = np.full_like(which, TOKENS.image_token_id)
-    ids = bound_chunks(images, np.take_along_axis(names, which[..., None], 1))
-    return batch_of(ids, torch.stack(features))
+    ways = int(generator.integers(2, 4))
+    introduced = ways if generator.random() < _SHARE_INTRODUCED else 0
+    things, names, features = [], [], []
+    for kind in (generator.random(rows) < _SHARE_OF_DIGITS).astype(int):
+        gallery = galleries[kind]
+        classes = gallery.draw_classes(generator, ways)
+        which = generator.integers(ways, size=IMAGES_PER_DOCUMENT)
+        features.append(gallery.draw(generator, classes[which]))
+        order = generator.permutation(ways)[:introduced]
+        images = np.full_like(which, TOKENS.image_token_id)
+        things.append(np.concatenate((gallery.letters_of(classes)[order], images)))
+        bound = generator.choice(TRAINING_NAMES, ways, replace=False)
+        names.append(bound[np.concatenate((order, which))])
+    return batch_of(bound_chunks(np.stack(things), np.stack(names)), torch.stack(features))
 
 
 def pairs(
@@ -90,8 +104,9 @@ def pairs(
     ids, features = [], []
     for kind in (generator.random(rows) < _SHARE_OF_DIGITS).astype(int):
         gallery = galleries[kind]
-        place = tuple(int(generator.integers(size)) for size in gallery.letters.shape[:2])
-        letters = generator.permutation(gallery.letters[place])[:_CAPTION_LETTERS].tolist()
+        place = tuple(int(generator.integers(size)) for size in gallery.ink.shape[:2])
+        inked = LETTERS[gallery.ink[place].topk(_INKED_CELLS).indices.numpy()]
+        letters = generator.permutation(inked)[:_CAPTION_LETTERS].tolist()
         ids.append(
             [TOKENS.bos_token_id, TOKENS.image_token_id, *letters, TOKENS.end_of_chunk_token_id]
         )

@@ -68,23 +68,18 @@ def draw_episodes(
     pictures every class comes once, in random order.
     """
     names = generator.choice(HELD_OUT_NAMES, ways, replace=False)
-    rounds = [
-        [generator.permutation(ways) for _ in range(shots)] + [generator.integers(ways, size=1)]
-        for _ in range(rows)
-    ]
-    which = np.stack([np.concatenate(row) for row in rounds])
-    features = torch.stack([_with_query(gallery, generator, row, ways) for row in which])
+    shown, features = [], []
+    for _ in range(rows):
+        classes = gallery.draw_classes(generator, ways)
+        order = [generator.permutation(ways) for _ in range(shots)]
+        which = np.concatenate((*order, generator.integers(ways, size=1)))
+        features.append(gallery.draw(generator, classes[which]))
+        shown.append(which)
+    which = np.stack(shown)
     images = np.full_like(which, TOKENS.image_token_id)
-    ids = bound_chunks(images, names[which])[:, : -(names.shape[1] + 1)]
-    return Episodes(names, ids, features, which[:, -1])
-
-
-def _with_query(
-    gallery: Gallery, generator: np.random.Generator, which: np.ndarray, ways: int
-) -> Tensor:
-    # Without examples one class is shown, but not always the first.
-    shown = which if len(which) > 1 else np.zeros_like(which)
-    return gallery.draw(generator, shown)
+    answer_and_end = CHUNK_TOKENS - 1
+    ids = bound_chunks(images, names[which])[:, :-answer_and_end]
+    return Episodes(names, ids, torch.stack(features), which[:, -1])
 
 
 @torch.no_grad()

@@ -58,9 +58,9 @@ class Sizes:
     drawings: int = 10
     held_out_glyphs: int = 100
     vision_updates: int = 500
-    language_updates: int = 9000
-    updates: int = 2400
-    ablation_updates: int = 800
+    language_updates: int = 10_000
+    updates: int = 3000
+    ablation_updates: int = 750
     episodes: int = 1000
 
 
@@ -137,10 +137,8 @@ class Experiment:
         encoder, language_model = NFNet(vision.CONFIG), Decoder(text.CONFIG)
         encoder.load_state_dict(load_file(self._file("vision")))
         language_model.load_state_dict(load_file(self._file("language")))
-        galleries = {
-            kind: Gallery(vision.features_of(encoder.eval(), drawn), documents.letters_of(drawn))
-            for kind, drawn in load_file(self._file("pictures")).items()
-        }
+        pictures = load_file(self._file("pictures"))
+        galleries = {kind: Gallery.of(encoder.eval(), drawn) for kind, drawn in pictures.items()}
         return encoder, language_model.eval(), galleries
 
     def _baseline(self) -> None:

@@ -110,7 +110,7 @@ class Lesson:
         return torch.cat((ids, *others))
 
 
-CONFIG = DecoderConfig(vocab_size=TOKENS.vocab_size, dim=64, depth=3, heads=4, head_dim=32)
+CONFIG = DecoderConfig(vocab_size=TOKENS.vocab_size, dim=64, depth=2, heads=4, head_dim=32)
 # Each from this share of the updates on: short text until the model copies, at the end documents as
 # long as five classes of 32 examples make.
 _COURSE = (
@@ -120,7 +120,7 @@ _COURSE = (
 )
 # The decoder's initial deviation of 0.02 is for wide models.
 _INITIAL_SCALE = 3.0
-_LEARNING_RATE, _WARM_UP, _DECAY_FROM = 5e-3, 100, 0.6
+_LEARNING_RATE, _WARM_UP, _DECAY_FROM = 6e-3, 100, 0.6
 _BETAS, _WEIGHT_DECAY, _CLIP = (0.9, 0.98), 0.01, 1.0
 
 
