@@ -1,9 +1,9 @@
 """Training documents: pictures with names bound within a document, and pictures with captions.
 
-``<BOS><image>dax<EOC><image>wug<EOC>...``, in half of the batches after text that gives each thing's
-name by a letter, ``Bdax<EOC>Twug<EOC>``; and ``<BOS><image>TBQ<EOC>``. The letters are those of the
-cells of a 5 x 5 grid: a caption names some of those with most ink, an introduction that which tells
-the thing from the others of its document.
+``<BOS><image>dax<EOC><image>wug<EOC>...``, in half of the batches after text that gives the name of
+each thing by a letter, ``Bdax<EOC>Twug<EOC>``; and ``<BOS><image>TBQ<EOC>``. The letters are those
+of the cells of a 5 x 5 grid: a caption names some of those with most ink, an introduction that
+which tells the thing from the others of its document.
 """
 
 from __future__ import annotations

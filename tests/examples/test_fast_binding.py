@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from flamingo_kernels.language.decoder import Decoder
 from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_NEW_DIGITS
 from flamingo_kernels.vision import NFNet
 
-RESULTS = Path(report.__file__).parent / "results" / report.RESULTS_FILE
+RESULTS = Path(report.__file__).parent / "results"
 SHIPPED_BYTES = 8 * 10**6
 
 
@@ -149,11 +150,23 @@ def test_all_stages_run_and_are_not_repeated(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in trained} == trained
 
 
+@pytest.fixture(scope="module")
+def results() -> dict[str, Any]:
+    """What the run that made the shipped model measured, by stage."""
+    lines = map(json.loads, (RESULTS / report.RESULTS_FILE).read_text().splitlines())
+    return {line["stage"]: line for line in lines}
+
+
+def test_the_readme_shows_the_results(results: dict[str, Any]) -> None:
+    assert report.accuracy_table(results) in (RESULTS.parents[2] / "README.md").read_text()
+
+
 @pytest.mark.parametrize("kind", experiment.HELD_OUT)
-def test_the_shipped_model_is_as_good_as_the_results_say(kind: str) -> None:
+def test_the_shipped_model_is_as_good_as_the_results_say(
+    kind: str, results: dict[str, Any]
+) -> None:
     """On the episodes that were reported; rounding may turn a few."""
-    stages = {line["stage"]: line for line in map(json.loads, RESULTS.read_text().splitlines())}
-    reported = report.cells(stages["baseline"])[kind, 2, 4]
+    reported = report.cells(results["baseline"])[kind, 2, 4]
     model = FlamingoModel.from_pretrained(FAST_BINDING)
     if kind == "digits":
         pictures = images.digits(FAST_BINDING_NEW_DIGITS)
