@@ -47,7 +47,7 @@ WEIGHTS = {"documents": 1.0, "pairs": 0.2}  # the paper's lambdas of M3W and of 
 # What the loss on text is measured on.
 TEXT = Documents(most_things=6, tokens=161, rows=64)
 _PROCESSES = 2
-OPTIMIZER = OptimizerSection(lr=1e-3, warmup_steps=100)
+OPTIMIZER = OptimizerSection(lr=3e-3, gate_lr=3e-2, warmup_steps=100)
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class Sizes:
     drawings: int = 10
     held_out_glyphs: int = 100
     vision_updates: int = 500
-    language_updates: int = 10_000
+    language_updates: int = 1500
     updates: int = 3000
-    ablation_updates: int = 750
+    ablation_updates: int = 1000
     episodes: int = 1000
 
 
@@ -103,7 +103,7 @@ class Experiment:
         sizes = self.sizes
         pictures = {
             "glyphs": images.training_glyphs(sizes.glyphs, sizes.drawings, SEED),
-            "digits": images.digits(images.TRAINING_DIGITS),
+            "digits": images.training_digits(),
             "held_out_glyphs": images.held_out_glyphs(sizes.held_out_glyphs, SEED),
             "held_out_digits": images.digits(FAST_BINDING_NEW_DIGITS),
         }

@@ -18,6 +18,15 @@ from flamingo_kernels.models import FAST_BINDING_NEW_DIGITS
 
 SIZE = 32
 TRAINING_DIGITS = tuple(set(range(10)) - set(FAST_BINDING_NEW_DIGITS))
+# Digit, mirrored, quarter turns. Left out are those that look like themselves or like a new digit,
+# as a 6 upside down.
+_DIGIT_CLASSES = (
+    *((digit, False, 0) for digit in TRAINING_DIGITS),
+    *((digit, False, 1) for digit in (2, 6, 8)),
+    *((4, False, turns) for turns in (1, 2, 3)),
+    (6, False, 3),
+    *((digit, True, turns) for digit in (4, 6) for turns in range(4)),
+)
 # Held-out glyph classes have numbers from here on; those of training lie below.
 FIRST_HELD_OUT_GLYPH = 1_000_000
 HELD_OUT_DRAWINGS = 40
@@ -115,6 +124,17 @@ def digits(which: Sequence[int]) -> Tensor:
         for digit in which
     ]
     return torch.from_numpy(np.array(pictures)).float() / 255
+
+
+def training_digits() -> Tensor:
+    """Digits to train on, :func:`digits`; those turned or mirrored are classes of their own."""
+    drawn = dict(zip(TRAINING_DIGITS, digits(TRAINING_DIGITS), strict=True))
+    return torch.stack(
+        [
+            (drawn[digit].flip(-1) if mirrored else drawn[digit]).rot90(turns, (-2, -1))
+            for digit, mirrored, turns in _DIGIT_CLASSES
+        ]
+    )
 
 
 def training_glyphs(classes: int, drawings: int, seed: int) -> Tensor:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from examples.fast_binding.evaluate import SHOTS, Accuracy
-from examples.fast_binding.model import ABLATIONS
+from examples.fast_binding.model import ABLATIONS, BASELINE
 from flamingo_kernels.train.log import LOG_FILE
 
 RESULTS_FILE = "results.jsonl"
 BOTH = "both"
 _KINDS = ("glyphs", "digits", BOTH)
+# What an ablation is judged by.
+DECISIVE = (BOTH, 5, 4)
 Cells = dict[tuple[str, int, int], Accuracy]
 
 
@@ -82,13 +84,26 @@ def ablation_table(found: dict[str, Any]) -> str:
     short = cells(found["baseline-short"])
     columns = list(dict.fromkeys((ways, shots) for _, ways, shots in short))
     rows = []
-    for name, title in (
-        ("baseline-short", "baseline"),
-        *((n, v.title) for n, v in ABLATIONS.items()),
-    ):
+    for name, variant in {"baseline-short": BASELINE, **ABLATIONS}.items():
         of_variant = cells(found[name])
-        rows.append([title, *(_percent(of_variant[(BOTH, *column)]) for column in columns)])
-    return _table(["", *(f"{ways}-way, {shots} per class" for ways, shots in columns)], rows)
+        measured = [of_variant[(BOTH, *column)] for column in columns]
+        against = (_against(of_variant[DECISIVE], short[DECISIVE]), f"{variant.paper}")
+        rows.append([variant.title, *map(_percent, measured), *against])
+    return _table(
+        [
+            "",
+            *(f"{ways}-way, {shots} per class" for ways, shots in columns),
+            "than the baseline",
+            "paper's overall score",
+        ],
+        rows,
+    )
+
+
+def _against(measured: Accuracy, baseline: Accuracy) -> str:
+    """Worse or better if the intervals do not meet."""
+    (low, high), (baseline_low, baseline_high) = measured.interval, baseline.interval
+    return "worse" if high < baseline_low else "better" if low > baseline_high else "level"
 
 
 def _markdown(found: dict[str, Any], logs: dict[str, list[dict[str, Any]]]) -> str:
@@ -123,7 +138,8 @@ After {steps["baseline"]} updates on documents of at most five images.
 
 ## Ablations
 
-Each after {steps["no-gate"]} updates, the baseline too.
+Each after {steps["no-gate"]} updates, the baseline too; one seed. Worse or better are those whose
+interval at {DECISIVE[1]}-way, {DECISIVE[2]} per class, does not meet the baseline's.
 
 {ablation_table(found)}
 ![ablations](ablations.png)

@@ -88,10 +88,13 @@ class OptimizerSection:
     """AdamW; the defaults are the paper's (appendix B.1.2), which gives no betas and no eps.
 
     The learning rate grows linearly to ``lr`` over ``warmup_steps`` and stays. Gradients are
-    clipped to a global norm of ``clip``. The resampler has no weight decay.
+    clipped to a global norm of ``clip``. The resampler has no weight decay. ``gate_lr`` is the
+    rate of the gates where it is another one: what is behind a closed gate has next to no gradient,
+    of which Adam makes steps as large as any, so that a gate that opens late finds noise.
     """
 
     lr: float = 1e-4
+    gate_lr: float | None = None
     warmup_steps: int = 5000
     weight_decay: float = 0.1
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -101,6 +104,8 @@ class OptimizerSection:
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "lr", "eps", "clip")
+        if self.gate_lr is not None:
+            check_positive(self, "gate_lr")
         _in_range(self, "warmup_steps", 0, None)
         _in_range(self, "weight_decay", 0, None)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

@@ -21,7 +21,7 @@ from flamingo_kernels.model.loss import ignore_text_before_first_image
 from flamingo_kernels.train import checkpoint, distributed, sharding
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
 from flamingo_kernels.train.log import RunLog
-from flamingo_kernels.train.optimizer import MasterWeights, build_optimizer, learning_rate
+from flamingo_kernels.train.optimizer import MasterWeights, build_optimizer, warm_up
 
 
 class TrainingError(RuntimeError):
@@ -190,9 +190,9 @@ class Trainer:
             first = next(name for names in distributed.gather(bad) for name in names)
             raise self._failure(f"the gradient of {first} is not finite at step {number}")
         clip_grads_with_norm_(parameters.values(), self.config.optimizer.clip, norm)
-        rate = learning_rate(self.config.optimizer, number)
+        share = warm_up(self.config.optimizer, number)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = share * group["peak_lr"]
         self.optimizer.step()
         self.masters.publish()
         self.step_number = number
@@ -200,7 +200,7 @@ class Trainer:
             "step": number,
             "loss": sum(s.weight * losses[s.name] for s in self.config.datasets),
             "losses": losses,
-            "learning_rate": rate,
+            "learning_rate": share * self.config.optimizer.lr,
             "gradient_norm": norm.item(),
             "tokens": tokens,
             "images": images,

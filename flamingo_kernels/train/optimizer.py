@@ -1,4 +1,4 @@
-"""AdamW over float32 masters of the trainable parameters, in the paper's two groups."""
+"""AdamW over float32 masters of the trainable parameters, in the paper's groups."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from flamingo_kernels.train.config import OptimizerSection
 
 RESAMPLER = "perceiver."
+_GATES = (".attn_gate", ".ff_gate")
 
 
 class MasterWeights:
@@ -78,12 +79,20 @@ class MasterWeights:
 def build_optimizer(
     parameters: dict[str, nn.Parameter], section: OptimizerSection
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on all but the resampler (appendix B.1.2)."""
-    resampler = [p for name, p in parameters.items() if name.startswith(RESAMPLER)]
-    others = [p for name, p in parameters.items() if not name.startswith(RESAMPLER)]
+    """AdamW with weight decay on all but the resampler (appendix B.1.2).
+
+    A group's ``lr`` grows to its ``peak_lr``.
+    """
+    resampler, gates, others = [], [], []
+    for name, parameter in parameters.items():
+        is_gate, in_resampler = name.endswith(_GATES), name.startswith(RESAMPLER)
+        (resampler if in_resampler else gates if is_gate else others).append(parameter)
+    gate_lr = section.lr if section.gate_lr is None else section.gate_lr
+    decay = section.weight_decay
     groups = [
-        {"params": resampler, "weight_decay": 0.0},
-        {"params": others, "weight_decay": section.weight_decay},
+        {"params": resampler, "weight_decay": 0.0, "peak_lr": section.lr},
+        {"params": gates, "weight_decay": decay, "peak_lr": gate_lr},
+        {"params": others, "weight_decay": decay, "peak_lr": section.lr},
     ]
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
@@ -93,6 +102,6 @@ def build_optimizer(
     )
 
 
-def learning_rate(section: OptimizerSection, step: int) -> float:
-    """Rate of update ``step``, counted from 1: linear to ``lr`` over the warm-up, then constant."""
-    return section.lr * min(1.0, step / max(1, section.warmup_steps))
+def warm_up(section: OptimizerSection, step: int) -> float:
+    """Share of the learning rate at update ``step``, counted from 1: linear to 1, then constant."""
+    return min(1.0, step / max(1, section.warmup_steps))

@@ -28,7 +28,7 @@ SHIPPED_BYTES = 8 * 10**6
 def gallery() -> Gallery:
     """Six classes of twelve drawings; each feature tells which it is."""
     features = torch.arange(6 * 12).reshape(6, 12, 1, 1).expand(-1, -1, 16, 64).float()
-    return Gallery(features, torch.rand(6, 12, 25))
+    return Gallery(features, torch.randint(9, (6, 12)))
 
 
 def test_a_glyph_is_drawn_again_the_same_and_each_drawing_differs() -> None:
@@ -57,16 +57,22 @@ def test_text_binds_each_thing_to_one_name() -> None:
         assert 2 <= len(bound) <= 6
 
 
-def test_letters_name_cells_with_ink() -> None:
+def test_a_caption_names_the_cell_with_most_ink() -> None:
     pictures = torch.zeros(2, 1, 30, 30)
-    pictures[:, :, :6, :18] = 1
-    pictures[0, :, 24:, 12:] = 1
-    pictures[1, :, 12:18, :6] = 1
+    pictures[0, :, 20:, :10] = 1
+    pictures[1, :, :10, 10:20] = 1
     gallery = Gallery.of(NFNet(vision.CONFIG), pictures)
-    assert bytes(gallery.letters_of(np.array([0, 1])).tolist()) in (b"WK", b"XK", b"YK")
-    only_first = Gallery(gallery.features[:1], gallery.ink[:1])
-    for ids in documents.pairs([only_first] * 2, 4, np.random.default_rng(0))["input_ids"]:
-        assert len(set(ids.tolist()) & set(b"ABCWXY")) == 3
+    assert gallery.inkiest.tolist() == [[6], [1]]
+    batch = documents.pairs([gallery] * 2, 16, np.random.default_rng(0))
+    captions = {0: set(), 1: set()}
+    for ids, seen in zip(batch["input_ids"].tolist(), batch["pixel_values"], strict=True):
+        captions[int(torch.equal(seen[0, 0], gallery.features[1, 0]))].add(tuple(ids[2:5]))
+    assert len(captions[0]) == len(captions[1]) == 1 and captions[0] != captions[1]
+
+
+def test_no_two_classes_of_digits_are_the_same_turned() -> None:
+    pictures = images.training_digits()
+    assert len({tuple(drawn.flatten().tolist()) for drawn in pictures[:, 0]}) == len(pictures)
 
 
 def test_an_episode_shows_every_class_as_often_and_no_picture_twice(gallery: Gallery) -> None:
@@ -89,14 +95,11 @@ def test_a_training_document_has_five_images_under_names_of_their_classes(
     batch = documents.interleaved([gallery, gallery], 8, np.random.default_rng(seed))
     assert batch["pixel_values"].shape == (8, 5, 1, 16, 64)
     for ids, features in zip(batch["input_ids"], batch["pixel_values"], strict=True):
-        chunks = ids[1:].unflatten(0, (-1, text.CHUNK_TOKENS)).tolist()
-        introductions, shown = chunks[:-5], chunks[-5:]
-        assert all(chunk[0] == TOKENS.image_token_id for chunk in shown)
+        shown = ids[1:].unflatten(0, (-1, text.CHUNK_TOKENS)).tolist()
+        assert len(shown) == 5 and all(chunk[0] == TOKENS.image_token_id for chunk in shown)
         classes = [int(number) // 12 for number in features[:, 0, 0, 0]]
         names = {c: {tuple(shown[i][1:4]) for i in range(5) if classes[i] == c} for c in classes}
         assert all(len(of_class) == 1 for of_class in names.values())
-        said = {tuple(chunk[1:4]) for chunk in introductions}
-        assert not said or set().union(*names.values()) <= said
 
 
 def test_batches_continue_where_they_were(gallery: Gallery) -> None:

@@ -31,7 +31,7 @@ def test_from_yaml(values, tmp_path: Path) -> None:
         (
             ("optimizer", "warmup"),
             3,
-            "optimizer.warmup: unknown key, given 3; known: lr, warmup_st",
+            "optimizer.warmup: unknown key, given 3; known: lr, gate_lr, warmup_st",
         ),
         (("datasets", 1, "kind"), "photos", r"datasets\[1\].kind: unknown 'photos'; known: inter"),
         (("datasets", 0, "p_next"), 1.5, r"datasets\[0\].p_next must be in 0..1, got 1.5"),

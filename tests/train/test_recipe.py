@@ -10,7 +10,7 @@ import torch
 from flamingo_kernels.train import TrainingError
 from flamingo_kernels.train.checkpoint import list_checkpoints
 from flamingo_kernels.train.config import OptimizerSection
-from flamingo_kernels.train.optimizer import build_optimizer, learning_rate
+from flamingo_kernels.train.optimizer import build_optimizer, warm_up
 from tests.budgets import assert_close_to_reference, unit
 from tests.data.shard_files import write_lines
 from tests.model.conftest import TINY, open_gates_of
@@ -63,9 +63,19 @@ def test_weight_decay_spares_the_resampler(values) -> None:
 
 
 def test_learning_rate_warms_up_and_stays() -> None:
-    section = OptimizerSection(lr=1.0, warmup_steps=4)
-    assert [learning_rate(section, s) for s in (1, 2, 4, 5, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
-    assert learning_rate(OptimizerSection(lr=1.0, warmup_steps=0), 1) == 1.0
+    section = OptimizerSection(warmup_steps=4)
+    assert [warm_up(section, s) for s in (1, 2, 4, 5, 99)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    assert warm_up(OptimizerSection(warmup_steps=0), 1) == 1.0
+
+
+def test_gates_may_have_a_rate_of_their_own(values) -> None:
+    values["optimizer"] = {"lr": 1.0, "gate_lr": 3.0, "warmup_steps": 2}
+    trainer = make_trainer(values)
+    trainer.step()
+    rates = {id(p): g["lr"] for g in trainer.optimizer.param_groups for p in g["params"]}
+    for name, parameter in trainer.masters.parameters.items():
+        expected = 1.5 if name.endswith("_gate") else 0.5
+        assert rates[id(parameter)] == expected, name
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
