@@ -21,7 +21,7 @@ from examples.fast_binding.vision import features_of
 from flamingo_kernels.vision import NFNet
 
 IMAGES_PER_DOCUMENT = 5
-_SHARE_OF_DIGITS = 0.15
+_SHARE_OF_DIGITS = 0.25
 _GRID = 3
 _CELL_NAMES = np.random.default_rng(3).choice(TRAINING_NAMES, _GRID**2, replace=False)
 

@@ -37,6 +37,8 @@ CONFIG = FlamingoConfig(
     eos_token_id=TOKENS.eos_token_id,
     pad_token_id=TOKENS.pad_token_id,
 )
+# Small latents: what leaves the resampler is of the picture from the start, not of the latents.
+_LATENT_SCALE = 0.05
 # tanh is 1 there in float32, so that a gate held at it is none.
 _NO_GATE = 20.0
 
@@ -107,6 +109,8 @@ class Variant:
         placement = replace(CONFIG.cross_attention, **(self.cross_attention or {}))
         config = replace(CONFIG, cross_attention=placement)
         model = FlamingoModel(config, vision_encoder=encoder, language_model=language_model)
+        with torch.no_grad():
+            model.perceiver.latents.mul_(_LATENT_SCALE)
         if self.change is not None:
             self.change(model)
         return model

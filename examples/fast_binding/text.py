@@ -85,7 +85,7 @@ _COURSE = (
 # The decoder's initial deviation of 0.02 is for wide models.
 _INITIAL_SCALE = 3.0
 _MATRIX_LEARNING_RATE, _LEARNING_RATE, _WARM_UP, _DECAY_FROM = 2e-2, 3e-3, 100, 0.6
-_NOISE = 0.7
+_NOISE = 1.0
 _BETAS, _WEIGHT_DECAY, _CLIP = (0.9, 0.98), 0.01, 1.0
 
 
