@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -35,8 +38,21 @@ def write_config(values: dict, path: Path, **changes: object) -> Path:
     return path
 
 
-def command(config: Path) -> list[str]:
-    return [sys.executable, "-m", "flamingo_kernels", "train", str(config)]
+def command(config: Path, processes: int = 1) -> list[str]:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    start = launcher if processes > 1 else []
+    return [sys.executable, "-m", *start, "flamingo_kernels", "train", str(config)]
+
+
+def children_of(process: int) -> list[int]:
+    """What torchrun started; each is in a session of its own."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # ended meanwhile
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == process:
+                found.append(int(stat.parent.name))
+    return found
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
@@ -168,27 +184,43 @@ def test_resumed_in_process_it_continues_bit_for_bit(compute: str, values) -> No
 
 
 @pytest.mark.slow
-def test_killed_twice_and_resumed_gives_the_same_bits(values, tmp_path) -> None:
-    """Before the first checkpoint and after it, wherever the signal happens to meet the process."""
-    values |= {"steps": 20, "save_every": 4, "keep": 1}
-    whole = write_config(values, tmp_path / "whole.yaml", output=str(tmp_path / "whole"))
-    assert main(["train", str(whole)]) == 0
-    config = write_config(values, tmp_path / "killed.yaml", output=str(tmp_path / "killed"))
-    log = tmp_path / "killed" / LOG_FILE
-    for after in (2, 6):
-        child = subprocess.Popen(command(config), cwd=ROOT, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("processes", "strategy", "kills"), [(1, "ddp", (2, 6)), (2, "fsdp", (6,))], ids=["one", "fsdp"]
+)
+def test_killed_and_resumed_gives_the_same_bits(
+    processes: int, strategy: str, kills: tuple[int, ...], values, tmp_path
+) -> None:
+    """Killed after so many lines of the log, wherever the signal happens to meet the processes."""
+    values |= {"steps": 20, "save_every": 4, "keep": 1, "distributed": strategy}
+    shutil.copy(tmp_path / "pages.jsonl", tmp_path / "pages2.jsonl")  # one for each process
+    values["datasets"][0]["shards"] = [str(tmp_path / "pages*.jsonl")]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    for run in (whole, killed):
+        write_config(values, run.with_suffix(".yaml"), output=str(run))
+    whole_command, killed_command = (
+        command(run.with_suffix(".yaml"), processes) for run in (whole, killed)
+    )
+    subprocess.run(whole_command, cwd=ROOT, check=True, capture_output=True)
+    log = killed / LOG_FILE
+    for after in kills:
+        child = subprocess.Popen(killed_command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
         while child.poll() is None and not (log.exists() and log.read_text().count("\n") >= after):
             time.sleep(0.002)
-        child.kill()
+        started = children_of(child.pid)
+        assert len(started) == (processes if processes > 1 else 0)
+        for process in (child.pid, *started):
+            os.kill(process, signal.SIGKILL)
         message = child.communicate()[1]
         assert child.returncode == -signal.SIGKILL, message
-    done = subprocess.run(command(config), cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(killed_command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "continuing after step" in done.stderr
-    assert logged(tmp_path / "killed") == logged(tmp_path / "whole")
-    first, second = (tmp_path / run / "step_00000020" for run in ("whole", "killed"))
+    assert logged(killed) == logged(whole)
+    first, second = (run / "step_00000020" for run in (whole, killed))
     assert (first / "state.json").read_bytes() == (second / "state.json").read_bytes()
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    names = sorted(path.name for path in first.glob("*.safetensors"))
+    assert names and names == sorted(path.name for path in second.glob("*.safetensors"))
+    for name in names:
         expected, found = load_file(first / name), load_file(second / name)
         assert expected.keys() == found.keys()
         assert all(torch.equal(tensor, found[key]) for key, tensor in expected.items()), name
