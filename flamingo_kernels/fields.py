@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 
@@ -46,7 +47,7 @@ def check_types(config: Any) -> None:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raise ValueError unless these fields are None or above 0, each of them if it is a tuple."""
+    """Raise ValueError unless these are None or finite and above 0, all of them in a tuple."""
     for name in names:
         value = getattr(config, name)
         if isinstance(value, tuple):
@@ -54,8 +55,9 @@ def check_positive(config: Any, *names: str) -> None:
         else:
             labelled = [(name, value)]
         for label, part in labelled:
-            if part is not None and not part > 0:
-                raise ValueError(f"{type(config).__name__}.{label} must be positive, got {part}")
+            if part is not None and not 0 < part < math.inf:
+                wanted = "finite" if part == math.inf else "positive"
+                raise ValueError(f"{type(config).__name__}.{label} must be {wanted}, got {part}")
 
 
 # Of transformers' configurations: what it writes about itself, and labels of classifiers.

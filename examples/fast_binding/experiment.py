@@ -31,7 +31,7 @@ from flamingo_kernels import FlamingoModel
 from flamingo_kernels.language.decoder import Decoder
 from flamingo_kernels.model.checkpoint import WEIGHTS_FILE
 from flamingo_kernels.model.loss import next_token_loss
-from flamingo_kernels.models import FAST_BINDING_NEW_DIGITS
+from flamingo_kernels.models import FAST_BINDING_GLYPHS
 from flamingo_kernels.train import TrainConfig
 from flamingo_kernels.train.config import DatasetSection, ModelSection, OptimizerSection
 from flamingo_kernels.vision import NFNet
@@ -106,7 +106,7 @@ class Experiment:
             "glyphs": images.training_glyphs(sizes.glyphs, sizes.drawings, SEED),
             "digits": images.training_digits(),
             "held_out_glyphs": images.held_out_glyphs(sizes.held_out_glyphs, SEED),
-            "held_out_digits": images.digits(FAST_BINDING_NEW_DIGITS),
+            "held_out_digits": images.digits(images.HELD_OUT_DIGITS),
         }
         return self._keep("pictures", pictures)
 
@@ -149,6 +149,8 @@ class Experiment:
         self._train("baseline", BASELINE, model, galleries, self.sizes.updates)
         self._stage("text-after", lambda: [_text_loss(model)])
         model.save_pretrained(self.output / "model", include_frozen=True)
+        unseen = load_file(self._file("pictures"))["held_out_glyphs"]
+        images.save_sheet(unseen, self.output / "model" / FAST_BINDING_GLYPHS.name)
         every = [(ways, shots) for ways in WAYS for shots in SHOTS]
         self._stage("baseline", lambda: self._accuracies(model, galleries, every))
         self._stage("class-means", lambda: self._class_means(galleries))

@@ -8,18 +8,18 @@ again without a file.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flamingo_kernels.models import FAST_BINDING_NEW_DIGITS
-
 SIZE = 32
-TRAINING_DIGITS = tuple(set(range(10)) - set(FAST_BINDING_NEW_DIGITS))
-# Digit, mirrored, quarter turns. Left out are those that look like themselves or like a new digit,
-# as a 6 upside down.
+HELD_OUT_DIGITS = (1, 3, 5, 7, 9)
+TRAINING_DIGITS = tuple(set(range(10)) - set(HELD_OUT_DIGITS))
+# Digit, mirrored, quarter turns. Left out are those that look like themselves or like a held-out
+# digit, as a 6 upside down.
 _DIGIT_CLASSES = (
     *((digit, False, 0) for digit in TRAINING_DIGITS),
     *((digit, False, 1) for digit in (2, 6, 8)),
@@ -30,6 +30,7 @@ _DIGIT_CLASSES = (
 # Held-out glyph classes have numbers from here on; those of training lie below.
 FIRST_HELD_OUT_GLYPH = 1_000_000
 HELD_OUT_DRAWINGS = 40
+_SHEET_CLASSES, _SHEET_DRAWINGS = 4, 20
 
 _STROKES = (2, 3, 4)
 _POINTS_ON_STROKE = 12
@@ -145,6 +146,15 @@ def training_glyphs(classes: int, drawings: int, seed: int) -> Tensor:
 def held_out_glyphs(classes: int, seed: int) -> Tensor:
     """Drawings of other glyphs, as many of each as the longest episode shows."""
     return _draw_classes(FIRST_HELD_OUT_GLYPH, classes, HELD_OUT_DRAWINGS, seed)
+
+
+def save_sheet(pictures: Tensor, path: Path) -> None:
+    """Some of pictures [classes, drawings, SIZE, SIZE] as one picture, a class in each row."""
+    from PIL import Image
+
+    some = pictures[:_SHEET_CLASSES, :_SHEET_DRAWINGS].permute(0, 2, 1, 3)
+    levels = (some.flatten(2).flatten(0, 1) * 255).round().to(torch.uint8)
+    Image.fromarray(levels.numpy()).save(path)
 
 
 def _draw_classes(first: int, classes: int, drawings: int, seed: int) -> Tensor:

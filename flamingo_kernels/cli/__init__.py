@@ -116,6 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         reason = " ".join(str(error).split())
         print(f"flamingo-kernels {options.command}: {reason}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"flamingo-kernels {options.command}: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import statistics
@@ -15,21 +16,23 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.data.images import to_pixel_values
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
-from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_NEW_DIGITS
+from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_GLYPHS
 from flamingo_kernels.ops import dispatch
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-NAMES = ("dax", "wug")
+# Made up, and none of those that the model was trained on.
+NAMES = ("kip", "zov")
 QUERIES = 8
 ROUNDS = 5
-# Parity bound of SEMANTICS point 7, relative to the largest value.
-PARITY = 1e-5
+# Largest error against the reference in fp64, over that of the reference in fp32.
+BOUNDS = {"loss": 2, "logits": 2, "gradients": 3}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def run(kernel: str, shots: int, output: Path) -> int:
     if not 1 <= shots <= 32:
         raise ValueError(f"--shots must be in 1..32, got {shots}")
     dispatch.check_kernel_name(kernel)
-    missing = [name for name in ("sklearn", "PIL", "matplotlib") if find_spec(name) is None]
+    missing = [name for name in ("PIL", "matplotlib") if find_spec(name) is None]
     if missing:
         raise ImportError(
             f'the demo needs {", ".join(missing)}: pip install "flamingo_kernels[demo]"'
@@ -78,9 +81,8 @@ def run(kernel: str, shots: int, output: Path) -> int:
     _heading("Prompt")
     prompts = _build_prompts(model, tokenizer, shots)
     text = tokenizer.decode(prompts.input_ids[0], skip_special_tokens=False)
-    digits = " and ".join(str(digit) for digit in FAST_BINDING_NEW_DIGITS[: len(NAMES)])
     print(f"{text}   ({len(prompts.queries)} times, the last image another each time)")
-    print(f"handwritten {digits}, digits that the model never saw, under names made up for them")
+    print("glyphs of classes that the model never saw, under names new to it")
 
     _heading("Kernels")
     for line in _kernel_lines(kernel, device.type):
@@ -98,14 +100,16 @@ def run(kernel: str, shots: int, output: Path) -> int:
 
 def _build_prompts(model: FlamingoModel, tokenizer: ByteTokenizer, shots: int) -> Prompts:
     from PIL import Image
-    from sklearn.datasets import load_digits
 
-    found = load_digits()
-    drawn = {
-        name: [Image.fromarray((i * 15.9375).astype("uint8")) for i in found.images[chosen]]
-        for name, digit in zip(NAMES, FAST_BINDING_NEW_DIGITS, strict=False)
-        for chosen in [found.target == digit]
-    }
+    side = model.vision_encoder.image_size
+    with Image.open(FAST_BINDING_GLYPHS) as sheet:
+        drawn = {
+            name: [
+                sheet.crop((left, row * side, left + side, (row + 1) * side))
+                for left in range(0, sheet.width, side)
+            ]
+            for row, name in enumerate(NAMES)
+        }
     names = [NAMES[i % len(NAMES)] for i in range(shots)]
     examples = [drawn[name].pop(0) for name in names]
     right = [NAMES[i % len(NAMES)] for i in range(QUERIES)]
@@ -185,15 +189,10 @@ def _name(
         ways["reference"] = by_reference
     said = {}
     for who, generate in ways.items():
-        start = time.perf_counter()
         new = generate()[:, prompts.input_ids.shape[1] :]
-        seconds = time.perf_counter() - start
         said[who] = [tokenizer.decode(row) for row in new]
         count = sum(a == b for a, b in zip(said[who], prompts.right, strict=True))
-        print(
-            f"  {who:<18} {' '.join(said[who])}   {count} of {len(new)} right, "
-            f"{seconds * 1e3:.0f} ms"
-        )
+        print(f"  {who:<18} {' '.join(said[who])}   {count} of {len(new)} right")
     print(f"  {'right':<18} {' '.join(prompts.right)}")
     _draw(prompts, said["flamingo_kernels"], picture)
     print(f"  picture: {picture}")
@@ -212,8 +211,10 @@ def _measure(
     def step() -> object:
         for parameter in parameters.values():
             parameter.grad = None
-        out = model(prompts.input_ids, prompts.pixel_values, labels=prompts.input_ids)
-        out.loss.backward()
+        # The language model's self-attention is torch's; its fused one rounds more on a CPU.
+        with sdpa_kernel(SDPBackend.MATH):
+            out = model(prompts.input_ids, prompts.pixel_values, labels=prompts.input_ids)
+            out.loss.backward()
         return out
 
     step()  # warm up: allocator, thread pool, compilation
@@ -246,21 +247,41 @@ def _measure(
 def _agrees_with(
     oracle: torch.nn.Module, prompts: Prompts, ours: Run, device: torch.device
 ) -> bool:
+    """Whether the package is as close to the reference in fp64 as that in fp32, within BOUNDS."""
     named = {name: p for name, p in oracle.named_parameters() if p.requires_grad}
     theirs = _measure("reference", oracle, named, prompts, device)
     print(f"  the package takes {ours.seconds / theirs.seconds:.2f} x the reference's time")
-    errors = {
-        "loss": _relative_error(ours.loss, theirs.loss),
-        "logits": _relative_error(ours.logits, theirs.logits),
-        "gradients": max(
-            _relative_error(gradient, theirs.gradients[name])
-            for name, gradient in ours.gradients.items()
-        ),
-    }
-    for what, error in errors.items():
-        verdict = "agrees" if error <= PARITY else "DISAGREES"
-        print(f"  {what:<10} largest difference {error:.1e} of the largest value: {verdict}")
-    return all(error <= PARITY for error in errors.values())
+    exact = _exact(oracle, prompts)
+    agree = True
+    for (what, bound), error, usual in zip(
+        BOUNDS.items(), _errors(ours, exact), _errors(theirs, exact), strict=True
+    ):
+        within = error <= bound * usual + torch.finfo(torch.float32).eps
+        agree = agree and within
+        print(
+            f"  {what:<10} error {error:.1e} of the largest value, the reference's {usual:.1e}: "
+            f"{'agrees' if within else 'DISAGREES'}"
+        )
+    return agree
+
+
+def _exact(oracle: torch.nn.Module, prompts: Prompts) -> Run:
+    """What the reference computes in fp64."""
+    wide = copy.deepcopy(oracle).double()
+    out = wide(prompts.input_ids, prompts.pixel_values.double(), labels=prompts.input_ids)
+    wide.zero_grad()
+    out.loss.backward()
+    gradients = {n: p.grad for n, p in wide.named_parameters() if p.requires_grad}
+    return Run(out.loss.detach(), out.logits.detach(), gradients, 0.0, None)
+
+
+def _errors(run: Run, exact: Run) -> tuple[float, float, float]:
+    """Of loss, logits and gradients, each against its largest value."""
+    return (
+        _relative_error(run.loss, exact.loss),
+        _relative_error(run.logits, exact.logits),
+        max(_relative_error(g, exact.gradients[name]) for name, g in run.gradients.items()),
+    )
 
 
 def _relative_error(actual: Tensor, expected: Tensor) -> float:

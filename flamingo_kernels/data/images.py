@@ -20,6 +20,7 @@ Channels = tuple[float, float, float]
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 FITS = ("pad", "crop")
+_LONGEST_STRIP = 16  # the longer side over the shorter
 
 
 def load_image(path: str | PathLike) -> Image:
@@ -100,6 +101,11 @@ def to_pixel_values(
     if 0 in image.size:
         raise ValueError(f"the image has no pixels: its size is {image.size}")
     side = max(image.size) if fit == "pad" else min(image.size)
+    if fit == "crop" and max(image.size) > _LONGEST_STRIP * side:
+        # Only the middle is kept: the rest of a long strip is not worth resizing.
+        width, height = (min(length, _LONGEST_STRIP * side) for length in image.size)
+        left, top = (image.width - width) // 2, (image.height - height) // 2
+        image = image.crop((left, top, left + width, top + height))
     width, height = (max(1, round(length * size / side)) for length in image.size)
     resized = _rgb(image).resize((width, height))
     if fit == "crop":

@@ -42,6 +42,7 @@ class TextEncoding:
 
     def text(self, text: str) -> list[int]:
         """Ids of plain text; ids that it may not hold, as ``<image>`` written out, are left out."""
+        text.encode()  # what has no UTF-8 form is a ValueError here, whatever a tokenizer raises
         structure = {self.image_token_id, self.end_of_chunk_token_id, self.bos_token_id}
         structure |= {self.eos_token_id, self.pad_token_id}
         return [token for token in self.encode(text) if token not in structure]
@@ -177,7 +178,7 @@ class SampleBuilder:
                 chosen = sample_frames(len(media.sources), self.frames)
                 frames = [load_frames(media.sources[i], 1, media.name)[0] for i in chosen]
             return self.preparation(frames, generator)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
             log_first(skipped, BROKEN_IMAGE, str(error))
             return None
 

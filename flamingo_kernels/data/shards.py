@@ -18,6 +18,10 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 READ_SUFFIXES = ("json", "txt", *IMAGE_SUFFIXES)
 
 
+# What reading as many bytes as a damaged header says may raise.
+_OF_DAMAGED_SIZES = (ValueError, OverflowError, MemoryError)
+
+
 class BrokenShardError(Exception):
     """The rest of a shard cannot be read."""
 
@@ -43,7 +47,7 @@ class Record:
 
 
 def find_shards(patterns: Sequence[str]) -> list[str]:
-    """Paths of the shards that file names and glob patterns match, sorted, each once.
+    """Paths of the shards that file names and glob patterns match, sorted, each file once.
 
     Raises
     ------
@@ -52,18 +56,20 @@ def find_shards(patterns: Sequence[str]) -> list[str]:
     ValueError
         A file that is neither a tar nor a JSON-lines file by its name.
     """
-    found: set[str] = set()
+    found: dict[Path, str] = {}
     for pattern in patterns:
-        paths = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        named = [pattern] if Path(pattern).is_file() else glob.glob(pattern, recursive=True)
+        paths = [path for path in named if Path(path).is_file()]
         if not paths:
             raise FileNotFoundError(f"no shard matches {pattern!r}")
-        found.update(paths)
-    for path in sorted(found):
+        for path in paths:
+            found.setdefault(Path(path).resolve(), path)
+    for path in found.values():
         if not path.endswith(TAR_SUFFIXES + JSON_LINES_SUFFIXES):
             raise ValueError(
                 f"{path} is no shard: known are {', '.join(TAR_SUFFIXES + JSON_LINES_SUFFIXES)}"
             )
-    return sorted(found)
+    return sorted(found.values())
 
 
 def read_shard(path: str, offset: int = 0) -> Iterator[Record]:
@@ -79,8 +85,8 @@ def read_shard(path: str, offset: int = 0) -> Iterator[Record]:
         with _open(path) as file:
             file.seek(offset)
             yield from read(path, file)
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise BrokenShardError(f"{path}: {error}") from error
+    except (OSError, EOFError, tarfile.TarError, zlib.error, *_OF_DAMAGED_SIZES) as error:
+        raise BrokenShardError(f"{path}: {error or type(error).__name__}") from error
 
 
 def _open(path: str) -> BinaryIO:
@@ -97,23 +103,28 @@ def _read_lines(path: str, file: BinaryIO) -> Iterator[Record]:
 
 
 def _read_tar(path: str, file: BinaryIO) -> Iterator[Record]:
-    """Members whose names agree up to the first dot of the file name are one record."""
+    """Members whose names agree up to the first dot of the file name are one record.
+
+    A second member of one name begins the next record.
+    """
     start = key = None
     fields: dict[str, bytes] = {}
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
             archive.members = []  # tarfile would keep every header
+            if archive.offset <= member.offset:
+                raise tarfile.ReadError(f"member of size {member.size} at byte {member.offset}")
             if not member.isfile():
                 continue
             folder, _, name = member.name.rpartition("/")
             stem, _, extension = name.partition(".")
             if not stem:
                 continue
-            if key != (folder, stem):
+            extension = extension.lower()
+            if key != (folder, stem) or extension in fields:
                 if key is not None:
                     yield Record(path, "/".join(key).lstrip("/"), start, member.offset, fields)
                 start, key, fields = member.offset, (folder, stem), {}
-            extension = extension.lower()
             if extension.rpartition(".")[2] in READ_SUFFIXES:
                 fields[extension] = archive.extractfile(member).read()
         end = archive.offset

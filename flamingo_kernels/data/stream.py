@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -64,6 +66,8 @@ class SampleStream:
         self._epoch = self._position = self._offset = 0  # of the next record to read
         self._draws = self._made = 0  # of this run, of this epoch
         self._ordered: tuple[int, list[int]] = (-1, [])  # epoch, and its shards
+        self._fruitless: set[int] = set()  # shards of the epochs since one gave a sample
+        self._data = _fingerprint(self.shards)
         self._buffer: list[tuple[int, Record]] = []
         self._reader: Iterator[Record] | None = None
 
@@ -78,7 +82,7 @@ class SampleStream:
             "buffer": [[shard, record.offset] for shard, record in self._buffer],
             "skipped": dict(self.skipped),
             "readers": [self.part, self.parts],
-            "shards": len(self.shards),
+            "data": self._data,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -87,11 +91,18 @@ class SampleStream:
         Raises
         ------
         ValueError
-            The state is of another number of readers or shards, or a waiting record is gone.
+            The state is of another number of readers, or of shards of other names or sizes.
         """
-        for name, found in (("readers", [self.part, self.parts]), ("shards", len(self.shards))):
-            if state[name] != found:
-                raise ValueError(f"the position was saved with {name} {state[name]}, now {found}")
+        readers = [self.part, self.parts]
+        if state["readers"] != readers:
+            raise ValueError(
+                f"the position was saved with readers {state['readers']}, now {readers}"
+            )
+        if state["data"] != self._data:
+            raise ValueError(
+                f"the position was saved with {state['data']}, now there are {self._data}: the "
+                "data has changed since the checkpoint"
+            )
         self._epoch, self._position = state["epoch"], state["position"]
         self._offset = state["offset"]
         self._draws, self._made = state["draws"], state["made"]
@@ -134,9 +145,11 @@ class SampleStream:
             return sample
 
     def _next_epoch(self) -> None:
-        if not self._made:
+        # Every epoch gives this reader other shards: broken ones may be all that one brings.
+        self._fruitless = set() if self._made else self._fruitless.union(self._order())
+        if len(self._fruitless) == len(self.shards):
             raise ValueError(
-                f"no usable sample in a whole epoch of {len(self._order())} shard(s), first "
+                f"no usable sample in any of {len(self.shards)} shard(s), first "
                 f"{self.shards[self._order()[0]]}; skipped: {dict(self.skipped) or 'nothing'}"
             )
         self._epoch += 1
@@ -168,6 +181,15 @@ class SampleStream:
             self._position += 1
             self._offset = 0
         return None
+
+
+def _fingerprint(shards: Sequence[str]) -> str:
+    """How many shards there are, and a digest of their names and sizes."""
+    digest = hashlib.sha256()
+    for path in map(Path, shards):
+        size = path.stat().st_size if path.exists() else None
+        digest.update(f"{path.name} {size};".encode(errors="surrogateescape"))
+    return f"{len(shards)} shard(s) {digest.hexdigest()[:16]}"
 
 
 @dataclass(frozen=True)
@@ -273,7 +295,13 @@ class BatchLoader:
                     generator=torch.Generator().manual_seed(0),
                 )
             )
-        batch, self.keys, worker, state = next(self._batches)
+        try:
+            batch, self.keys, worker, state = next(self._batches)
+        except ValueError as error:
+            if not self.workers:
+                raise
+            # A DataLoader hands on the worker's traceback as the message.
+            raise ValueError(str(error).strip().rpartition("\n")[2]) from error
         self._states[worker] = state
         self._next_worker = (worker + 1) % len(self._states)
         return batch

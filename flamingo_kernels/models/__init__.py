@@ -3,7 +3,8 @@
 from pathlib import Path
 
 # What examples/fast_binding trains: it names drawn or handwritten things by examples in the prompt,
-# as in ``<image>dax<EOC><image>wug<EOC><image>``.
+# as in ``<image>kip<EOC><image>zov<EOC><image>``.
 FAST_BINDING = Path(__file__).parent / "fast_binding"
-# Digits that no stage of its training has seen.
-FAST_BINDING_NEW_DIGITS = (1, 3, 5, 7, 9)
+# Drawings of glyphs that no stage of its training has seen, white on black: a class in each row, as
+# high and as wide as the model's pictures.
+FAST_BINDING_GLYPHS = FAST_BINDING / "glyphs.png"

@@ -44,9 +44,15 @@ def list_checkpoints(output: Path) -> list[Path]:
 
 
 def fingerprints(model: FlamingoModel) -> dict[str, str]:
-    """SHA-256 of each frozen part: names, shapes, dtypes, evenly spread values of its tensors."""
+    """SHA-256 of the configuration, and of each frozen part.
+
+    Of a part: names, shapes, dtypes and evenly spread values of its tensors. Two models of the same
+    tensors may still differ, as in their heads.
+    """
     trainable = model.trainable_parameters()
-    result = {}
+    described = {key: value for key, value in model.config.to_dict().items() if key != "name"}
+    text = json.dumps(described, sort_keys=True)
+    result = {"configuration": hashlib.sha256(text.encode()).hexdigest()}
     for part in FROZEN_PARTS:
         digest = hashlib.sha256()
         for name, tensor in sorted(getattr(model, part).state_dict().items()):
@@ -146,7 +152,8 @@ def load_state(folder: Path, base_model: dict[str, str]) -> dict[str, Any]:
         It is damaged or of another version, or the base model is another one.
     """
     state = _read_state(folder)
-    wrong = [part for part, digest in base_model.items() if state["base_model"][part] != digest]
+    trained_on = state["base_model"]
+    wrong = [part for part, digest in base_model.items() if trained_on.get(part) != digest]
     if wrong:
         raise ValueError(
             f"{folder} was trained on another {' and another '.join(wrong)}: resume with the base "
@@ -209,7 +216,7 @@ def export(folder: Path, output: Path) -> Path:
     if is_sharded(found[-1]):
         from flamingo_kernels.train import sharded_checkpoint
 
-        config = FlamingoConfig.from_dict(_read_state(found[-1])["config"])
+        config = FlamingoConfig.from_dict(_read_state(found[-1], "config")["config"])
         tensors = sharded_checkpoint.whole_tensors(found[-1])
     else:
         config, tensors = weights.read(found[-1] / weights.WEIGHTS_FILE)
@@ -246,13 +253,21 @@ def _folder_of(temporary: Path) -> Path:
     return temporary.parent / temporary.name.removeprefix(".").removesuffix(".incomplete")
 
 
-def _read_state(folder: Path) -> dict[str, Any]:
+def _read_state(folder: Path, *more: str) -> dict[str, Any]:
+    """``state.json``, which has to have ``more`` mappings beside what every checkpoint has."""
     try:
         state = json.loads((folder / STATE_FILE).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
-    if state.pop("format", None) != FORMAT:
+    if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
         raise ValueError(f"{folder} was written by another version of flamingo_kernels")
+    kinds = {"step": int, "base_model": dict, "data": list, **dict.fromkeys(more, dict)}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(
+                f"cannot read the checkpoint {folder}: {name} in {STATE_FILE} is "
+                f"{state.get(name)!r}"
+            )
     shards, writers = len(list(folder.glob(SHARDS))), len(state["data"])
     if shards not in (0, writers):
         raise ValueError(f"cannot read the checkpoint {folder}: {shards} of {writers} shards")

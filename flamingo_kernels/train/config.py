@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 from flamingo_kernels.data.formats import PARSERS
 from flamingo_kernels.data.images import FITS
 from flamingo_kernels.fields import check_positive, check_types
+from flamingo_kernels.ops.dispatch import KERNELS
 
 COMPUTE_DTYPES = ("float32", "bfloat16")
 STRATEGIES = ("ddp", "fsdp")
+_FLOATS = ("float", "float | None", "tuple[float, ...]")
+_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +40,7 @@ class ModelSection:
     def __post_init__(self) -> None:
         check_types(self)
         _one_of(self, "compute", COMPUTE_DTYPES)
+        _one_of(self, "kernel", ("auto", *KERNELS))
         given = [self.config, self.pretrained, self.language_model]
         if given == [None, None, None]:
             raise ValueError("ModelSection.config is missing: or give pretrained or language_model")
@@ -137,7 +142,7 @@ class TrainConfig:
         check_types(self)
         check_positive(self, "steps", "log_every", "save_every", "keep")
         _one_of(self, "distributed", STRATEGIES)
-        _in_range(self, "seed", 0, None)
+        _in_range(self, "seed", 0, _LARGEST_SEED)
         names = [dataset.name for dataset in self.datasets]
         if not names:
             raise ValueError("TrainConfig.datasets is empty; training needs at least one")
@@ -206,8 +211,8 @@ def _build(section: type, values: Any, where: str) -> Any:
             )
         if isinstance(value, list):
             value = tuple(value)
-        elif fields[key].type == "float" and isinstance(value, str):
-            value = _number(value)  # YAML 1.1 reads 1e-4 as text
+        if fields[key].type in _FLOATS:
+            value = _numbers(value)  # YAML 1.1 reads 1e-4 as text
         arguments[key] = value
     for name, field in fields.items():
         required = field.default is field.default_factory is dataclasses.MISSING
@@ -219,11 +224,14 @@ def _build(section: type, values: Any, where: str) -> Any:
         raise ValueError(str(error).replace(f"{section.__name__}.", prefix, 1)) from None
 
 
-def _number(text: str) -> float | str:
+def _numbers(value: Any) -> Any:
+    """Texts as the numbers that they write; anything else as it is."""
+    if isinstance(value, tuple):
+        return tuple(map(_numbers, value))
     try:
-        return float(text)
+        return float(value) if isinstance(value, str) else value
     except ValueError:
-        return text
+        return value
 
 
 def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
@@ -236,6 +244,6 @@ def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
 
 def _in_range(config: Any, name: str, low: float, high: float | None) -> None:
     value = getattr(config, name)
-    if value < low or (high is not None and value > high):
+    if not low <= value < math.inf or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"in {low}..{high}"
         raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {value}")

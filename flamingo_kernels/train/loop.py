@@ -114,35 +114,50 @@ class Trainer:
         found = checkpoint.list_checkpoints(self.output)
         if not found:
             return False
-        state = checkpoint.load_state(found[-1], self.base_model)
+        try:
+            self._restore(found[-1])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"cannot read the checkpoint {found[-1]}: {error!r}") from error
+        return True
+
+    def _restore(self, folder: Path) -> None:
+        state = checkpoint.load_state(folder, self.base_model)
         positions = state["data"]
         if len(positions) != distributed.world_size():
             raise ValueError(
-                f"{found[-1]} was saved by {len(positions)} process(es), now there are "
+                f"{folder} was saved by {len(positions)} process(es), now there are "
                 f"{distributed.world_size()}: data positions are those of each process"
             )
         position = positions[distributed.rank()]
         if set(position) != set(self.loaders):
             raise ValueError(
-                f"{found[-1]} was trained on the datasets {sorted(position)}, the "
+                f"{folder} was trained on the datasets {sorted(position)}, the "
                 f"configuration has {sorted(self.loaders)}"
             )
-        if checkpoint.is_sharded(found[-1]) != (self.config.distributed == "fsdp"):
+        if checkpoint.is_sharded(folder) != (self.config.distributed == "fsdp"):
             raise ValueError(
-                f"{found[-1]} was saved with another value of distributed: continue with that, or "
+                f"{folder} was saved with another value of distributed: continue with that, or "
                 "start anew from what flamingo-kernels export makes of it"
             )
-        self._files.load(found[-1], self.model, self.masters, self.optimizer)
+        self._files.load(folder, self.model, self.masters, self.optimizer)
         for name, data in position.items():
             self.loaders[name].load_state_dict(data)
         self.step_number = state["step"]
-        return True
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment; OSError if it cannot be written.
+        """Write a checkpoint of this moment. To be called by all processes of a group.
 
-        To be called by all processes of a group.
+        Raises
+        ------
+        OSError
+            It cannot be written.
+        TrainingError
+            A parameter is not finite; what was saved before stays the last good checkpoint.
         """
+        parameters = self.masters.parameters.items()
+        bad = [n for n, p in parameters if not sharding.local(p).isfinite().all()]
+        for name in (name for names in distributed.gather(bad) for name in names):
+            raise self._failure(f"the parameter {name} is not finite after step {self.step_number}")
         position = {name: loader.state_dict() for name, loader in self.loaders.items()}
         state = {
             "step": self.step_number,

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flamingo_kernels.fields import check_positive
 from flamingo_kernels.language import DecoderConfig, build_language_model
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
 from flamingo_kernels.model.flamingo import build_resampler
@@ -40,6 +41,9 @@ class Workload:
     frames: int = 1
     dtype: torch.dtype = torch.bfloat16
     activation_checkpointing: bool = True
+
+    def __post_init__(self) -> None:
+        check_positive(self, "batch_size", "tokens", "images", "frames")
 
 
 @dataclass(frozen=True)
@@ -151,6 +155,8 @@ def plan_lines(
     config: FlamingoConfig, gpus: int, memory_gib: float, work: Workload
 ) -> Iterator[str]:
     """A table of :func:`plan`, and which strategies fit into ``memory_gib`` on each GPU."""
+    if not 0 < memory_gib < math.inf:
+        raise ValueError(f"memory must be GiB of each GPU, got {memory_gib:g}")
     memories = plan(config, gpus, work)
     sizes = parameter_sizes(config)
     yield (

@@ -42,6 +42,14 @@ def test_crop_takes_the_centre() -> None:
     assert float(raw[1, -1, 0]) == pytest.approx(1, abs=1 / 255)
 
 
+def test_a_long_strip_is_cut_before_it_is_resized() -> None:
+    """Whole it would have 2.5 thousand million pixels in a row."""
+    strip = Image.new("L", (80_000_000, 1))
+    strip.paste(255, (40_000_000, 0, 80_000_000, 1))
+    pixels = to_pixel_values(strip, 32, fit="crop", mean=(0,) * 3, std=(1,) * 3)
+    assert pixels.shape == (3, 32, 32) and pixels[..., 0].max() < 0.5 < pixels[..., -1].min()
+
+
 def test_normalised_by_the_encoders_constants() -> None:
     white = Image.new("L", (8, 8), 255)
     values = to_pixel_values(white, 4, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,15 @@ def test_the_text_of_a_broken_image_goes_with_it(p_next: float, expected: str) -
 def test_records_that_give_no_sample(kind: str, values: dict, reason: str) -> None:
     with pytest.raises(SkipRecordError, match=reason):
         builder(kind)(record({"0.png": picture_bytes()}, **values), rng(), Counter())
+
+
+def test_half_of_a_character_gives_no_sample_whatever_the_tokenizer_raises() -> None:
+    def encode(text: str) -> list[int]:
+        raise TypeError("not a text")
+
+    build = replace(builder(), encoding=replace(ENCODING, encode=encode))
+    with pytest.raises(SkipRecordError, match="no text"):
+        build(record(texts=["half \ud83d", None], images=[None, "a.png"]), rng(), Counter())
 
 
 def test_pairs() -> None:

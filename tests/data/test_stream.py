@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import gzip
+import io
 import itertools
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,41 @@ def test_json_lines(tmp_path: Path) -> None:
     (tmp_path / "c.parquet").write_bytes(b"")
     with pytest.raises(ValueError, match=r"c\.parquet is no shard: known are \.tar, "):
         find_shards([str(tmp_path / "*")])
+
+
+def test_a_shard_is_found_once_and_by_its_name(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = write_lines(tmp_path / "a[1].jsonl", [{"a": 1}])
+    assert find_shards(["a[1].jsonl", "./a[1].jsonl", "*.jsonl", plain]) == ["a[1].jsonl"]
+
+
+def test_a_member_again_begins_the_next_record(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for text in (b"first", b"second"):
+            for name, data in (("0.png", b"picture"), ("0.txt", text)):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    assert [record.fields["txt"] for record in read_shard(str(path))] == [b"first", b"second"]
+
+
+@pytest.mark.parametrize("name", ["1.png", "1.dat"])
+@pytest.mark.parametrize("size", [-512, 2**50, 2**63, 2**70])
+def test_a_member_of_a_damaged_size_says_so(size: int, name: str, tmp_path: Path) -> None:
+    """Sizes in base 256 under a correct checksum."""
+    header = bytearray(tarfile.TarInfo(name).tobuf())
+    header[124:136] = (
+        b"\x80" + size.to_bytes(11, "big") if size > 0 else size.to_bytes(12, "big", signed=True)
+    )
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = Path(write_tar(tmp_path / "a.tar", {"0.txt": b"good"}))
+    path.write_bytes(path.read_bytes()[:1024] + header + bytes(4096))
+    records = read_shard(str(path))
+    with pytest.raises(BrokenShardError, match=r"a\.tar"):
+        for record in records:
+            assert record.key in "01"
 
 
 @pytest.mark.parametrize("cut", [0.3, 0.55, 0.7])
@@ -137,12 +174,37 @@ def test_a_position_of_other_data_is_refused(tmp_path: Path) -> None:
     state = stream.state_dict()
     with pytest.raises(ValueError, match=r"saved with readers \[0, 1\], now \[1, 2\]"):
         make_stream(paths, 1, 2).load_state_dict(state)
-    with pytest.raises(ValueError, match="saved with shards 2, now 1"):
+    with pytest.raises(ValueError, match=r"with 2 shard\(s\) \w+, now there are 1 shard\(s\)"):
         make_stream(paths[:1]).load_state_dict(state)
-    for path in paths:
-        write_tar(Path(path), {"a.txt": b""})
+    for path in map(Path, paths):
+        path.write_bytes(bytes(path.stat().st_size))
     with pytest.raises(ValueError, match=r"has no record at byte .* the data has changed"):
         make_stream(paths).load_state_dict(state)
+    Path(paths[0]).write_bytes(b"")
+    with pytest.raises(ValueError, match=r"2 shard\(s\) .*: the data has changed"):
+        make_stream(paths).load_state_dict(state)
+
+
+def test_a_reader_goes_on_while_other_shards_are_good(tmp_path: Path) -> None:
+    """Of two readers each has epochs of broken shards alone."""
+    paths = numbered_pairs(tmp_path, 2, 5)
+    for name in ("torn", "empty"):
+        (tmp_path / f"{name}.tar").write_bytes(b"not a tar")
+        paths.append(str(tmp_path / f"{name}.tar"))
+    for part in range(2):
+        stream = make_stream(paths, part, 2)
+        assert len(take(stream, 60)) == 60
+        assert stream.skipped["broken shard"] > 1
+    with pytest.raises(ValueError, match=r"no usable sample in any of 2 shard"):
+        next(make_stream(paths[2:], 0, 2))
+
+
+def test_an_error_of_a_worker_is_one_line(tmp_path: Path) -> None:
+    empty = write_tar(tmp_path / "a.tar", {})
+    make = functools.partial(SampleStream, [empty], builder("pairs"))
+    loader = BatchLoader(lambda part, parts: make(part=part, parts=parts), 2, 0, workers=1)
+    with pytest.raises(ValueError, match=r"^ValueError: no usable sample in any of 1 shard.*$"):
+        next(loader)
 
 
 def test_what_is_broken_is_skipped_counted_and_reported(tmp_path: Path, caplog) -> None:
@@ -177,7 +239,7 @@ def test_what_is_broken_is_skipped_counted_and_reported(tmp_path: Path, caplog) 
 
 def test_datasets_without_a_sample_are_an_error(tmp_path: Path) -> None:
     empty = write_tar(tmp_path / "a.tar", {})
-    with pytest.raises(ValueError, match=r"no usable sample in a whole epoch of 1 shard.*nothing"):
+    with pytest.raises(ValueError, match=r"no usable sample in any of 1 shard.*nothing"):
         next(make_stream([empty]))
     only_text = write_tar(tmp_path / "b.tar", {"0.txt": b"a", "1.txt": b"b"})
     with pytest.raises(ValueError, match=r"b\.tar; skipped: \{'no image': 2\}"):

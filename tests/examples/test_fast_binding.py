@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from examples.fast_binding import documents, experiment, images, report, text, vision
 from examples.fast_binding.documents import DrawnBatches, Gallery
@@ -16,8 +17,9 @@ from examples.fast_binding.evaluate import Accuracy, accuracy, draw_episodes
 from examples.fast_binding.model import ABLATIONS, BASELINE
 from examples.fast_binding.text import TOKENS
 from flamingo_kernels import FlamingoModel
+from flamingo_kernels.cli import demo
 from flamingo_kernels.language.decoder import Decoder
-from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_NEW_DIGITS
+from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_GLYPHS
 from flamingo_kernels.vision import NFNet
 
 RESULTS = Path(report.__file__).parent / "results"
@@ -40,10 +42,11 @@ def test_a_glyph_is_drawn_again_the_same_and_each_drawing_differs() -> None:
 
 
 def test_training_and_evaluation_share_no_class_and_no_name() -> None:
-    assert not set(images.TRAINING_DIGITS) & set(FAST_BINDING_NEW_DIGITS)
+    assert not set(images.TRAINING_DIGITS) & set(images.HELD_OUT_DIGITS)
     assert experiment.Sizes().glyphs < images.FIRST_HELD_OUT_GLYPH
     names = [set(map(tuple, names)) for names in (text.TRAINING_NAMES, text.HELD_OUT_NAMES)]
     assert names[0] and names[1] and not names[0] & names[1]
+    assert {tuple(name.encode()) for name in demo.NAMES} <= names[1]
 
 
 def test_text_binds_each_thing_to_one_name() -> None:
@@ -164,22 +167,31 @@ def test_the_readme_shows_the_results(results: dict[str, Any]) -> None:
     assert report.accuracy_table(results) in (RESULTS.parents[2] / "README.md").read_text()
 
 
+@pytest.fixture(scope="module")
+def held_out() -> dict[str, torch.Tensor]:
+    """Pictures of the classes to evaluate on."""
+    glyphs = images.held_out_glyphs(experiment.Sizes().held_out_glyphs, experiment.SEED)
+    return {"glyphs": glyphs, "digits": images.digits(images.HELD_OUT_DIGITS)}
+
+
 @pytest.mark.parametrize("kind", experiment.HELD_OUT)
 def test_the_shipped_model_is_as_good_as_the_results_say(
-    kind: str, results: dict[str, Any]
+    kind: str, held_out: dict[str, torch.Tensor], results: dict[str, Any]
 ) -> None:
     """On the episodes that were reported; rounding may turn a few."""
     reported = report.cells(results["baseline"])[kind, 2, 4]
-    model = FlamingoModel.from_pretrained(FAST_BINDING)
-    if kind == "digits":
-        pictures = images.digits(FAST_BINDING_NEW_DIGITS)
-    else:
-        pictures = images.held_out_glyphs(experiment.Sizes().held_out_glyphs, experiment.SEED)
-    gallery = Gallery.of(model.vision_encoder, pictures)
+    model = FlamingoModel.from_pretrained(FAST_BINDING).eval()
+    gallery = Gallery.of(model.vision_encoder, held_out[kind])
     seed = experiment.HELD_OUT.index(kind)
-    found = accuracy(model.eval(), gallery, 2, 4, reported.episodes, seed)
+    found = accuracy(model, gallery, 2, 4, reported.episodes, seed)
     low, high = reported.interval
     assert low <= found.value <= high
+
+
+def test_the_shipped_glyphs_are_held_out(held_out: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    images.save_sheet(held_out["glyphs"], tmp_path / "glyphs.png")
+    with Image.open(tmp_path / "glyphs.png") as drawn, Image.open(FAST_BINDING_GLYPHS) as shipped:
+        assert np.array_equal(np.asarray(drawn), np.asarray(shipped))
 
 
 def test_the_shipped_model_is_small() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli import main
-from flamingo_kernels.train import checkpoint
+from flamingo_kernels.train import TrainingError, checkpoint
 from flamingo_kernels.train.log import LOG_FILE
 from tests.train.conftest import make_trainer
 
@@ -151,6 +152,12 @@ def test_another_base_model_is_refused(values) -> None:
         other.resume()
     with pytest.raises(ValueError, match="another vision_encoder and another language_model"):
         make_trainer(values, model_seed=1).resume()
+    other = make_trainer(values)
+    attention = replace(other.model.config.cross_attention, attend="previous")
+    other.model.config = replace(other.model.config, cross_attention=attention)
+    other.base_model = checkpoint.fingerprints(other.model)
+    with pytest.raises(ValueError, match="was trained on another configuration: resume with"):
+        other.resume()
     values["datasets"] = values["datasets"][:1]
     with pytest.raises(ValueError, match=r"trained on the datasets \['pages', 'pairs'\], the conf"):
         make_trainer(values).resume()
@@ -164,6 +171,35 @@ def test_damaged_checkpoints_are_refused(name: str, values) -> None:
     file.write_bytes(file.read_bytes()[:40])
     with pytest.raises(ValueError, match=r"cannot read the checkpoint .*step_00000001: "):
         make_trainer(values).resume()
+
+
+@pytest.mark.parametrize("changes", [[], None, {"data": None}, {"base_model": 3}, {"step": "a"}])
+def test_damaged_states_are_refused(changes: object, values) -> None:
+    trainer = make_trainer(values)
+    trainer.step()
+    folder = trainer.save()
+    file = folder / "state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps({**state, **changes} if isinstance(changes, dict) else changes))
+    with pytest.raises(ValueError, match="step_00000001"):
+        make_trainer(values).resume()
+    file.write_text(json.dumps({**state, "data": [{"pages": {}, "pairs": {}}]}))
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*: KeyError"):
+        make_trainer(values).resume()
+
+
+def test_what_is_not_finite_is_not_saved(values) -> None:
+    trainer = make_trainer(values)
+    trainer.step()
+    good = trainer.save()
+    trainer.step()
+    with torch.no_grad():
+        trainer.model.perceiver.latents[0, 0] = torch.inf
+    with pytest.raises(
+        TrainingError, match=r"perceiver\.latents is not finite after step 2; .*step_00000001"
+    ):
+        trainer.save()
+    assert checkpoint.list_checkpoints(trainer.output) == [good]
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

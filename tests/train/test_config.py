@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,9 @@ def test_from_yaml(values, tmp_path: Path) -> None:
     assert config.datasets[0].weight == 1.0 and config.optimizer.weight_decay == 0.1
     file.write_text(file.read_text().replace("lr: 0.01", "lr: 1e-3"))
     assert TrainConfig.from_yaml(file).optimizer.lr == 1e-3
+    values["optimizer"] = {"gate_lr": "1e-2", "betas": [0.9, "9e-1"]}
+    optimizer = TrainConfig.from_dict(values).optimizer
+    assert optimizer.gate_lr == 1e-2 and optimizer.betas == (0.9, 0.9)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,12 @@ def test_from_yaml(values, tmp_path: Path) -> None:
         (("model", "compute"), "fp8", "model.compute: unknown 'fp8'; known: float32, bfloat16"),
         (("model", "pretrained"), "x", "model.pretrained has a config of its own"),
         (("steps",), 0, "steps must be positive, got 0"),
+        (("optimizer", "gate_lr"), 0, "optimizer.gate_lr must be positive, got 0"),
+        (("optimizer", "lr"), math.inf, "optimizer.lr must be finite, got inf"),
+        (("optimizer", "weight_decay"), math.nan, "optimizer.weight_decay must be at least 0, got"),
+        (("datasets", 0, "p_next"), math.nan, r"datasets\[0\].p_next must be in 0..1, got nan"),
+        (("seed",), 2**70, "seed must be in 0..9223372036854775807, got 1180591620717411303424"),
+        (("model", "kernel"), "fast", "model.kernel: unknown 'fast'; known: auto, triton"),
         (("epochs",), 3, "epochs: unknown key, given 3"),
     ],
 )

@@ -109,6 +109,11 @@ def test_command(capsys) -> None:
         (["--config", "tiny", "--gpus", "0", "--memory", "80"], "gpus must be at least 1, got 0"),
         (["--config", "huge", "--gpus", "1", "--memory", "80"], "unknown config 'huge'"),
         (["--config", "open-flamingo-3b", "--gpus", "1", "--memory", "9"], "kind 'huggingface'"),
+        (["--config", "tiny", "--gpus", "1", "--memory", "nan"], "GiB of each GPU, got nan"),
+        (
+            ["--config", "tiny", "--gpus", "1", "--memory", "9", "--batch-size", "-3"],
+            "batch_size must be positive, got -3",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], message: str, capsys) -> None:
