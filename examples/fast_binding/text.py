@@ -103,10 +103,9 @@ def _with_noise(module: nn.Embedding, ids: tuple[Tensor], embedded: Tensor) -> T
 
 
 def train_language_model(updates: int, seed: int) -> Decoder:
-    """A decoder trained to predict all of the text but what comes next to be named.
+    """A decoder trained to predict all of the text but the things, which nothing tells.
 
-    Its matrices are trained by Muon, under which it learns to copy in 200 updates; under AdamW
-    alone it had not after 1400.
+    Under Muon, which its matrices are trained by, it learns to copy much sooner than under AdamW.
     """
     torch.manual_seed(seed)
     model = Decoder(CONFIG)
