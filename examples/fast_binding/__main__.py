@@ -9,14 +9,19 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import torch
+
 from examples.fast_binding.experiment import QUICK, Experiment, Sizes
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m examples.fast_binding", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("fast_binding_output"))
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to try it")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no GPU here")
     if options.quick:
-        Experiment(options.output / "quick", QUICK).run()
+        Experiment(options.output / "quick", QUICK, options.device).run()
     else:
-        Experiment(options.output, Sizes()).run()
+        Experiment(options.output, Sizes(), options.device).run()

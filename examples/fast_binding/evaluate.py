@@ -90,14 +90,15 @@ def accuracy(
 
     ``shots`` are examples per class: the prompt holds ``ways * shots`` of them.
     """
+    device = model.perceiver.latents.device
     tokens = ways * CHUNK_TOKENS * (ways * shots + 1)
     rows = max(1, min(_MOST_EPISODES_AT_ONCE, _TOKENS_AT_ONCE // tokens))
     right = done = 0
     while done < episodes:
         generator = np.random.default_rng([seed, ways, shots, done])
         batch = draw_episodes(gallery, ways, shots, min(rows, episodes - done), generator)
-        scores = model.score_answers(batch.input_ids, batch.names.tolist(), batch.features)
-        right += int((scores.argmax(1).numpy() == batch.answers).sum())
+        inputs = (batch.input_ids.to(device), batch.names.tolist(), batch.features.to(device))
+        right += int((model.score_answers(*inputs).argmax(1).cpu().numpy() == batch.answers).sum())
         done += len(batch.answers)
     return Accuracy(right, episodes)
 

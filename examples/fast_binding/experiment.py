@@ -77,10 +77,10 @@ QUICK = Sizes(
 
 
 class Experiment:
-    """All stages; what they make is in ``output``."""
+    """All stages; what they make is in ``output``. Models are trained on ``device``."""
 
-    def __init__(self, output: Path, sizes: Sizes) -> None:
-        self.output, self.sizes = output, sizes
+    def __init__(self, output: Path, sizes: Sizes, device: str = "cpu") -> None:
+        self.output, self.sizes, self.device = output, sizes, device
 
     def run(self) -> None:
         """Every stage that is not done yet, and the report."""
@@ -114,14 +114,14 @@ class Experiment:
         def train() -> list[dict[str, Any]]:
             pictures = load_file(self._file("pictures"))
             seen = [pictures["glyphs"], pictures["digits"]]
-            encoder = vision.train_encoder(seen, self.sizes.vision_updates, SEED)
+            encoder = vision.train_encoder(seen, self.sizes.vision_updates, SEED, self.device)
             return self._keep("vision", encoder.state_dict())
 
         self._stage("vision", train)
 
     def _language(self) -> None:
         def train() -> list[dict[str, Any]]:
-            model = text.train_language_model(self.sizes.language_updates, SEED)
+            model = text.train_language_model(self.sizes.language_updates, SEED, self.device)
             return self._keep("language", model.state_dict())
 
         self._stage("language", train)
@@ -144,7 +144,7 @@ class Experiment:
 
     def _baseline(self) -> None:
         encoder, language_model, galleries = self._parts()
-        model = BASELINE.build(encoder, language_model, SEED)
+        model = BASELINE.build(encoder, language_model, SEED).to(self.device)
         self._stage("text-before", lambda: [_text_loss(model)])
         self._train("baseline", BASELINE, model, galleries, self.sizes.updates)
         self._stage("text-after", lambda: [_text_loss(model)])
@@ -162,7 +162,7 @@ class Experiment:
     def _ablation(self, name: str) -> None:
         encoder, language_model, galleries = self._parts()
         variant = ABLATIONS[name]
-        model = variant.build(encoder, language_model, SEED)
+        model = variant.build(encoder, language_model, SEED).to(self.device)
         self._train(name, variant, model, galleries, self.sizes.ablation_updates)
         self._stage(name, lambda: self._accuracies(model, galleries, COMPARED))
 
@@ -239,7 +239,7 @@ class Experiment:
         lines = make()
         stage = {"lines": lines, "seconds": round(time.monotonic() - started, 1)}
         temporary = path.with_suffix(".incomplete")
-        temporary.write_text(json.dumps({"stage": name, **stage, **environment("cpu")}))
+        temporary.write_text(json.dumps({"stage": name, **stage, **environment(self.device)}))
         os.replace(temporary, path)
 
 
@@ -263,7 +263,7 @@ def _each(
 @torch.no_grad()
 def _text_loss(model: FlamingoModel) -> dict[str, float]:
     """On documents without a picture: the language model alone, and with what was added."""
-    ids = TEXT.draw(np.random.default_rng(SEED))
+    ids = TEXT.draw(np.random.default_rng(SEED)).to(model.perceiver.latents.device)
     alone = next_token_loss(model.language_model(ids).logits, ids)
     return {"alone": alone.item(), "added": model(ids, labels=ids).loss.item()}
 

@@ -102,7 +102,7 @@ def _with_noise(module: nn.Embedding, ids: tuple[Tensor], embedded: Tensor) -> T
     return embedded + _NOISE * (things - things.mean(0)).std() * torch.randn_like(embedded)
 
 
-def train_language_model(updates: int, seed: int) -> Decoder:
+def train_language_model(updates: int, seed: int, device: str) -> Decoder:
     """A decoder trained to predict all of the text but the things, which nothing tells.
 
     Under Muon, which its matrices are trained by, it learns to copy much sooner than under AdamW.
@@ -116,6 +116,7 @@ def train_language_model(updates: int, seed: int) -> Decoder:
                 parameter.mul_(_INITIAL_SCALE)
         # What all tokens have in common lets attention go by position alone from the start.
         embeddings += embeddings.std() * torch.randn(CONFIG.dim)
+    model.to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embeddings]
     others = [embeddings, *(p for p in model.parameters() if p.ndim < 2)]
     optimizers = (
@@ -132,7 +133,7 @@ def train_language_model(updates: int, seed: int) -> Decoder:
     progress = Progress("language model", updates)
     for step in progress:
         documents = [documents for start, documents in _COURSE if start < step / updates][-1]
-        ids = documents.draw(np.random.default_rng([seed, step]))
+        ids = documents.draw(np.random.default_rng([seed, step])).to(device)
         labels = ids.where(ids < TOKENS.vocab_size, IGNORED_LABEL)
         loss = next_token_loss(model(ids).logits, labels)
         model.zero_grad()
@@ -144,4 +145,4 @@ def train_language_model(updates: int, seed: int) -> Decoder:
     noise.remove()
     with torch.no_grad():  # no text has images; they will stand where things stand
         embeddings[TOKENS.image_token_id] = _things(embeddings).mean(0)
-    return model
+    return model.cpu()

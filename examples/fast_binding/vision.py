@@ -29,7 +29,7 @@ _ROWS_AT_ONCE = 512
 
 def pixel_values(pictures: Tensor) -> Tensor:
     """Grey pictures [..., H, W] in 0..1 -> normalised [..., 3, H, W]."""
-    mean, std = (torch.tensor(c)[:, None, None] for c in (NFNet.image_mean, NFNet.image_std))
+    mean, std = (pictures.new_tensor(c)[:, None, None] for c in (NFNet.image_mean, NFNet.image_std))
     return (pictures[..., None, :, :] - mean) / std
 
 
@@ -48,23 +48,24 @@ class _Contrastive(nn.Module):
         features = self.encoder(pixel_values(pictures.flatten(0, 1))).mean(1)
         first, second = F.normalize(self.project(features), dim=-1).chunk(2)
         logits = first @ second.T * self.log_temperature.exp()
-        same = torch.arange(len(logits))
+        same = torch.arange(len(logits), device=logits.device)
         return sum(
             F.cross_entropy(side, same, label_smoothing=_LABEL_SMOOTHING)
             for side in (logits, logits.T)
         )
 
 
-def train_encoder(kinds: list[Tensor], updates: int, seed: int) -> NFNet:
+def train_encoder(kinds: list[Tensor], updates: int, seed: int, device: str) -> NFNet:
     """An encoder trained on the classes of ``kinds``, each [classes, drawings, H, W]."""
     torch.manual_seed(seed)
-    model = _Contrastive(NFNet(CONFIG))
+    model = _Contrastive(NFNet(CONFIG)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
     progress = Progress("vision encoder", updates)
     for step in progress:
         generator = np.random.default_rng([seed, step])
         views = torch.cat([_two_views(kind, generator) for kind in kinds], 1)
-        loss = model(jitter(views.flatten(0, 1), generator).unflatten(0, (2, -1)))
+        jittered = jitter(views.flatten(0, 1), generator).unflatten(0, (2, -1))
+        loss = model(jittered.to(device))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.encoder.parameters(), 1.0)
@@ -73,7 +74,7 @@ def train_encoder(kinds: list[Tensor], updates: int, seed: int) -> NFNet:
             group["lr"] = rate
         optimizer.step()
         progress.note = f"loss {loss.item():.3f}"
-    return model.encoder.eval().requires_grad_(False)
+    return model.encoder.cpu().eval().requires_grad_(False)
 
 
 def _two_views(kind: Tensor, generator: np.random.Generator) -> Tensor:
