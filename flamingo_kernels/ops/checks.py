@@ -18,9 +18,11 @@ def kind(value: object) -> torch.dtype | str:
 
 
 def require_floating(op: str, name: str, tensor: Tensor) -> None:
-    """``tensor`` is a floating point tensor."""
+    """``tensor`` is a floating point tensor, and not sparse."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
         raise TypeError(f"{op}: {name} must be a floating point tensor, got {kind(tensor)}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be a strided tensor, got layout {tensor.layout}")
 
 
 def require_rank(op: str, name: str, tensor: Tensor, layout: str) -> None:

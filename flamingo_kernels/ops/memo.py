@@ -34,7 +34,7 @@ def once_per_signature(function: Callable[P, Result]) -> Callable[P, Result]:
             return function(*arguments)
         signature = [torch.is_grad_enabled()]
         for value in arguments:
-            if type(value) in PLAIN:
+            if type(value) in PLAIN and value.layout is torch.strided:
                 signature += (
                     value.shape,
                     value.stride(),

@@ -264,6 +264,7 @@ def test_compile_fullgraph(kernel: str) -> None:
         (lambda c: {"k": c.k[:, :, :0], "v": c.v[:, :, :0]}, ValueError, "latents R must be at"),
         (lambda c: {"kernel": "cuda"}, ValueError, "unknown kernel 'cuda'; known: auto, triton"),
         (lambda c: {"q": None}, TypeError, "q must be a floating point tensor, got None"),
+        (lambda c: {"k": c.k.to_sparse()}, TypeError, r"k must be .* got layout torch\.sparse_coo"),
     ],
 )
 def test_bad_arguments(change, error: type[Exception], message: str) -> None:

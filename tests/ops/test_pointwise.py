@@ -188,6 +188,7 @@ def test_zero_gate_changes_no_bit(vector: bool) -> None:
         (lambda x: gated_activation(x, activation="tanh"), ValueError, "unknown activation 'tanh'"),
         (lambda x: gated_activation(x.long()), TypeError, "x must be .* got torch.int64"),
         (lambda x: gated_activation([1.0]), TypeError, "x must be .* got list"),
+        (lambda x: gated_activation(x.to_sparse()), TypeError, "x must be .* torch.sparse_coo"),
         (lambda x: gated_activation(x, 0.5), TypeError, "gate must be .* tensor, got float"),
         (lambda x: gated_residual(x, x, 0.5), TypeError, "gate must be .* tensor, got float"),
         (lambda x: gated_residual(x, x, None), TypeError, "gate must be .* got NoneType"),
