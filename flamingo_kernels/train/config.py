@@ -108,9 +108,7 @@ class OptimizerSection:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_positive(self, "lr", "eps", "clip")
-        if self.gate_lr is not None:
-            check_positive(self, "gate_lr")
+        check_positive(self, "lr", "gate_lr", "eps", "clip")
         _in_range(self, "warmup_steps", 0, None)
         _in_range(self, "weight_decay", 0, None)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):

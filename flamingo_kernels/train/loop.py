@@ -36,6 +36,12 @@ class _Totals(NamedTuple):
     images: int
 
 
+def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
+    """Name of a tensor, or share of one, that is not finite at any process; None if all are."""
+    bad = [name for name, t in tensors.items() if not sharding.local(t).isfinite().all()]
+    return next((name for names in distributed.gather(bad) for name in names), None)
+
+
 class Trainer:
     """Trains a model's trainable parameters on the datasets of a configuration.
 
@@ -154,10 +160,9 @@ class Trainer:
         TrainingError
             A parameter is not finite; what was saved before stays the last good checkpoint.
         """
-        parameters = self.masters.parameters.items()
-        bad = [n for n, p in parameters if not sharding.local(p).isfinite().all()]
-        for name in (name for names in distributed.gather(bad) for name in names):
-            raise self._failure(f"the parameter {name} is not finite after step {self.step_number}")
+        bad = _first_not_finite(self.masters.parameters)
+        if bad is not None:
+            raise self._failure(f"the parameter {bad} is not finite after step {self.step_number}")
         position = {name: loader.state_dict() for name, loader in self.loaders.items()}
         state = {
             "step": self.step_number,
@@ -201,9 +206,8 @@ class Trainer:
         gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
         norm = sharding.whole(total_norm(list(gradients.values())))
         if not torch.isfinite(norm):
-            bad = [n for n, g in gradients.items() if not sharding.local(g).isfinite().all()]
-            first = next(name for names in distributed.gather(bad) for name in names)
-            raise self._failure(f"the gradient of {first} is not finite at step {number}")
+            bad = _first_not_finite(gradients)
+            raise self._failure(f"the gradient of {bad} is not finite at step {number}")
         clip_grads_with_norm_(parameters.values(), self.config.optimizer.clip, norm)
         share = warm_up(self.config.optimizer, number)
         for group in self.optimizer.param_groups:

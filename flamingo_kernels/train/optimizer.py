@@ -85,8 +85,12 @@ def build_optimizer(
     """
     resampler, gates, others = [], [], []
     for name, parameter in parameters.items():
-        is_gate, in_resampler = name.endswith(_GATES), name.startswith(RESAMPLER)
-        (resampler if in_resampler else gates if is_gate else others).append(parameter)
+        if name.startswith(RESAMPLER):
+            resampler.append(parameter)
+        elif name.endswith(_GATES):
+            gates.append(parameter)
+        else:
+            others.append(parameter)
     gate_lr = section.lr if section.gate_lr is None else section.gate_lr
     decay = section.weight_decay
     groups = [
