@@ -5,9 +5,10 @@ Without a process group everything here is the trivial case of one process.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from inspect import signature
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flamingo_kernels.model import FlamingoModel
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
 T = TypeVar("T")
 # Buffers are constants of the frozen parts. torch 2.13 renamed the option.
 _SYNC_BUFFERS = "broadcast_buffers"
 if "forward_sync_buffers" in signature(DistributedDataParallel).parameters:
     _SYNC_BUFFERS = "forward_sync_buffers"
+_meshes: list[DeviceMesh] = []
 
 
 def start() -> torch.device:
@@ -42,10 +47,25 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def mesh() -> DeviceMesh:
+    """All processes of the group in a row."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    _meshes.append(init_device_mesh(device().type, (world_size(),)))
+    return _meshes[-1]
+
+
 def stop() -> None:
-    """Leave the group, if there is one."""
+    """Leave the group, if there is one, and end its threads.
+
+    A thread of gloo that lets go of its last tensor while the interpreter ends aborts the process.
+    The threads end with the group, which lives on in meshes, and those in caches of DTensor's.
+    """
     if active():
         dist.destroy_process_group()
+        while _meshes:
+            getattr(_meshes.pop(), "_pg_registry", {}).clear()  # private, of torch 2.10 and later
+        gc.collect()
 
 
 def rank() -> int:

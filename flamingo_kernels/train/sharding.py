@@ -32,11 +32,9 @@ def shard(model: FlamingoModel, compute: torch.dtype) -> None:
     Its trainable parameters must be float32 and the same everywhere. They stay float32 where they
     are optimised, are gathered in ``compute``, and their gradients are averaged in float32.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    device = distributed.device()
-    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    device, mesh = distributed.device(), distributed.mesh()
     scalars = {p for p in model.parameters() if p.ndim == 0 and not p.requires_grad}
     for parameter in scalars:  # FSDP takes none: each process keeps its own
         parameter.data = parameter.data.to(device)

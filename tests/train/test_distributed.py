@@ -22,7 +22,14 @@ from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.data.samples import Sample, collate
 from flamingo_kernels.model.flamingo import FROZEN_PARTS
-from flamingo_kernels.train import TrainConfig, Trainer, TrainingError, checkpoint, sharding
+from flamingo_kernels.train import (
+    TrainConfig,
+    Trainer,
+    TrainingError,
+    checkpoint,
+    distributed,
+    sharding,
+)
 from flamingo_kernels.train.plan import shard_sizes
 from flamingo_kernels.vision import build_vision_encoder
 from tests.backbones import language_model
@@ -134,6 +141,13 @@ def run_rank(rank: int, folder: str, case: Case) -> None:
         world_size=2,
         timeout=timedelta(seconds=60),
     )
+    train_save_resume(rank, folder, case)
+    distributed.stop()
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").glob("*")]
+    assert not [name for name in names if "gloo" in name], "threads that outlive the group"
+
+
+def train_save_resume(rank: int, folder: str, case: Case) -> None:
     trainer = trainer_of([rank], f"{folder}/out", case)
     held = sum(sharding.local(p).untyped_storage().nbytes() for p in trainer.model.parameters())
     reports = [trainer.step()]
@@ -157,7 +171,6 @@ def run_rank(rank: int, folder: str, case: Case) -> None:
         f"{folder}/reports.{rank}.safetensors",
     )
     assert_refused(resumed, rank)
-    dist.destroy_process_group()
 
 
 def assert_stays_good_on_a_full_disk(trainer: Trainer, saved: Path, rank: int) -> None:
