@@ -37,7 +37,8 @@ class TooSlowError(RuntimeError):
 class Effort:
     """How long to measure: per round each phase of each peer gets ``seconds``.
 
-    A peer of which one call on a CPU takes more than ``patience`` seconds is left out.
+    A peer of which one call on a CPU takes more than ``patience`` seconds is left out, by
+    :func:`try_forward` even before its results are checked.
     """
 
     rounds: int = 3
@@ -167,6 +168,25 @@ def _check_patience(call: str, seconds: float, effort: Effort) -> None:
         )
 
 
+def try_forward(implementation: Implementation, calls: int, effort: Effort) -> None:
+    """Call ``forward`` up to ``calls`` times, of which the first may compile.
+
+    Raises
+    ------
+    TooSlowError
+        Each of them took longer than the patience.
+    """
+    before, seconds = implementation.before or (lambda: None), float("inf")
+    with torch.no_grad():
+        for _ in range(calls):
+            if seconds > effort.patience:
+                before()
+                start = time.perf_counter()
+                implementation.forward()
+                seconds = time.perf_counter() - start
+    _check_patience("forward", seconds, effort)
+
+
 def _cpu_round(variant: Variant, effort: Effort) -> None:
     implementation, seed = variant.implementation, variant.problem.seed
     forward, before = implementation.forward, implementation.before or (lambda: None)
@@ -179,7 +199,6 @@ def _cpu_round(variant: Variant, effort: Effort) -> None:
             start = clock()
             forward()
             elapsed = clock() - start
-            _check_patience("forward", elapsed, effort)
         calls = 1 if implementation.before or elapsed > SHORT else 1 + int(SHORT / elapsed) * 4
 
         def sample_forward() -> None:

@@ -171,6 +171,14 @@ class _Session:
     def is_done(self, case: Case, done: dict[str, set[str]]) -> bool:
         return {p.name for p in self.peers(case)} <= done.get(case.key, set())
 
+    @property
+    def effort(self) -> measure.Effort:
+        usual = measure.QUICK if self.options.suite == "quick" else measure.FULL
+        effort = self.options.effort or usual
+        if self.options.patience is not None:
+            effort = replace(effort, patience=self.options.patience)
+        return effort
+
     def measure_group(self, group: list[Case]) -> None:
         """Set up and gate every peer of every case, then time all that passed side by side."""
         variants, gates = [], {}
@@ -188,13 +196,9 @@ class _Session:
                 variant = self._gated(problem, peer, truth, gates)
                 if variant is not None:
                     variants.append(variant)
-        usual = measure.QUICK if self.options.suite == "quick" else measure.FULL
-        effort = self.options.effort or usual
-        if self.options.patience is not None:
-            effort = replace(effort, patience=self.options.patience)
         rounds = measure.alternate(
             variants,
-            effort,
+            self.effort,
             self.deadline,
             lambda text: self.progress(f"{group[0].key}: {text}"),
         )
@@ -207,6 +211,8 @@ class _Session:
         common = {"case": problem.case, "peer": peer.name}
         try:
             implementation = peer.setup(problem)
+            if problem.device.type == "cpu":
+                measure.try_forward(implementation, 2 if peer.compiled else 1, self.effort)
             errors = gate.check(problem, implementation, truth)
         except UnavailableError as error:
             self._append(**common, status="unavailable", reason=str(error))

@@ -59,6 +59,16 @@ def test_red_peer_gets_a_line_and_no_figure(tmp_path: Path, monkeypatch, capsys)
     assert "RED" in capsys.readouterr().err
 
 
+def test_a_slow_peer_is_left_out_before_its_results_are_checked(
+    tmp_path: Path, monkeypatch
+) -> None:
+    load_all()
+    monkeypatch.setitem(REGISTRY, "wrong", Peer("wrong", ("media_cross_attention",), wrong_peer))
+    impatient = dataclasses.replace(options(tmp_path), peers=("wrong",), patience=0.0)
+    (line,) = records_of(run.run(impatient, [MEDIA]))
+    assert line["status"] == "unavailable" and "TooSlowError: forward took" in line["reason"]
+
+
 def test_a_peer_that_fails_is_a_reason_not_a_crash(tmp_path: Path, monkeypatch) -> None:
     def broken(problem: Problem) -> Implementation:
         raise KeyError("surprise")

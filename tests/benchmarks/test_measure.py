@@ -59,8 +59,19 @@ def test_a_slow_peer_is_left_out_with_the_reason() -> None:
     implementation = Implementation(lambda: problem.leaves["q"] * 1, problem.leaves)
     variant = measure.Variant("a", problem, implementation)
     measure.alternate([variant], dataclasses.replace(EFFORT, patience=0.0))
-    assert "TooSlowError: forward took" in variant.error and "0 s of --patience" in variant.error
-    assert not any(variant.samples.values())
+    assert "TooSlowError: forward and backward took" in variant.error
+    assert "0 s of --patience" in variant.error
+    assert not variant.samples["forward_backward", "warm"]
+
+
+def test_a_compiled_peer_gets_a_second_call() -> None:
+    problem, calls = build(LATENT, "cpu"), []
+    implementation = Implementation(lambda: calls.append(1), problem.leaves)
+    measure.try_forward(implementation, 2, EFFORT)
+    assert len(calls) == 1
+    with pytest.raises(measure.TooSlowError, match="forward took"):
+        measure.try_forward(implementation, 2, dataclasses.replace(EFFORT, patience=0.0))
+    assert len(calls) == 3
 
 
 def test_memory_counts_what_the_backward_needs() -> None:
