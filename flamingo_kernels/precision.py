@@ -1,4 +1,4 @@
-"""The dtype that kernels of every kind accumulate in."""
+"""What kernels of every kind agree on: the dtype of sums, the scale of scores."""
 
 from __future__ import annotations
 
@@ -15,3 +15,8 @@ def accumulated(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     """A gate, weight or bias, of any shape and floating dtype, in the dtype of sums over ``x``."""
     dtype = accumulator(x.dtype)
     return parameter if parameter is None or parameter.dtype == dtype else parameter.to(dtype)
+
+
+def score_scale(q: Tensor, scale: float | None) -> float:
+    """Multiplier of attention scores: ``scale``, or ``D ** -0.5`` of ``q`` [..., D]."""
+    return q.shape[-1] ** -0.5 if scale is None else float(scale)

@@ -123,7 +123,7 @@ int32_t validate(const LatentParams &p, bool backward) {
         return FLAMINGO_NEGATIVE_SIZE;
     }
     if (p.items > 0 && p.latents > 0 && p.heads > 0) {
-        bool missing = !p.lse;
+        bool missing = backward && !p.lse;
         if (p.head_dim > 0) {
             missing = missing || !p.q.data || !p.k_latents.data || !p.v_latents.data || !p.out.data;
             missing = missing || (p.features > 0 && (!p.k_media.data || !p.v_media.data));

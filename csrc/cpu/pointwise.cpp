@@ -59,7 +59,7 @@ int32_t validate(const flamingo_layer_norm_params &p, bool backward) {
     }
     const bool has_values = p.rows > 0 && p.channels > 0;
     const bool tensors = p.x.data && (backward ? p.d_out.data && p.d_x : p.out != nullptr);
-    if ((has_values && !tensors) || (p.rows > 0 && (!p.mean || !p.rstd))) {
+    if ((has_values && !tensors) || (backward && p.rows > 0 && (!p.mean || !p.rstd))) {
         return FLAMINGO_NULL_POINTER;
     }
     return FLAMINGO_OK;

@@ -18,7 +18,7 @@
 #endif
 
 /* Raised by one whenever a struct or a signature of any header changes. */
-#define FLAMINGO_ABI_VERSION 2
+#define FLAMINGO_ABI_VERSION 3
 
 #ifdef __cplusplus
 extern "C" {
@@ -55,8 +55,8 @@ typedef enum flamingo_instruction_set {
 /* How to run a kernel. */
 typedef struct flamingo_execution {
     int32_t dtype;           /* flamingo_dtype of every tensor that is not said to have another */
-    int32_t threads;         /* OpenMP threads to use, at least 1; results do not depend on it */
     int32_t instruction_set; /* one bit of flamingo_usable_instruction_sets() */
+    int32_t threads;         /* OpenMP threads to use, at least 1; results do not depend on it */
 } flamingo_execution;
 
 /* A tensor: its first element, and the distance in elements between neighbours of every dimension
@@ -107,7 +107,7 @@ typedef struct flamingo_latent_attention_params {
     flamingo_tensor d_v_latents;
     const int64_t *lengths; /* [N] contiguous: valid media keys of each item; null: all M */
     void *lse; /* [N, H, L] contiguous, accumulation dtype: log of the sum of exp(scores) per query;
-                  written by the forward, read by the backward */
+                  written by the forward unless null, read by the backward */
 
     int64_t items;    /* N */
     int64_t latents;  /* L */

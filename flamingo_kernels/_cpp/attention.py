@@ -1,12 +1,13 @@
 """The attention kernels of the native library, on CPU tensors.
 
-Shape letters as in ``csrc/include/flamingo_cpu.h``.
+Shape letters as in ``csrc/include/flamingo_cpu.h``. A forward is bound once to tensors that lie
+alike, which packs all but addresses; what is bound is then called with such tensors.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,35 +16,90 @@ from flamingo_kernels._cpp import library
 from flamingo_kernels._cpp.library import address, new_like
 from flamingo_kernels.precision import accumulator
 
-_TENSOR = "5q"  # flamingo_tensor: an address and four strides
-_MEDIA_PARAMS = struct.Struct("@" + 8 * _TENSOR + "4q" + "7q" + "d" + library.EXECUTION + "4x")
-_LATENT_PARAMS = struct.Struct("@" + 12 * _TENSOR + "2q" + "5q" + "d" + library.EXECUTION + "4x")
-_ABSENT = (0, 0, 0, 0, 0)
+_STRIDES = struct.Struct("4q")
+_TENSOR = f"q{_STRIDES.size}s"  # flamingo_tensor: an address and four strides
+_MEDIA_SIZES = struct.Struct("@7qd2i")  # up to the threads
+_LATENT_SIZES = struct.Struct("@5qd2i")
+_MEDIA_END = f"4q{_MEDIA_SIZES.size}si4x"
+_LATENT_END = f"2q{_LATENT_SIZES.size}si4x"
+_MEDIA_PARAMS = struct.Struct("@" + 8 * _TENSOR + _MEDIA_END)
+_LATENT_PARAMS = struct.Struct("@" + 12 * _TENSOR + _LATENT_END)
+# A forward is given no gradients: zeros in their place.
+_MEDIA_FORWARD_PARAMS = struct.Struct("@" + 4 * _TENSOR + f"{4 * 40}s" + _MEDIA_END)
+_LATENT_FORWARD_PARAMS = struct.Struct("@" + 6 * _TENSOR + f"{6 * 40}s" + _LATENT_END)
 
 
-def _layouts(*tensors: Tensor) -> list[int]:
-    """Address and four strides of each, of 4 or 5 dimensions; the last stride, 1, is not used."""
-    layouts: list[int] = []
-    for tensor in tensors:
-        layouts.append(tensor.data_ptr())
-        layouts += tensor.stride()[:4]
-    return layouts
+def _strides(tensor: Tensor) -> bytes:
+    """All but the last, which is 1, of 4 or 5 dimensions."""
+    return _STRIDES.pack(*tensor.stride()[:4])
 
 
-def media_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
-) -> Tensor:
-    """``flamingo_media_attention_forward``: out [B, T, H, D], contiguous."""
-    out = new_like(q)
-    layouts = (*_layouts(q, k, v, out), *_ABSENT * 4)
-    _call_media("flamingo_media_attention_forward", layouts, q, k, first, last, gate, None, scale)
-    return out
+def _contiguous_strides(tensor: Tensor) -> bytes:
+    """Those of :func:`new_like`, whose shape has four dimensions."""
+    _, second, third, last = tensor.shape
+    return _STRIDES.pack(second * third * last, third * last, last, 1)
+
+
+def _layouts(*tensors: Tensor) -> list[int | bytes]:
+    """Address and strides of each."""
+    return [value for tensor in tensors for value in (tensor.data_ptr(), _strides(tensor))]
+
+
+def _media_sizes(q: Tensor, k: Tensor, scale: float) -> bytes:
+    batch, tokens, heads, head_dim = q.shape
+    _, media, latents, kv_heads, _ = k.shape
+    sizes = (batch, tokens, media, latents, heads, kv_heads, head_dim)
+    return _MEDIA_SIZES.pack(*sizes, scale, *library.dtype_and_set(q.dtype))
+
+
+def bind_media_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> Callable[..., Tensor]:
+    """``flamingo_media_attention_forward`` for tensors that lie like these.
+
+    Returns
+    -------
+    callable
+        Of (q, k, v, first, last, gate), with the gate or None: out [B, T, H, D], contiguous.
+    """
+    name = "flamingo_media_attention_forward"
+    function, pack, threads = (
+        library.function(name),
+        _MEDIA_FORWARD_PARAMS.pack,
+        torch.get_num_threads,
+    )
+    q_strides, k_strides, v_strides = _strides(q), _strides(k), _strides(v)
+    out_strides, sizes = _contiguous_strides(q), _media_sizes(q, k, scale)
+
+    def launch(
+        q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, gate: Tensor | None
+    ) -> Tensor:
+        out = new_like(q)
+        # The ranges are small: a strided view of them is laid out anew.
+        first, last = first.contiguous(), last.contiguous()
+        params = pack(
+            q.data_ptr(),
+            q_strides,
+            k.data_ptr(),
+            k_strides,
+            v.data_ptr(),
+            v_strides,
+            out.data_ptr(),
+            out_strides,
+            b"",
+            first.data_ptr(),
+            last.data_ptr(),
+            0 if gate is None else gate.data_ptr(),
+            0,
+            sizes,
+            threads(),
+        )
+        status = function(params)
+        if status:
+            library.refuse(name, status)
+        return out
+
+    return launch
 
 
 def media_attention_backward(
@@ -59,62 +115,94 @@ def media_attention_backward(
     """``flamingo_media_attention_backward``: dq, dk, dv contiguous; dgate empty without a gate."""
     d_q, d_k, d_v = (new_like(t) for t in (q, k, v))
     d_gate = torch.zeros(0, dtype=q.dtype) if gate is None else torch.zeros_like(gate)
-    layouts = (*_layouts(q, k, v), *_ABSENT, *_layouts(d_out, d_q, d_k, d_v))
-    to = None if gate is None else d_gate
-    _call_media("flamingo_media_attention_backward", layouts, q, k, first, last, gate, to, scale)
-    return d_q, d_k, d_v, d_gate
-
-
-def _call_media(
-    name: str,
-    layouts: Sequence[int],
-    q: Tensor,
-    k: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    d_gate: Tensor | None,
-    scale: float,
-) -> None:
-    # The ranges are small: a strided view of them is laid out anew.
     first, last = first.contiguous(), last.contiguous()
-    batch, tokens, heads, head_dim = q.shape
-    _, media, latents, kv_heads, _ = k.shape
     params = _MEDIA_PARAMS.pack(
-        *layouts,
+        *_layouts(q, k, v),
+        *(0, b""),
+        *_layouts(d_out, d_q, d_k, d_v),
         first.data_ptr(),
         last.data_ptr(),
         address(gate),
-        address(d_gate),
-        batch,
-        tokens,
-        media,
-        latents,
-        heads,
-        kv_heads,
-        head_dim,
-        scale,
-        *library.execution(q.dtype),
+        address(None if gate is None else d_gate),
+        _media_sizes(q, k, scale),
+        torch.get_num_threads(),
     )
-    library.call(name, params)
+    library.call("flamingo_media_attention_backward", params)
+    return d_q, d_k, d_v, d_gate
 
 
-def latent_attention_forward(
+def _latent_sizes(q: Tensor, k_media: Tensor, scale: float) -> bytes:
+    items, latents, heads, head_dim = q.shape
+    sizes = (items, latents, k_media.shape[1], heads, head_dim)
+    return _LATENT_SIZES.pack(*sizes, scale, *library.dtype_and_set(q.dtype))
+
+
+def _latent_lengths(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.to(torch.int64).contiguous()
+
+
+def bind_latent_attention_forward(
     q: Tensor,
     k_media: Tensor,
     v_media: Tensor,
     k_latents: Tensor,
     v_latents: Tensor,
-    lengths: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """``flamingo_latent_attention_forward``: out [N, L, H, D] and lse [N, H, L], contiguous."""
-    items, latents, heads, _ = q.shape
-    out = new_like(q)
-    lse = torch.empty((items, heads, latents), dtype=accumulator(q.dtype))
-    layouts = (*_layouts(q, k_media, v_media, k_latents, v_latents, out), *_ABSENT * 6)
-    _call_latent("flamingo_latent_attention_forward", layouts, lengths, lse, q, k_media, scale)
-    return out, lse
+) -> Callable[..., Tensor]:
+    """``flamingo_latent_attention_forward`` for tensors that lie like these.
+
+    Returns
+    -------
+    callable
+        Of (q, k_media, v_media, k_latents, v_latents, lengths, lse): out [N, L, H, D], contiguous.
+        Lengths may be None. lse [N, H, L], contiguous in the dtype of accumulation, is written, and
+        may be left out.
+    """
+    name = "flamingo_latent_attention_forward"
+    function, pack, threads = (
+        library.function(name),
+        _LATENT_FORWARD_PARAMS.pack,
+        torch.get_num_threads,
+    )
+    strides = [_strides(tensor) for tensor in (q, k_media, v_media, k_latents, v_latents)]
+    q_strides, km_strides, vm_strides, kl_strides, vl_strides = strides
+    out_strides, sizes = _contiguous_strides(q), _latent_sizes(q, k_media, scale)
+
+    def launch(
+        q: Tensor,
+        k_media: Tensor,
+        v_media: Tensor,
+        k_latents: Tensor,
+        v_latents: Tensor,
+        lengths: Tensor | None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        out, lengths = new_like(q), _latent_lengths(lengths)
+        params = pack(
+            q.data_ptr(),
+            q_strides,
+            k_media.data_ptr(),
+            km_strides,
+            v_media.data_ptr(),
+            vm_strides,
+            k_latents.data_ptr(),
+            kl_strides,
+            v_latents.data_ptr(),
+            vl_strides,
+            out.data_ptr(),
+            out_strides,
+            b"",
+            address(lengths),
+            address(lse),
+            sizes,
+            threads(),
+        )
+        status = function(params)
+        if status:
+            library.refuse(name, status)
+        return out
+
+    return launch
 
 
 def latent_attention_backward(
@@ -132,33 +220,19 @@ def latent_attention_backward(
     """``flamingo_latent_attention_backward``: gradients of the five inputs, contiguous."""
     inputs = (q, k_media, v_media, k_latents, v_latents)
     gradients = tuple(new_like(t) for t in inputs)
-    layouts = _layouts(*inputs, out, d_out, *gradients)
-    _call_latent("flamingo_latent_attention_backward", layouts, lengths, lse, q, k_media, scale)
+    lengths = _latent_lengths(lengths)
+    params = _LATENT_PARAMS.pack(
+        *_layouts(*inputs, out, d_out, *gradients),
+        address(lengths),
+        lse.data_ptr(),
+        _latent_sizes(q, k_media, scale),
+        torch.get_num_threads(),
+    )
+    library.call("flamingo_latent_attention_backward", params)
     return gradients
 
 
-def _call_latent(
-    name: str,
-    layouts: Sequence[int],
-    lengths: Tensor | None,
-    lse: Tensor,
-    q: Tensor,
-    k_media: Tensor,
-    scale: float,
-) -> None:
-    if lengths is not None:
-        lengths = lengths.to(torch.int64).contiguous()
-    items, latents, heads, head_dim = q.shape
-    params = _LATENT_PARAMS.pack(
-        *layouts,
-        address(lengths),
-        lse.data_ptr(),
-        items,
-        latents,
-        k_media.shape[1],
-        heads,
-        head_dim,
-        scale,
-        *library.execution(q.dtype),
-    )
-    library.call(name, params)
+def new_lse(q: Tensor) -> Tensor:
+    """[N, H, L], not filled."""
+    items, latents, heads, _ = q.shape
+    return torch.empty((items, heads, latents), dtype=accumulator(q.dtype))

@@ -8,16 +8,17 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 # Before the library: it then binds to the OpenMP runtime that torch has loaded.
 import torch
 
 from flamingo_kernels import env
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 
 _INSTALLED_LIBRARY = Path(__file__).with_name("libflamingo_cpu.so")
-# flamingo_execution, for the module struct: dtype, threads, instruction set.
+# flamingo_execution, for the module struct: dtype, instruction set, threads.
 EXECUTION = "3i"
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
@@ -165,18 +166,27 @@ def selected_instruction_set() -> str:
     return _library().selected
 
 
-def execution(dtype: torch.dtype) -> tuple[int, int, int]:
-    """Values of ``EXECUTION``: code of ``dtype``, torch's threads, the selected set's bit."""
+def dtype_and_set(dtype: torch.dtype) -> tuple[int, int]:
+    """The first two values of ``EXECUTION``: code of ``dtype``, the selected set's bit."""
     library = _library()
-    return DTYPE_CODES[dtype], torch.get_num_threads(), library.usable[library.selected]
+    return DTYPE_CODES[dtype], library.usable[library.selected]
 
 
 @functools.cache
-def _function(name: str) -> Callable[[object], int]:
-    function = getattr(_library().handle, name)
-    function.restype = ctypes.c_int32
-    function.argtypes = [ctypes.c_void_p]
-    return function
+def function(name: str) -> Callable[[bytes], int]:
+    """The C function ``name``: takes a pointer to its packed params, returns a status.
+
+    ctypes takes longer to fill in a structure than a decoding step takes to compute.
+
+    Raises
+    ------
+    NativeLibraryError
+        As for :func:`load`.
+    """
+    found = getattr(_library().handle, name)
+    found.restype = ctypes.c_int32
+    found.argtypes = [ctypes.c_void_p]
+    return found
 
 
 def address(tensor: torch.Tensor | None) -> int:
@@ -190,9 +200,7 @@ def new_like(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def call(name: str, params: bytes) -> None:
-    """Call the C function ``name`` with a pointer to ``params``, packed by the module struct.
-
-    ctypes takes longer to fill in a structure than a decoding step takes to compute.
+    """Call the C function ``name``.
 
     Raises
     ------
@@ -201,10 +209,15 @@ def call(name: str, params: bytes) -> None:
     RuntimeError
         The library rejects the arguments; the message is the library's.
     """
-    status = _function(name)(params)
-    if status != 0:
-        message = load().flamingo_status_message(status).decode()
-        raise RuntimeError(f"{name}: {message} (status {status})")
+    status = function(name)(params)
+    if status:
+        refuse(name, status)
+
+
+def refuse(name: str, status: int) -> NoReturn:
+    """Raise RuntimeError with the library's message for a status that is not 0."""
+    message = load().flamingo_status_message(status).decode()
+    raise RuntimeError(f"{name}: {message} (status {status})")
 
 
 def multiply_add_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
@@ -213,5 +226,5 @@ def multiply_add_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
     The ceiling of what the attention kernels can do with ``torch.get_num_threads()`` threads and
     inputs of ``dtype``; takes about ``seconds``.
     """
-    params = struct.pack(EXECUTION, *execution(dtype))
+    params = struct.pack(EXECUTION, *dtype_and_set(dtype), torch.get_num_threads())
     return load().flamingo_multiply_add_rate(params, seconds)

@@ -1,12 +1,15 @@
 """The pointwise kernels of the native library, on CPU tensors.
 
 Gates, weights and biases come contiguous in the dtype of accumulation, and their gradients leave in
-it. Raises ValueError for rows that :func:`row_strides` cannot describe.
+it. Raises ValueError for rows that :func:`row_strides` cannot describe. A forward is bound once to
+tensors that lie alike, which packs all but addresses; what is bound is then called with such
+tensors.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,11 +21,14 @@ from flamingo_kernels.precision import accumulator
 ACTIVATION_CODES = {"gelu": 0, "squared_relu": 1, "relu": 2}
 
 
-_ROWS = "4q"  # flamingo_rows: an address and three int64
-_GATED_RESIDUAL_PARAMS = struct.Struct("@" + 3 * _ROWS + "4q" + "2q" + "i" + library.EXECUTION)
-_GATED_ACTIVATION_PARAMS = struct.Struct("@" + 2 * _ROWS + "4q" + "2q" + "i" + library.EXECUTION)
-_LAYER_NORM_PARAMS = struct.Struct("@" + 2 * _ROWS + "8q" + "2q" + "d" + library.EXECUTION + "4x")
-_ABSENT = (0, 0, 0, 0)
+_ROW_STRIDES = struct.Struct("3q")
+_ROWS = f"q{_ROW_STRIDES.size}s"  # flamingo_rows: an address and three int64
+_OPTION_SIZES = struct.Struct("@2q3i")  # up to the threads
+_LAYER_NORM_SIZES = struct.Struct("@2qd2i")
+_GATED_RESIDUAL_PARAMS = struct.Struct("@" + 3 * _ROWS + f"4q{_OPTION_SIZES.size}si")
+_GATED_ACTIVATION_PARAMS = struct.Struct("@" + 2 * _ROWS + f"4q{_OPTION_SIZES.size}si")
+_LAYER_NORM_PARAMS = struct.Struct("@" + 2 * _ROWS + f"8q{_LAYER_NORM_SIZES.size}si4x")
+_ABSENT = (0, b"")
 
 
 def row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
@@ -50,14 +56,18 @@ def row_strides(tensor: Tensor) -> tuple[int, int, int] | None:
     return (inner_rows, levels[1][1], inner_stride) if len(levels) == 2 else (0, 0, inner_stride)
 
 
-def _rows(name: str, tensor: Tensor) -> tuple[int, int, int, int]:
+def _strides(name: str, tensor: Tensor) -> bytes:
     strides = row_strides(tensor)
     if strides is None:
         raise ValueError(
             "the cpp kernel reads a last stride of 1 and up to two strides of rows; "
             f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()}"
         )
-    return tensor.data_ptr(), *strides
+    return _ROW_STRIDES.pack(*strides)
+
+
+def _rows(name: str, tensor: Tensor) -> tuple[int, bytes]:
+    return tensor.data_ptr(), _strides(name, tensor)
 
 
 def _shape(tensor: Tensor) -> tuple[int, int]:
@@ -66,23 +76,53 @@ def _shape(tensor: Tensor) -> tuple[int, int]:
     return tensor.numel() // channels if channels else tensor.shape[:-1].numel(), channels
 
 
-def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """``flamingo_gated_residual_forward``: out [..., C], contiguous; gate has 1 or C values."""
-    out = new_like(x)
-    params = _GATED_RESIDUAL_PARAMS.pack(
-        *_rows("x", x),
-        *_rows("y", y),
-        *_ABSENT,
-        out.data_ptr(),
-        0,
-        gate.data_ptr(),
-        0,
-        *_shape(x),
-        gate.numel() != 1,
-        *library.execution(x.dtype),
+def _option_sizes(x: Tensor, option: int) -> bytes:
+    return _OPTION_SIZES.pack(*_shape(x), option, *library.dtype_and_set(x.dtype))
+
+
+def _layer_norm_sizes(x: Tensor, eps: float) -> bytes:
+    return _LAYER_NORM_SIZES.pack(*_shape(x), eps, *library.dtype_and_set(x.dtype))
+
+
+def bind_gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Callable[..., Tensor]:
+    """``flamingo_gated_residual_forward`` for tensors that lie like these; gate has 1 or C values.
+
+    Returns
+    -------
+    callable
+        Of (x, y, gate): out [..., C], contiguous.
+    """
+    name = "flamingo_gated_residual_forward"
+    function, pack, threads = (
+        library.function(name),
+        _GATED_RESIDUAL_PARAMS.pack,
+        torch.get_num_threads,
     )
-    library.call("flamingo_gated_residual_forward", params)
-    return out
+    x_strides, y_strides = _strides("x", x), _strides("y", y)
+    sizes = _option_sizes(x, gate.numel() != 1)
+
+    def launch(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+        out = new_like(x)
+        params = pack(
+            x.data_ptr(),
+            x_strides,
+            y.data_ptr(),
+            y_strides,
+            0,
+            b"",
+            out.data_ptr(),
+            0,
+            gate.data_ptr(),
+            0,
+            sizes,
+            threads(),
+        )
+        status = function(params)
+        if status:
+            library.refuse(name, status)
+        return out
+
+    return launch
 
 
 def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,30 +137,49 @@ def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Ten
         d_y.data_ptr(),
         gate.data_ptr(),
         d_gate.data_ptr(),
-        *_shape(y),
-        gate.numel() != 1,
-        *library.execution(y.dtype),
+        _option_sizes(y, gate.numel() != 1),
+        torch.get_num_threads(),
     )
     library.call("flamingo_gated_residual_backward", params)
     return d_y, d_gate
 
 
-def gated_activation_forward(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    """``flamingo_gated_activation_forward``: out [..., C], contiguous; gate has one value."""
-    out = new_like(x)
-    params = _GATED_ACTIVATION_PARAMS.pack(
-        *_rows("x", x),
-        *_ABSENT,
-        out.data_ptr(),
-        0,
-        address(gate),
-        0,
-        *_shape(x),
-        ACTIVATION_CODES[activation],
-        *library.execution(x.dtype),
+def bind_gated_activation_forward(x: Tensor, activation: str) -> Callable[..., Tensor]:
+    """``flamingo_gated_activation_forward`` for tensors that lie like ``x``.
+
+    Returns
+    -------
+    callable
+        Of (x, gate), the gate of one value or None: out [..., C], contiguous.
+    """
+    name = "flamingo_gated_activation_forward"
+    function, pack, threads = (
+        library.function(name),
+        _GATED_ACTIVATION_PARAMS.pack,
+        torch.get_num_threads,
     )
-    library.call("flamingo_gated_activation_forward", params)
-    return out
+    x_strides, sizes = _strides("x", x), _option_sizes(x, ACTIVATION_CODES[activation])
+
+    def launch(x: Tensor, gate: Tensor | None) -> Tensor:
+        out = new_like(x)
+        params = pack(
+            x.data_ptr(),
+            x_strides,
+            0,
+            b"",
+            out.data_ptr(),
+            0,
+            0 if gate is None else gate.data_ptr(),
+            0,
+            sizes,
+            threads(),
+        )
+        status = function(params)
+        if status:
+            library.refuse(name, status)
+        return out
+
+    return launch
 
 
 def gated_activation_backward(
@@ -136,40 +195,63 @@ def gated_activation_backward(
         d_x.data_ptr(),
         address(gate),
         address(d_gate),
-        *_shape(x),
-        ACTIVATION_CODES[activation],
-        *library.execution(x.dtype),
+        _option_sizes(x, ACTIVATION_CODES[activation]),
+        torch.get_num_threads(),
     )
     library.call("flamingo_gated_activation_backward", params)
     return d_x, d_gate
 
 
-def layer_norm_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``flamingo_layer_norm_forward``: out [..., C] contiguous, mean and 1 / deviation [rows]."""
-    out = new_like(x)
-    rows, channels = _shape(x)
-    mean = torch.empty(rows, dtype=accumulator(x.dtype))
-    rstd = torch.empty_like(mean)
-    params = _LAYER_NORM_PARAMS.pack(
-        *_rows("x", x),
-        *_ABSENT,
-        out.data_ptr(),
-        0,
-        address(weight),
-        address(bias),
-        mean.data_ptr(),
-        rstd.data_ptr(),
-        0,
-        0,
-        rows,
-        channels,
-        eps,
-        *library.execution(x.dtype),
-    )
-    library.call("flamingo_layer_norm_forward", params)
-    return out, mean, rstd
+def bind_layer_norm_forward(x: Tensor, eps: float) -> Callable[..., Tensor]:
+    """``flamingo_layer_norm_forward`` for tensors that lie like ``x``.
+
+    Returns
+    -------
+    callable
+        Of (x, weight, bias, mean, rstd): out [..., C], contiguous. Weight and bias may be None.
+        Mean and 1 / deviation of each row, [rows] in the dtype of accumulation, are written and may
+        be left out.
+    """
+    name = "flamingo_layer_norm_forward"
+    function, pack, threads = library.function(name), _LAYER_NORM_PARAMS.pack, torch.get_num_threads
+    x_strides, sizes = _strides("x", x), _layer_norm_sizes(x, eps)
+
+    def launch(
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor | None = None,
+        rstd: Tensor | None = None,
+    ) -> Tensor:
+        out = new_like(x)
+        params = pack(
+            x.data_ptr(),
+            x_strides,
+            0,
+            b"",
+            out.data_ptr(),
+            0,
+            address(weight),
+            address(bias),
+            address(mean),
+            address(rstd),
+            0,
+            0,
+            sizes,
+            threads(),
+        )
+        status = function(params)
+        if status:
+            library.refuse(name, status)
+        return out
+
+    return launch
+
+
+def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """For mean and 1 / deviation: [rows], not filled."""
+    mean = torch.empty(_shape(x)[0], dtype=accumulator(x.dtype))
+    return mean, torch.empty_like(mean)
 
 
 def layer_norm_backward(
@@ -177,7 +259,7 @@ def layer_norm_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """``flamingo_layer_norm_backward``: gradients of x [..., C], of weight and of bias, if any."""
     d_x = new_like(x)
-    rows, channels = _shape(x)
+    channels = x.shape[-1]
     d_weight = None if weight is None else torch.empty(channels, dtype=mean.dtype)
     d_bias = torch.empty(channels, dtype=mean.dtype) if has_bias else None
     params = _LAYER_NORM_PARAMS.pack(
@@ -191,10 +273,8 @@ def layer_norm_backward(
         rstd.data_ptr(),
         address(d_weight),
         address(d_bias),
-        rows,
-        channels,
-        0.0,
-        *library.execution(x.dtype),
+        _layer_norm_sizes(x, 0.0),
+        torch.get_num_threads(),
     )
     library.call("flamingo_layer_norm_backward", params)
     return d_x, d_weight, d_bias

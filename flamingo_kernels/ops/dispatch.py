@@ -32,6 +32,13 @@ class Choice(NamedTuple):
 
     kernel: str
     needs_grad: bool  # autograd will ask for a gradient of one of the tensors
+    launch: Callable[..., torch.Tensor] | None = None  # the forward, bound to calls alike
+
+    def bound(self, bind: Callable[..., Callable[..., torch.Tensor]], *arguments: object) -> Choice:
+        """With what ``bind`` of the C++ kernel makes of the arguments, if no gradient is needed."""
+        if self.kernel != "cpp" or self.needs_grad:
+            return self
+        return self._replace(launch=bind(*arguments))
 
 
 class Call(NamedTuple):

@@ -7,6 +7,8 @@ from functools import wraps
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import is_grad_enabled, strided
+from torch.compiler import is_compiling
 
 from flamingo_kernels.ops.spans import MediaSpans
 
@@ -19,45 +21,59 @@ P = ParamSpec("P")
 Result = TypeVar("Result")
 
 
-def once_per_signature(function: Callable[P, Result]) -> Callable[P, Result]:
-    """Remember results by shape, strides, dtype, device and ``requires_grad`` of the arguments.
+def once_per_signature(
+    finish: Callable[..., Result] = lambda result, *_: result,
+) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+    """Remember a function's results by what its arguments are like.
 
-    ``function`` takes tensors, spans and options, by position. Errors are not remembered. While
-    torch compiles, and for tensor subclasses, it is called each time.
+    That is shape, strides, dtype, device and ``requires_grad`` of tensors, all but the values of
+    spans, and options. The function takes these by position. Errors are not remembered. While torch
+    compiles, and for tensor subclasses, it is called each time.
+
+    Parameters
+    ----------
+    finish : callable
+        Takes a result that is to be remembered, and the arguments; what it returns is remembered.
     """
-    known: dict[tuple, Result] = {}
-    _memos.append(known)
 
-    @wraps(function)
-    def remembered(*arguments: P.args) -> Result:
-        if torch.compiler.is_compiling():
-            return function(*arguments)
-        signature = [torch.is_grad_enabled()]
-        for value in arguments:
-            if type(value) in PLAIN and value.layout is torch.strided:
-                signature += (
-                    value.shape,
-                    value.stride(),
-                    value.dtype,
-                    value.device,
-                    value.requires_grad,
-                )
-            elif type(value) is MediaSpans:
-                signature.append(value.signature)
-            elif type(value) in _OPTIONS:
-                signature.append(value)
-            else:
+    def decorate(function: Callable[P, Result]) -> Callable[P, Result]:
+        known: dict[tuple, Result] = {}
+        _memos.append(known)
+
+        @wraps(function)
+        def remembered(*arguments: P.args) -> Result:
+            if is_compiling():
                 return function(*arguments)
-        signature = tuple(signature)
-        result = known.get(signature)
-        if result is None:
-            result = function(*arguments)
-            if len(known) == _MOST_SIGNATURES:
-                known.clear()
-            known[signature] = result
-        return result
+            grad_enabled = is_grad_enabled()
+            signature = [grad_enabled]
+            for value in arguments:
+                if type(value) in PLAIN and value.layout is strided:
+                    # Strides that matter are known of a contiguous tensor; of True, that it is.
+                    signature += (
+                        value.shape,
+                        value.is_contiguous() or value.stride(),
+                        value.dtype,
+                        value.is_cpu or value.device,
+                        grad_enabled and value.requires_grad,
+                    )
+                elif type(value) is MediaSpans:
+                    signature.append(value.signature)
+                elif type(value) in _OPTIONS:
+                    signature.append(value)
+                else:
+                    return function(*arguments)
+            signature = tuple(signature)
+            result = known.get(signature)
+            if result is None:
+                result = finish(function(*arguments), *arguments)
+                if len(known) == _MOST_SIGNATURES:
+                    known.clear()
+                known[signature] = result
+            return result
 
-    return remembered
+        return remembered
+
+    return decorate
 
 
 def forget() -> None:

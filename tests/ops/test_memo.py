@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels import MediaSpans
-from flamingo_kernels.ops import media_cross_attention
+from flamingo_kernels.ops import layer_norm, media_cross_attention
 from flamingo_kernels.ops.memo import once_per_signature
+from tests.budgets import assert_close_to_reference
 
 
 def spans_of(*index: int) -> MediaSpans:
@@ -28,14 +29,14 @@ def spans_of(*index: int) -> MediaSpans:
 )
 def test_what_a_call_depends_on(change) -> None:
     calls: list[Tensor] = []
-    ask = once_per_signature(lambda x: calls.append(x) or len(calls))
+    ask = once_per_signature()(lambda x: calls.append(x) or len(calls))
     x = torch.randn(2, 2)
     assert [ask(x), ask(x + 1), ask(change(x)), ask(x)] == [1, 1, 2, 1]
 
 
 def test_grad_mode_options_and_spans_are_part_of_a_signature() -> None:
     count = iter(range(100))
-    ask = once_per_signature(lambda *_: next(count))
+    ask = once_per_signature()(lambda *_: next(count))
     x = torch.randn(2)
     first = ask(x, "auto", spans_of(0, 0))
     assert ask(x, "auto", spans_of(1, 1)) == first
@@ -50,15 +51,42 @@ def test_subclasses_of_tensors_are_asked_for_each_time() -> None:
         pass
 
     count = iter(range(100))
-    ask = once_per_signature(lambda x: next(count))
+    ask = once_per_signature()(lambda x: next(count))
     x = torch.randn(2).as_subclass(Subclass)
     assert [ask(x), ask(x)] == [0, 1]
+
+
+def test_a_bound_kernel_takes_the_tensors_of_each_call() -> None:
+    """Calls alike but for values and addresses, and calls that look alike and are not."""
+    spans, one = spans_of(0, 0), torch.tensor([0.7])
+    wide = torch.randn(2, 2, 4, 16)
+    queries = [
+        torch.randn(1, 2, 4, 8),
+        torch.randn(1, 2, 4, 8),
+        wide[1:, ..., 3:11],
+        torch.randn(1, 4, 2, 8).transpose(1, 2),
+        torch.randn(64).as_strided((1, 2, 4, 8), (7, 32, 8, 1)),
+    ]
+    k, v = torch.randn(2, 1, 1, 3, 4, 8)
+    with torch.no_grad():
+        for gate in (one, one.half(), None):
+            for q in queries:
+                for scale in (None, 0.5):
+                    out = media_cross_attention(q, k, v, spans, gate, scale)
+                    expected = media_cross_attention(q, k, v, spans, gate, scale, kernel="torch")
+                    assert_close_to_reference(out, expected, q.dtype, f"{q.stride()}")
+        weight = torch.rand(3, 8).t()[:, 0]
+        for x in (wide, wide[:, 0], wide[:, 0].contiguous()):
+            x = x[..., :8]
+            for bias in (weight, weight.bfloat16()):
+                expected = layer_norm(x, weight, bias.float(), kernel="torch")
+                assert_close_to_reference(layer_norm(x, weight, bias), expected, x.dtype, "norm")
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("flamingo_kernels.ops.memo._MOST_SIGNATURES", 2)
     count = iter(range(100))
-    ask = once_per_signature(lambda option: next(count))
+    ask = once_per_signature()(lambda option: next(count))
     assert [ask(1), ask(2), ask(1), ask(3), ask(1)] == [0, 1, 0, 2, 3]
 
 

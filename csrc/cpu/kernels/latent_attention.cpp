@@ -80,10 +80,12 @@ template <typename T, typename Real> struct Latents {
                     attend_block(keys, p.head_dim, q, p.latents, states, out, weights, first_block);
                     first_block = false;
                 });
-                Real *lse = static_cast<Real *>(p.lse) + task * p.latents;
+                Real *lse = p.lse ? static_cast<Real *>(p.lse) + task * p.latents : nullptr;
                 const Rows<T> to = rows_of<T>(p.out, item, 0, head);
                 for (int64_t r = 0; r < p.latents; ++r) {
-                    lse[r] = states[r].log_sum();
+                    if (lse) {
+                        lse[r] = states[r].log_sum();
+                    }
                     narrow_row(out + r * padded_dim, 1 / states[r].total, to[r], p.head_dim);
                 }
             }

@@ -362,8 +362,12 @@ template <typename T> struct LayerNorm {
             }
             put(value, out + i, part);
         });
-        static_cast<Real *>(p.mean)[row] = mean;
-        static_cast<Real *>(p.rstd)[row] = rstd;
+        if (p.mean) {
+            static_cast<Real *>(p.mean)[row] = mean;
+        }
+        if (p.rstd) {
+            static_cast<Real *>(p.rstd)[row] = rstd;
+        }
     }
 
     static bool forward(const Params &p) {

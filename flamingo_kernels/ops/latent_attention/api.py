@@ -7,8 +7,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
-from flamingo_kernels.ops.latent_attention import contract, impl_torch
+from flamingo_kernels.ops.latent_attention import contract, impl_cpp, impl_torch
 from flamingo_kernels.ops.memo import once_per_signature
+from flamingo_kernels.precision import score_scale
 
 
 def latent_attention(
@@ -55,10 +56,12 @@ def latent_attention(
         The kernel asked for cannot run this call; the message lists the reasons.
     """
     inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
-    chosen, needs_grad = _choose(*inputs, kernel)
+    chosen, needs_grad, launch = _choose(*inputs, scale, kernel)
     if lengths is not None:
         checks.require_within("latent_attention", "lengths", lengths, 0, k_media.shape[1])
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if launch is not None:
+        return launch(*inputs)
+    scale = score_scale(q, scale)
     if chosen == "torch":
         return impl_torch.forward(*inputs, scale)
     if not needs_grad:
@@ -66,7 +69,12 @@ def latent_attention(
     return _LatentAttention.apply(*inputs, scale, chosen)
 
 
-@once_per_signature
+def _bind(choice: dispatch.Choice, *arguments) -> dispatch.Choice:
+    *tensors, _lengths, scale, _kernel = arguments
+    return choice.bound(impl_cpp.bind_forward, *tensors, score_scale(tensors[0], scale))
+
+
+@once_per_signature(_bind)
 def _choose(
     q: Tensor,
     k_media: Tensor,
@@ -74,6 +82,7 @@ def _choose(
     k_latents: Tensor,
     v_latents: Tensor,
     lengths: Tensor | None,
+    scale: float | None,
     kernel: str,
 ) -> dispatch.Choice:
     tensors = (q, k_media, v_media, k_latents, v_latents)

@@ -6,7 +6,20 @@ from torch import Tensor
 
 from flamingo_kernels._cpp import attention
 
-forward = attention.latent_attention_forward
+bind_forward = attention.bind_latent_attention_forward
+
+
+def forward(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    tensors, lse = (q, k_media, v_media, k_latents, v_latents), attention.new_lse(q)
+    return bind_forward(*tensors, scale)(*tensors, lengths, lse), lse
 
 
 def backward(d_out: Tensor, *arguments) -> tuple[Tensor, ...]:

@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
-from flamingo_kernels.ops.media_attention import contract, impl_torch
+from flamingo_kernels.ops.media_attention import contract, impl_cpp, impl_torch
 from flamingo_kernels.ops.memo import once_per_signature
 from flamingo_kernels.ops.spans import MediaPlan, MediaSpans
-from flamingo_kernels.precision import accumulated
+from flamingo_kernels.precision import accumulated, score_scale
 
 # Kernels whose backward works from a plan.
 _PLANNING = ("triton",)
@@ -63,9 +63,11 @@ def media_cross_attention(
     KernelUnavailableError
         The kernel asked for cannot run this call; the message lists the reasons.
     """
-    chosen, needs_grad = _choose(q, k, v, spans, gate, kernel)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen, needs_grad, launch = _choose(q, k, v, spans, gate, scale, kernel)
     gate = accumulated(gate, q)
+    if launch is not None:
+        return launch(q, k, v, spans.first, spans.last, gate)
+    scale = score_scale(q, scale)
     if chosen == "torch":
         return impl_torch.forward(q, k, v, spans, gate, scale)
     arguments = (q, k, v, spans.first, spans.last, gate, scale, spans.single_item, chosen)
@@ -75,9 +77,20 @@ def media_cross_attention(
     return _MediaCrossAttention.apply(plan, *arguments)
 
 
-@once_per_signature
+def _bind(choice: dispatch.Choice, *arguments) -> dispatch.Choice:
+    q, k, v, _spans, _gate, scale, _kernel = arguments
+    return choice.bound(impl_cpp.bind_forward, q, k, v, score_scale(q, scale))
+
+
+@once_per_signature(_bind)
 def _choose(
-    q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None, kernel: str
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: MediaSpans,
+    gate: Tensor | None,
+    scale: float | None,
+    kernel: str,
 ) -> dispatch.Choice:
     checks.media_cross_attention(q, k, v, spans, gate)
     return dispatch.choose_for("media_cross_attention", kernel, q, k, v, gate, head_dim=q.shape[-1])
@@ -111,7 +124,7 @@ def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> 
     checks.require_spans(op, spans, k.shape[0], None, "k", k)
     if not torch.is_grad_enabled():
         return spans
-    chosen, _ = dispatch.choose_for("media_cross_attention", kernel, k, head_dim=k.shape[-1])
+    chosen = dispatch.choose_for("media_cross_attention", kernel, k, head_dim=k.shape[-1]).kernel
     if chosen not in _PLANNING:
         return spans
     media, kv_heads = k.shape[1], k.shape[3]

@@ -6,10 +6,21 @@ from torch import Tensor
 
 from flamingo_kernels._cpp import attention
 
+bind_forward = attention.bind_media_attention_forward
 
-def forward(*arguments) -> Tensor:
-    *inputs, _single_item = arguments  # the library sees the ranges themselves
-    return attention.media_attention_forward(*inputs)
+
+# The library sees the ranges themselves, and needs no word on single items.
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    single_item: bool,
+) -> Tensor:
+    return bind_forward(q, k, v, scale)(q, k, v, first, last, gate)
 
 
 def backward(d_out: Tensor, _plan: None, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 from flamingo_kernels._cpp.pointwise import row_strides
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.memo import once_per_signature
-from flamingo_kernels.ops.pointwise import contract, impl_torch
+from flamingo_kernels.ops.pointwise import contract, impl_cpp, impl_torch
 from flamingo_kernels.precision import accumulated
 
 ACTIVATIONS = tuple(impl_torch.ACTIVATIONS)
@@ -38,7 +38,9 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str = "auto") -> 
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
-    chosen, needs_grad = _choose_residual(x, y, gate, kernel)
+    chosen, needs_grad, launch = _choose_residual(x, y, gate, kernel)
+    if launch is not None:
+        return launch(x, y, accumulated(gate, x))
     if chosen == "torch":
         return impl_torch.gated_residual(x, y, gate)
     inputs = (x, y.to(x.dtype), accumulated(gate, x))
@@ -47,7 +49,15 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str = "auto") -> 
     return _GatedResidual.apply(*inputs, chosen)
 
 
-@once_per_signature
+def _bind_residual(
+    choice: dispatch.Choice, x: Tensor, y: Tensor, gate: Tensor, kernel: str
+) -> dispatch.Choice:
+    if y.dtype != x.dtype:
+        return choice
+    return choice.bound(impl_cpp.bind_gated_residual_forward, x, y, gate)
+
+
+@once_per_signature(_bind_residual)
 def _choose_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str) -> dispatch.Choice:
     op = "gated_residual"
     _require_channels(op, x)
@@ -89,10 +99,13 @@ def gated_activation(
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
-    chosen, needs_grad = _choose_activation("gated_activation", x, gate, activation, kernel)
+    op = "gated_activation"
+    chosen, needs_grad, launch = _choose_activation(op, x, gate, activation, kernel)
     if chosen == "torch":
         return impl_torch.gated_activation(x, gate, activation)
     gate = accumulated(gate, x)
+    if launch is not None:
+        return launch(x, gate)
     if not needs_grad:
         return contract.gated_activation_forward(x, gate, activation, chosen)
     return _GatedActivation.apply(x, gate, activation, chosen)
@@ -128,17 +141,24 @@ def gated_activation_linear(
         The message names the offending values.
     """
     op = "gated_activation_linear"
-    chosen, needs_grad = _choose_activation(op, x, gate, activation, kernel)
+    chosen, needs_grad, launch = _choose_activation(op, x, gate, activation, kernel)
     _require_projection(op, projection, x)
     if chosen == "torch":
         return F.linear(impl_torch.gated_activation(x, gate, activation), projection)
     gate = accumulated(gate, x)
     if not (needs_grad or dispatch.needs_grad(projection)):
+        if launch is not None:
+            return F.linear(launch(x, gate), projection)
         return F.linear(contract.gated_activation_forward(x, gate, activation, chosen), projection)
     return _GatedActivationLinear.apply(x, gate, projection, activation, chosen)
 
 
-@once_per_signature
+def _bind_activation(choice: dispatch.Choice, *arguments) -> dispatch.Choice:
+    _op, x, _gate, activation, _kernel = arguments
+    return choice.bound(impl_cpp.bind_gated_activation_forward, x, activation)
+
+
+@once_per_signature(_bind_activation)
 def _choose_activation(
     op: str, x: Tensor, gate: Tensor | None, activation: str, kernel: str
 ) -> dispatch.Choice:
@@ -180,7 +200,9 @@ def layer_norm(
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
-    chosen, needs_grad = _choose_layer_norm("layer_norm", x, weight, bias, eps, kernel)
+    chosen, needs_grad, launch = _choose_layer_norm("layer_norm", x, weight, bias, eps, kernel)
+    if launch is not None:
+        return launch(x, weight, bias)
     if chosen == "torch":
         return impl_torch.layer_norm(x, weight, bias, eps)
     if not needs_grad:
@@ -219,16 +241,23 @@ def layer_norm_linear(
         The message names the offending values.
     """
     op = "layer_norm_linear"
-    chosen, needs_grad = _choose_layer_norm(op, x, weight, bias, eps, kernel)
+    chosen, needs_grad, launch = _choose_layer_norm(op, x, weight, bias, eps, kernel)
     _require_projection(op, projection, x)
     if chosen == "torch":
         return F.linear(impl_torch.layer_norm(x, weight, bias, eps), projection)
     if not (needs_grad or dispatch.needs_grad(projection)):
+        if launch is not None:
+            return F.linear(launch(x, weight, bias), projection)
         return F.linear(contract.layer_norm_forward(x, weight, bias, eps, chosen)[0], projection)
     return _LayerNormLinear.apply(x, weight, bias, projection, eps, chosen)
 
 
-@once_per_signature
+def _bind_layer_norm(choice: dispatch.Choice, *arguments) -> dispatch.Choice:
+    _op, x, weight, bias, eps, _kernel = arguments
+    return choice.bound(impl_cpp.bind_layer_norm_forward, x, weight, bias, eps)
+
+
+@once_per_signature(_bind_layer_norm)
 def _choose_layer_norm(
     op: str, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kernel: str
 ) -> dispatch.Choice:

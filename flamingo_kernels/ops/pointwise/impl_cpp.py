@@ -6,21 +6,32 @@ values are laid out anew in the dtype of accumulation where they are not in it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from flamingo_kernels._cpp import pointwise
 from flamingo_kernels.precision import accumulated
 
 
+def bind_gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Callable[..., Tensor]:
+    launch = pointwise.bind_gated_residual_forward(x, y, gate)
+    return launch if gate.is_contiguous() else lambda x, y, gate: launch(x, y, gate.contiguous())
+
+
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    return pointwise.gated_residual_forward(x, y, gate.contiguous())
+    return bind_gated_residual_forward(x, y, gate)(x, y, gate)
 
 
 def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
     return pointwise.gated_residual_backward(_with_rows(d_out), y, gate.contiguous())
 
 
-gated_activation_forward = pointwise.gated_activation_forward
+bind_gated_activation_forward = pointwise.bind_gated_activation_forward
+
+
+def gated_activation_forward(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
+    return bind_gated_activation_forward(x, activation)(x, gate)
 
 
 def gated_activation_backward(
@@ -30,10 +41,23 @@ def gated_activation_backward(
     return d_x, x.new_empty(0) if d_gate is None else d_gate
 
 
+def bind_layer_norm_forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Callable[..., Tensor]:
+    launch = pointwise.bind_layer_norm_forward(x, eps)
+    if all(_laid_out(parameter, x) is parameter for parameter in (weight, bias)):
+        return launch
+    return lambda x, weight, bias, *statistics: launch(
+        x, _laid_out(weight, x), _laid_out(bias, x), *statistics
+    )
+
+
 def layer_norm_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return pointwise.layer_norm_forward(x, _laid_out(weight, x), _laid_out(bias, x), eps)
+    statistics = pointwise.new_statistics(x)
+    launch = bind_layer_norm_forward(x, weight, bias, eps)
+    return launch(x, weight, bias, *statistics), *statistics
 
 
 def layer_norm_backward(
