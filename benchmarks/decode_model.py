@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -114,9 +113,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--output", type=Path, default=results.RESULTS)
     options = parser.parse_args()
-    environment = results.environment("cpu")
-    if environment["dirty"] and options.output == results.RESULTS:
-        raise SystemExit("the working tree differs from its commit: commit first, or give --output")
+    environment = results.clean_environment(options.output)
     if options.threads:
         torch.set_num_threads(options.threads)
     environment["threads"] = torch.get_num_threads()
@@ -171,9 +168,7 @@ def main() -> None:
         "times_as_fast": figures[names[1]]["median_s"] / figures[names[0]]["median_s"],
         "many_images_over_one": figures[names[0]]["median_s"] / figures[names[2]]["median_s"],
     }
-    path = options.output / environment["device"] / tables.DECODING_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = results.write_beside(tables.DECODING_FILE, record, options.output)
     print("\n".join([*tables.decoding_lines(record), str(path)]))
 
 

@@ -127,9 +127,13 @@ def _readme_section(records: list[Record], folder: Path) -> list[str]:
     for name in [*names, "scaling-media_cross_attention-images-forward"]:
         if (results.ROOT / folder / f"{name}.svg").exists():
             lines.append(f"![{name}]({folder}/{name}.svg)")
-    decoding = results.ROOT / folder.parent / tables.DECODING_FILE
-    if decoding.exists():
-        lines += ["", *tables.decoding_lines(json.loads(decoding.read_text()))]
+    for name, lines_of in (
+        (tables.DECODING_FILE, tables.decoding_lines),
+        (tables.OVERHEAD_FILE, tables.overhead_lines),
+    ):
+        path = results.ROOT / folder.parent / name
+        if path.exists():
+            lines += ["", *lines_of(json.loads(path.read_text()))]
     missing = tables.unmeasured(records)
     lines += ["", f"Not measured there: {len(missing)} cases of the full suite."] if missing else []
     return [*lines, ""]

@@ -124,6 +124,28 @@ def environment(device: str) -> Record:
     }
 
 
+def clean_environment(folder: Path) -> Record:
+    """:func:`environment` of the CPU, for figures to be written to ``folder``.
+
+    Raises
+    ------
+    SystemExit
+        The tree differs from its commit, and ``folder`` is that of the committed results.
+    """
+    found = environment("cpu")
+    if found["dirty"] and folder == RESULTS:
+        raise SystemExit("the working tree differs from its commit: commit first, or give --output")
+    return found
+
+
+def write_beside(name: str, record: Record, folder: Path) -> Path:
+    """``<folder>/<device>/<name>``, written anew."""
+    path = folder / record["device"] / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    return path
+
+
 def file_for(environment: Record, folder: Path) -> Path:
     """``<folder>/<device>/<commit>[-dirty].jsonl``."""
     suffix = "-dirty" if environment["dirty"] else ""

@@ -9,7 +9,9 @@ from typing import NamedTuple
 from benchmarks.cases import CASES
 from benchmarks.results import Record
 
-DECODING_FILE = "decode_model.json"  # beside the result files
+# Beside the result files.
+DECODING_FILE = "decode_model.json"
+OVERHEAD_FILE = "call_overhead.json"
 PHASES = ("forward", "backward", "forward_backward")
 PHASE_TITLES = {
     "forward": "forward",
@@ -269,4 +271,19 @@ def decoding_lines(record: Record) -> list[str]:
             f"| {name} | {median:.1f} | {low:.1f} | {high:.1f} | {1e3 / median:.1f} | "
             f"{found['with_prompt_s']:.2f} |"
         )
+    return lines
+
+
+def overhead_lines(record: Record) -> list[str]:
+    """What ``call_overhead`` measured, as Markdown."""
+    lines = [
+        f"A call of the smallest tensors with the C++ kernel, no gradients (commit "
+        f"{record['commit'][:12]}): medians in microseconds.",
+        "",
+        "| op | call | its kernel | beside the kernel | lowest | torch's nearest operator |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    keys = ("call", "kernel", "overhead", "lowest_overhead", "torch")
+    for name, found in record["figures"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{found[key]:.1f}" for key in keys) + " |")
     return lines

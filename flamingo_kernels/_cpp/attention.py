@@ -60,7 +60,8 @@ def bind_media_attention_forward(
     Returns
     -------
     callable
-        Of (q, k, v, first, last, gate), with the gate or None: out [B, T, H, D], contiguous.
+        Of (q, k, v, first, last, gate): out [B, T, H, D], contiguous. The ranges are contiguous,
+        the gate is in the dtype of accumulation or None.
     """
     name = "flamingo_media_attention_forward"
     function, pack, threads = (
@@ -75,8 +76,6 @@ def bind_media_attention_forward(
         q: Tensor, k: Tensor, v: Tensor, first: Tensor, last: Tensor, gate: Tensor | None
     ) -> Tensor:
         out = new_like(q)
-        # The ranges are small: a strided view of them is laid out anew.
-        first, last = first.contiguous(), last.contiguous()
         params = pack(
             q.data_ptr(),
             q_strides,
@@ -115,7 +114,6 @@ def media_attention_backward(
     """``flamingo_media_attention_backward``: dq, dk, dv contiguous; dgate empty without a gate."""
     d_q, d_k, d_v = (new_like(t) for t in (q, k, v))
     d_gate = torch.zeros(0, dtype=q.dtype) if gate is None else torch.zeros_like(gate)
-    first, last = first.contiguous(), last.contiguous()
     params = _MEDIA_PARAMS.pack(
         *_layouts(q, k, v),
         *(0, b""),

@@ -82,7 +82,9 @@ class MediaSpans:
     def signature(self) -> tuple:
         """All that checks of a call depend on: equal for spans that differ in values alone."""
         sizes = None if self.plan is None else (self.plan.media, self.plan.kv_heads)
-        return self.shape, self.first.device, self.last.device, self.single_item, sizes
+        ranges = (self.first, self.last)
+        layout = (self.shape, *(t.device for t in ranges), *(t.is_contiguous() for t in ranges))
+        return *layout, self.single_item, sizes
 
     @classmethod
     def from_tokens(

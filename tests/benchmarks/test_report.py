@@ -57,7 +57,7 @@ def test_publish_fills_the_readme_between_its_markers(
         report.publish(readme)
 
 
-def test_publish_adds_what_decoding_measured(
+def test_publish_adds_what_other_commands_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(results, "ROOT", tmp_path)
@@ -75,9 +75,13 @@ def test_publish_adds_what_decoding_measured(
         "figures": figures,
     }
     (folder / tables.DECODING_FILE).write_text(json.dumps(decoding))
+    costs = {"call": 9.0, "kernel": 2.0, "overhead": 7.0, "lowest_overhead": 6.5, "torch": 4.0}
+    overhead = {"device": folder.name, "commit": "d" * 40, "figures": {"layer_norm": costs}}
+    results.write_beside(tables.OVERHEAD_FILE, overhead, results.RESULTS)
     readme = tmp_path / "README.md"
     readme.write_text(f"{report.BEGIN}\n{report.END}\n")
     report.publish(readme)
+    assert "| layer_norm | 9.0 | 2.0 | 7.0 | 6.5 | 4.0 |" in readme.read_text()
     assert "33 images is 0.5 times as fast" in readme.read_text()
     assert "| ours | 20.0 | 10.0 | 40.0 | 50.0 | 0.50 |" in readme.read_text()
 

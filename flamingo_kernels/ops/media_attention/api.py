@@ -64,10 +64,9 @@ def media_cross_attention(
         The kernel asked for cannot run this call; the message lists the reasons.
     """
     chosen, needs_grad, launch = _choose(q, k, v, spans, gate, scale, kernel)
-    gate = accumulated(gate, q)
     if launch is not None:
         return launch(q, k, v, spans.first, spans.last, gate)
-    scale = score_scale(q, scale)
+    gate, scale = accumulated(gate, q), score_scale(q, scale)
     if chosen == "torch":
         return impl_torch.forward(q, k, v, spans, gate, scale)
     arguments = (q, k, v, spans.first, spans.last, gate, scale, spans.single_item, chosen)
@@ -78,8 +77,9 @@ def media_cross_attention(
 
 
 def _bind(choice: dispatch.Choice, *arguments) -> dispatch.Choice:
-    q, k, v, _spans, _gate, scale, _kernel = arguments
-    return choice.bound(impl_cpp.bind_forward, q, k, v, score_scale(q, scale))
+    q, k, v, spans, gate, scale, _kernel = arguments
+    inputs = (q, k, v, spans.first, spans.last, gate, score_scale(q, scale))
+    return choice.bound(impl_cpp.bind_forward, *inputs)
 
 
 @once_per_signature(_bind)

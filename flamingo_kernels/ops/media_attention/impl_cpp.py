@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 
 from flamingo_kernels._cpp import attention
+from flamingo_kernels.precision import accumulated
 
-bind_forward = attention.bind_media_attention_forward
+
+def bind_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    scale: float,
+) -> Callable[..., Tensor]:
+    launch = attention.bind_media_attention_forward(q, k, v, scale)
+    if first.is_contiguous() and last.is_contiguous() and accumulated(gate, q) is gate:
+        return launch
+    # The ranges are small: a strided view of them is laid out anew.
+    return lambda q, k, v, first, last, gate: launch(
+        q, k, v, first.contiguous(), last.contiguous(), accumulated(gate, q)
+    )
 
 
 # The library sees the ranges themselves, and needs no word on single items.
@@ -20,12 +39,14 @@ def forward(
     scale: float,
     single_item: bool,
 ) -> Tensor:
-    return bind_forward(q, k, v, scale)(q, k, v, first, last, gate)
+    inputs = (q, k, v, first, last, gate)
+    return bind_forward(*inputs, scale)(*inputs)
 
 
 def backward(d_out: Tensor, _plan: None, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *inputs, _single_item = arguments
-    return attention.media_attention_backward(_unit_stride(d_out), *inputs)
+    q, k, v, first, last, gate, scale, _single_item = arguments
+    ranges = first.contiguous(), last.contiguous()
+    return attention.media_attention_backward(_unit_stride(d_out), q, k, v, *ranges, gate, scale)
 
 
 def _unit_stride(d_out: Tensor) -> Tensor:

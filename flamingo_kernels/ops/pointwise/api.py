@@ -40,7 +40,7 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, kernel: str = "auto") -> 
     """
     chosen, needs_grad, launch = _choose_residual(x, y, gate, kernel)
     if launch is not None:
-        return launch(x, y, accumulated(gate, x))
+        return launch(x, y, gate)
     if chosen == "torch":
         return impl_torch.gated_residual(x, y, gate)
     inputs = (x, y.to(x.dtype), accumulated(gate, x))
@@ -103,9 +103,9 @@ def gated_activation(
     chosen, needs_grad, launch = _choose_activation(op, x, gate, activation, kernel)
     if chosen == "torch":
         return impl_torch.gated_activation(x, gate, activation)
-    gate = accumulated(gate, x)
     if launch is not None:
         return launch(x, gate)
+    gate = accumulated(gate, x)
     if not needs_grad:
         return contract.gated_activation_forward(x, gate, activation, chosen)
     return _GatedActivation.apply(x, gate, activation, chosen)
@@ -145,17 +145,18 @@ def gated_activation_linear(
     _require_projection(op, projection, x)
     if chosen == "torch":
         return F.linear(impl_torch.gated_activation(x, gate, activation), projection)
+    needs_grad = needs_grad or dispatch.needs_grad(projection)
+    if launch is not None and not needs_grad:
+        return F.linear(launch(x, gate), projection)
     gate = accumulated(gate, x)
-    if not (needs_grad or dispatch.needs_grad(projection)):
-        if launch is not None:
-            return F.linear(launch(x, gate), projection)
+    if not needs_grad:
         return F.linear(contract.gated_activation_forward(x, gate, activation, chosen), projection)
     return _GatedActivationLinear.apply(x, gate, projection, activation, chosen)
 
 
 def _bind_activation(choice: dispatch.Choice, *arguments) -> dispatch.Choice:
-    _op, x, _gate, activation, _kernel = arguments
-    return choice.bound(impl_cpp.bind_gated_activation_forward, x, activation)
+    _op, x, gate, activation, _kernel = arguments
+    return choice.bound(impl_cpp.bind_gated_activation_forward, x, gate, activation)
 
 
 @once_per_signature(_bind_activation)
@@ -245,9 +246,10 @@ def layer_norm_linear(
     _require_projection(op, projection, x)
     if chosen == "torch":
         return F.linear(impl_torch.layer_norm(x, weight, bias, eps), projection)
-    if not (needs_grad or dispatch.needs_grad(projection)):
-        if launch is not None:
-            return F.linear(launch(x, weight, bias), projection)
+    needs_grad = needs_grad or dispatch.needs_grad(projection)
+    if launch is not None and not needs_grad:
+        return F.linear(launch(x, weight, bias), projection)
+    if not needs_grad:
         return F.linear(contract.layer_norm_forward(x, weight, bias, eps, chosen)[0], projection)
     return _LayerNormLinear.apply(x, weight, bias, projection, eps, chosen)
 

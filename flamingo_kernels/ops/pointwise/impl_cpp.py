@@ -16,7 +16,9 @@ from flamingo_kernels.precision import accumulated
 
 def bind_gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Callable[..., Tensor]:
     launch = pointwise.bind_gated_residual_forward(x, y, gate)
-    return launch if gate.is_contiguous() else lambda x, y, gate: launch(x, y, gate.contiguous())
+    if _laid_out(gate, x) is gate:
+        return launch
+    return lambda x, y, gate: launch(x, y, _laid_out(gate, x))
 
 
 def gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
@@ -27,11 +29,17 @@ def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Ten
     return pointwise.gated_residual_backward(_with_rows(d_out), y, gate.contiguous())
 
 
-bind_gated_activation_forward = pointwise.bind_gated_activation_forward
+def bind_gated_activation_forward(
+    x: Tensor, gate: Tensor | None, activation: str
+) -> Callable[..., Tensor]:
+    launch = pointwise.bind_gated_activation_forward(x, activation)
+    if accumulated(gate, x) is gate:
+        return launch
+    return lambda x, gate: launch(x, accumulated(gate, x))
 
 
 def gated_activation_forward(x: Tensor, gate: Tensor | None, activation: str) -> Tensor:
-    return bind_gated_activation_forward(x, activation)(x, gate)
+    return bind_gated_activation_forward(x, gate, activation)(x, gate)
 
 
 def gated_activation_backward(
