@@ -11,6 +11,7 @@ namespace {
 using flamingo::Chunk;
 using flamingo::MediaPlan;
 using flamingo::Part;
+using flamingo::PartRange;
 
 using MediaParams = flamingo_media_attention_params;
 using LatentParams = flamingo_latent_attention_params;
@@ -23,7 +24,7 @@ constexpr int64_t wanted_tasks = 64;
 struct Plan : MediaPlan {
     std::vector<Chunk> storage;
     std::vector<Part> part_storage;
-    std::vector<int64_t> of_row;
+    std::vector<PartRange> of_item;
 
     Plan(const MediaParams &p, bool backward) : MediaPlan{} {
         const int64_t share = p.rows * p.tokens * p.kv_heads / wanted_tasks;
@@ -71,19 +72,17 @@ struct Plan : MediaPlan {
   private:
     static int64_t cost(const Chunk &c) { return (c.end - c.begin) * (c.last + 1 - c.first); }
 
-    // Few parts where batch rows and heads are many: no more than wanted_tasks kv heads of a batch row, or
-    // one part each, keep sums of d_k and d_v at a time.
+    // A part ends when it costs a task's fair share, or where the next chunk has no item in common with it:
+    // shares hold at most wanted_tasks + B * Hkv times the d_k and d_v of a batch row's kv head.
     void divide(const MediaParams &p) {
-        const int64_t wanted = std::max<int64_t>(1, wanted_tasks / (p.rows * p.kv_heads));
-        std::vector<int64_t> row_cost(p.rows, 0);
+        int64_t total = 0, part_cost = 0;
         for (int64_t i = 0; i < seeing_count; ++i) {
-            row_cost[chunks[i].row] += cost(chunks[i]);
+            total += cost(chunks[i]);
         }
-        int64_t part_cost = 0;
         for (int64_t i = 0; i < seeing_count; ++i) {
             const Chunk &c = chunks[i];
             if (part_storage.empty() || part_storage.back().row != c.row ||
-                part_storage.back().last < c.first || part_cost * wanted >= row_cost[c.row]) {
+                part_storage.back().last < c.first || part_cost * wanted_tasks >= total * p.kv_heads) {
                 part_storage.push_back({c.row, i, i, c.first, c.last, -1});
                 part_cost = 0;
             }
@@ -93,25 +92,25 @@ struct Plan : MediaPlan {
             part_cost += cost(c);
             widest = std::max(widest, part.last + 1 - part.first);
         }
-        parts = part_storage.data();
         part_count = static_cast<int64_t>(part_storage.size());
-        of_row.assign(p.rows + 1, 0);
-        int64_t last = 0; // largest item of the parts before, in this batch row
+        of_item.assign(p.rows * p.media, {0, 0});
         for (int64_t i = 0; i < part_count; ++i) {
-            Part &part = part_storage[i];
-            const bool new_row = of_row[part.row + 1]++ == 0;
-            const Part *next = i + 1 < part_count ? &part_storage[i + 1] : nullptr;
-            last = new_row ? -1 : last;
-            if (part.first <= last || (next && next->row == part.row && next->first <= part.last)) {
+            const Part &part = part_storage[i];
+            for (int64_t item = part.first; item <= part.last; ++item) {
+                PartRange &range = of_item[part.row * p.media + item];
+                range = {range.end ? range.begin : i, i + 1};
+            }
+        }
+        for (Part &part : part_storage) {
+            const PartRange *items = of_item.data() + part.row * p.media;
+            if (std::any_of(items + part.first, items + part.last + 1,
+                            [](const PartRange &range) { return range.end - range.begin > 1; })) {
                 part.slot = slots;
                 slots += part.last + 1 - part.first;
             }
-            last = std::max(last, part.last);
         }
-        for (int64_t b = 0; b < p.rows; ++b) {
-            of_row[b + 1] += of_row[b];
-        }
-        row_parts = of_row.data();
+        parts = part_storage.data();
+        item_parts = of_item.data();
     }
 };
 

@@ -22,6 +22,11 @@ struct Part {
     int64_t slot;         // of the first item's share of d_k, d_v; -1: no other part sees these items
 };
 
+// From the first to the last of the parts that see an item.
+struct PartRange {
+    int64_t begin, end;
+};
+
 struct MediaPlan {
     const Chunk *chunks;       // those that see media come first, by batch row, first item and token
     int64_t chunk_count;
@@ -30,7 +35,7 @@ struct MediaPlan {
     // The backward's:
     const Part *parts;         // in the order of chunks
     int64_t part_count;
-    const int64_t *row_parts;  // [B + 1]: parts of a batch row
+    const PartRange *item_parts; // [B * I]
     int64_t widest;            // most items in a part
     int64_t slots;             // shares of d_k and d_v, for each kv head
 };

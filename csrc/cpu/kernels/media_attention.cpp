@@ -247,9 +247,8 @@ template <typename T, typename Real> struct Media {
         return ok;
     }
 
-    // What one task of the backward works in. At most: the keys and values that a part sees, packed, and
-    // the sums of their gradients, 6 values for each of theirs in k; and two scores of score_rows rows for
-    // each of these keys.
+    // What one task of the backward works in: for each key that a part sees, five vectors of padded_dim
+    // (packed, and summed gradients) and two scores of score_rows rows.
     struct PartScratch {
         KeyBlock<Real> *keys;    // [widest * blocks]
         QueryRows<Real> queries; // scores of as many blocks
@@ -271,6 +270,7 @@ template <typename T, typename Real> struct Media {
             sums = scratch.take<Real>(widest * m.share_size());
             for (int64_t block = 0; block < widest * m.blocks; ++block) {
                 keys[block] = KeyBlock<Real>(scratch, m.most_keys, m.p.head_dim, true);
+                keys[block].v = keys[0].v; // used while packing alone
             }
         }
     };
@@ -437,8 +437,9 @@ template <typename T, typename Real> struct Media {
     // Writes d_k and d_v of an item, counted over all batch rows, unless its only part did.
     void join_shares(const MediaPlan &plan, int64_t index, int64_t kv_head, Real *shares) const {
         const int64_t b = index / p.media, item = index % p.media;
+        const flamingo::PartRange range = plan.item_parts[index];
         Real *sums = nullptr;
-        for (int64_t i = plan.row_parts[b]; i < plan.row_parts[b + 1]; ++i) {
+        for (int64_t i = range.begin; i < range.end; ++i) {
             const Part &part = plan.parts[i];
             if (item < part.first || item > part.last) {
                 continue;
