@@ -10,6 +10,8 @@ namespace {
 
 using flamingo::Chunk;
 using flamingo::MediaPlan;
+using flamingo::Part;
+using flamingo::PartRange;
 
 using MediaParams = flamingo_media_attention_params;
 using LatentParams = flamingo_latent_attention_params;
@@ -21,12 +23,12 @@ constexpr int64_t wanted_tasks = 64;
 
 struct Plan : MediaPlan {
     std::vector<Chunk> storage;
-    std::vector<int64_t> of_item, of_row;
+    std::vector<Part> part_storage;
+    std::vector<PartRange> of_item;
 
-    explicit Plan(const MediaParams &p) {
+    Plan(const MediaParams &p, bool backward) : MediaPlan{} {
         const int64_t share = p.rows * p.tokens * p.kv_heads / wanted_tasks;
         const int64_t limit = std::min(longest_chunk, std::max(shortest_chunk, share));
-        single_item = true;
         longest = 1;
         std::vector<Chunk> blind;
         for (int64_t b = 0; b < p.rows; ++b) {
@@ -45,14 +47,12 @@ struct Plan : MediaPlan {
                            end,
                            std::max<int64_t>(first[begin], 0),
                            std::min<int64_t>(last[begin], p.media - 1),
-                           run,
-                           -1};
+                           run};
                 longest = std::max(longest, end - begin);
-                if (c.first > c.last || p.latents == 0) {
+                if (c.first > c.last || p.latents == 0 || p.heads == 0) {
                     c.first = 0, c.last = -1;
                     blind.push_back(c);
                 } else {
-                    single_item = single_item && c.first == c.last;
                     storage.push_back(c);
                 }
             }
@@ -61,36 +61,56 @@ struct Plan : MediaPlan {
             return a.row != b.row ? a.row < b.row : a.first < b.first;
         });
         seeing_count = static_cast<int64_t>(storage.size());
-        of_row = offsets(p.rows, [](const Chunk &c) { return c.row; });
-        slots = 0;
-        if (single_item) {
-            of_item = offsets(p.rows * p.media,
-                              [&](const Chunk &c) { return c.row * p.media + c.first; });
-            for (int64_t i = 0; i < p.rows * p.media; ++i) {
-                for (int64_t c = of_item[i]; c < of_item[i + 1] && of_item[i + 1] - of_item[i] > 1;
-                     ++c) {
-                    storage[c].slot = slots++;
-                }
-            }
-        }
         storage.insert(storage.end(), blind.begin(), blind.end());
         chunks = storage.data();
         chunk_count = static_cast<int64_t>(storage.size());
-        item_chunks = of_item.data();
-        row_chunks = of_row.data();
+        if (backward) {
+            divide(p);
+        }
     }
 
   private:
-    // offsets[g]: chunks of groups before g; the chunks are sorted by group.
-    template <typename Group> std::vector<int64_t> offsets(int64_t groups, Group group) const {
-        std::vector<int64_t> result(groups + 1, 0);
-        for (const Chunk &c : storage) {
-            ++result[group(c) + 1];
+    static int64_t cost(const Chunk &c) { return (c.end - c.begin) * (c.last + 1 - c.first); }
+
+    // A part ends when it costs a task's fair share, or where the next chunk has no item in common with it:
+    // shares hold at most wanted_tasks + B * Hkv times the d_k and d_v of a batch row's kv head.
+    void divide(const MediaParams &p) {
+        int64_t total = 0, part_cost = 0;
+        for (int64_t i = 0; i < seeing_count; ++i) {
+            total += cost(chunks[i]);
         }
-        for (int64_t g = 0; g < groups; ++g) {
-            result[g + 1] += result[g];
+        for (int64_t i = 0; i < seeing_count; ++i) {
+            const Chunk &c = chunks[i];
+            if (part_storage.empty() || part_storage.back().row != c.row ||
+                part_storage.back().last < c.first || part_cost * wanted_tasks >= total * p.kv_heads) {
+                part_storage.push_back({c.row, i, i, c.first, c.last, -1});
+                part_cost = 0;
+            }
+            Part &part = part_storage.back();
+            part.end = i + 1;
+            part.last = std::max(part.last, c.last);
+            part_cost += cost(c);
+            widest = std::max(widest, part.last + 1 - part.first);
         }
-        return result;
+        part_count = static_cast<int64_t>(part_storage.size());
+        of_item.assign(p.rows * p.media, {0, 0});
+        for (int64_t i = 0; i < part_count; ++i) {
+            const Part &part = part_storage[i];
+            for (int64_t item = part.first; item <= part.last; ++item) {
+                PartRange &range = of_item[part.row * p.media + item];
+                range = {range.end ? range.begin : i, i + 1};
+            }
+        }
+        for (Part &part : part_storage) {
+            const PartRange *items = of_item.data() + part.row * p.media;
+            if (std::any_of(items + part.first, items + part.last + 1,
+                            [](const PartRange &range) { return range.end - range.begin > 1; })) {
+                part.slot = slots;
+                slots += part.last + 1 - part.first;
+            }
+        }
+        parts = part_storage.data();
+        item_parts = of_item.data();
     }
 };
 
@@ -158,7 +178,8 @@ int32_t flamingo_media_attention_forward(const MediaParams *params) {
         return status;
     }
     return guarded([&] {
-        return FLAMINGO_RUN_KERNEL(p.execution.instruction_set, media_attention_forward, p, Plan(p));
+        return FLAMINGO_RUN_KERNEL(p.execution.instruction_set, media_attention_forward, p,
+                                   Plan(p, false));
     });
 }
 
@@ -170,7 +191,8 @@ int32_t flamingo_media_attention_backward(const MediaParams *params) {
         return status;
     }
     return guarded([&] {
-        return FLAMINGO_RUN_KERNEL(p.execution.instruction_set, media_attention_backward, p, Plan(p));
+        return FLAMINGO_RUN_KERNEL(p.execution.instruction_set, media_attention_backward, p,
+                                   Plan(p, true));
     });
 }
 

@@ -149,7 +149,7 @@ template <typename Real> Vectors<Real> zeros_like(const Vectors<Real> &x) {
     return result;
 }
 
-enum class Ranges { last_item, whole_history, pairs, beyond_the_slots, none };
+enum class Ranges { last_item, whole_history, pairs, of_each_token, beyond_the_slots, none };
 
 struct MediaShape {
     int64_t B, T, I, R, H, Hkv, D, gap;
@@ -182,6 +182,8 @@ template <typename Scalar> struct MediaCase {
                     from = 0, to = index;
                 } else if (ranges == Ranges::pairs) {
                     from = index / 2 * 2;
+                } else if (ranges == Ranges::of_each_token && index >= 0 && s.I > 0) {
+                    from = int32_t(t * 7 % s.I), to = int32_t(std::min(from + t % 3, s.I - 2));
                 } else if (ranges == Ranges::beyond_the_slots) {
                     from = -5, to = int32_t(s.I + 5);
                 } else if (ranges == Ranges::none) {
@@ -433,7 +435,8 @@ int main() {
         }
         for (const MediaShape &s : media_shapes) {
             for (const Ranges ranges : {Ranges::last_item, Ranges::whole_history, Ranges::pairs,
-                                        Ranges::beyond_the_slots, Ranges::none}) {
+                                        Ranges::of_each_token, Ranges::beyond_the_slots,
+                                        Ranges::none}) {
                 check_media<float>("float32", s, ranges, set, name);
                 check_media<double>("float64", s, ranges, set, name);
             }

@@ -176,12 +176,11 @@ template <typename Real> struct RowState {
     Real log_sum() const { return top + logarithm(total); }
 };
 
-// scores[rows, padded] -> weights relative to each row's new maximum; columns from `keys` on become 0.
-// `shrinks`, if given, receive the factors by which what was summed so far shrinks. Maxima come first, all
-// of them: rows do not wait for each other's.
+// States' tops -> the largest of them and of their row of scores[rows, padded]; columns from `keys` on
+// become -inf. Maxima come before any weight, all of them: rows do not wait for each other's.
 template <typename Real>
-inline void soften_rows(Real *scores, int64_t rows, int64_t keys, int64_t padded,
-                        RowState<Real> *states, Real *shrinks) {
+inline void raise_tops(Real *scores, int64_t rows, int64_t keys, int64_t padded,
+                       RowState<Real> *states) {
     for (int64_t r = 0; r < rows; ++r) {
         Real *row = scores + r * padded;
         for (int64_t j = keys; j < padded; ++j) {
@@ -191,14 +190,13 @@ inline void soften_rows(Real *scores, int64_t rows, int64_t keys, int64_t padded
         for (int64_t j = lanes<Real>; j < padded; j += lanes<Real>) {
             top = largest<Real>(top, load(row + j));
         }
-        RowState<Real> &state = states[r];
-        const Real new_top = std::max(largest_of<Real>(top), state.top);
-        if (shrinks) {
-            shrinks[r] = state.total > 0 ? exponential(state.top - new_top) : Real(0);
-            state.total *= shrinks[r];
-        }
-        state.top = new_top;
+        states[r].top = std::max(largest_of<Real>(top), states[r].top);
     }
+}
+
+// scores[rows, padded] -> weights relative to each row's top, which are added to its total.
+template <typename Real>
+inline void weigh_rows(Real *scores, int64_t rows, int64_t padded, RowState<Real> *states) {
     for (int64_t r = 0; r < rows; ++r) {
         Real *row = scores + r * padded;
         // Where every score so far is -inf all weights are 0; a later block may hold others.
@@ -211,6 +209,22 @@ inline void soften_rows(Real *scores, int64_t rows, int64_t keys, int64_t padded
         }
         states[r].total += sum_of<Real>(total);
     }
+}
+
+// scores[rows, padded] -> weights relative to each row's new maximum; columns from `keys` on become 0.
+// `shrinks`, if given, receive the factors by which what was summed so far shrinks.
+template <typename Real>
+inline void soften_rows(Real *scores, int64_t rows, int64_t keys, int64_t padded,
+                        RowState<Real> *states, Real *shrinks) {
+    for (int64_t r = 0; r < rows && shrinks; ++r) {
+        shrinks[r] = states[r].top;
+    }
+    raise_tops(scores, rows, keys, padded, states);
+    for (int64_t r = 0; r < rows && shrinks; ++r) {
+        shrinks[r] = states[r].total > 0 ? exponential(shrinks[r] - states[r].top) : Real(0);
+        states[r].total *= shrinks[r];
+    }
+    weigh_rows(scores, rows, padded, states);
 }
 
 // scores[padded] -> final weights exp(score - log_sum); columns from `keys` on become 0.
@@ -243,18 +257,16 @@ inline void score_gradient_row(const Real *weights, Real *d_weights, int64_t pad
     }
 }
 
-// Weights of one row before their division by `total` -> final weights, and d_weights -> the gradients of
-// the scores, times `factor`. Returns delta, the weighted sum of d_weights.
+// Weights of one row before their division by the total -> final weights, and d_weights -> the gradients of
+// the scores, times `factor`.
 template <typename Real>
-inline Real finish_row(Real *weights, Real *d_weights, int64_t padded, Real total, Real factor) {
-    const Real inverse = 1 / total;
-    const Real delta = weighted_sum(weights, d_weights, padded) * inverse;
+inline void finish_row(Real *weights, Real *d_weights, int64_t padded, Real inverse_total, Real delta,
+                       Real factor) {
     for (int64_t j = 0; j < padded; j += lanes<Real>) {
-        const vec<Real> weight = load(weights + j) * inverse;
+        const vec<Real> weight = load(weights + j) * inverse_total;
         store(weights + j, weight);
         store(d_weights + j, factor * weight * (load(d_weights + j) - delta));
     }
-    return delta;
 }
 
 template <typename Real> inline void scale_row(Real *row, int64_t padded, Real factor) {
@@ -318,25 +330,33 @@ void attend_unpacked(Rows<const T> k, Rows<const T> v, int64_t keys, int64_t hea
     }
 }
 
-// What the backward of a stretch of query rows needs beside the keys.
+// What the backward of a stretch of query rows needs beside the keys, which may be several blocks.
 template <typename Real> struct QueryRows {
     int64_t rows = 0;             // at most score_rows
+    int64_t padded_dim = 0;
+    int64_t block_size = 0;       // score_rows * padded keys
     Real *q = nullptr;            // [score_rows, padded_dim]
     Real *d_out = nullptr;        // [score_rows, padded_dim]
-    Real *weights = nullptr;      // [score_rows, padded keys]
-    Real *score_grads = nullptr;  // [score_rows, padded keys]
-    int64_t padded_dim = 0;
+    Real *weights = nullptr;      // [blocks, score_rows, padded keys]
+    Real *score_grads = nullptr;  // [blocks, score_rows, padded keys]
 
-    static int64_t bytes(int64_t most_keys, int64_t head_dim) {
+    static int64_t bytes(int64_t most_keys, int64_t head_dim, int64_t blocks = 1) {
         return 2 * Scratch::bytes_of<Real>(score_rows * round_up(head_dim, lanes<Real>)) +
-               2 * Scratch::bytes_of<Real>(score_rows * round_up(most_keys, lanes<Real>));
+               2 * Scratch::bytes_of<Real>(blocks * score_rows * round_up(most_keys, lanes<Real>));
     }
-    QueryRows(Scratch &scratch, int64_t most_keys, int64_t head_dim) {
+    QueryRows(Scratch &scratch, int64_t most_keys, int64_t head_dim, int64_t blocks = 1) {
         padded_dim = round_up(head_dim, lanes<Real>);
+        block_size = score_rows * round_up(most_keys, lanes<Real>);
         q = scratch.take<Real>(score_rows * padded_dim);
         d_out = scratch.take<Real>(score_rows * padded_dim);
-        weights = scratch.take<Real>(score_rows * round_up(most_keys, lanes<Real>));
-        score_grads = scratch.take<Real>(score_rows * round_up(most_keys, lanes<Real>));
+        weights = scratch.take<Real>(blocks * block_size);
+        score_grads = scratch.take<Real>(blocks * block_size);
+    }
+    QueryRows of_block(int64_t block) const {
+        QueryRows result = *this;
+        result.weights += block * block_size;
+        result.score_grads += block * block_size;
+        return result;
     }
     template <typename T>
     void pack(Rows<const T> q_rows, Rows<const T> d_out_rows, int64_t count, int64_t head_dim) {
@@ -344,10 +364,13 @@ template <typename Real> struct QueryRows {
         pack_rows(q_rows, count, head_dim, Real(1), q, padded_dim);
         pack_rows(d_out_rows, count, head_dim, Real(1), d_out, padded_dim);
     }
-    // Raw scores into `weights`, gradients of the weights into `score_grads`.
-    void products(const KeyBlock<Real> &block, int64_t head_dim) {
+    // Raw scores, into `weights`.
+    void scores(const KeyBlock<Real> &block, int64_t head_dim) const {
         product<Real>(rows, block.padded_keys, head_dim, {q, padded_dim, 1}, block.k_transposed,
                       block.padded_keys, weights, block.padded_keys, false);
+    }
+    // Gradients of the weights, into `score_grads`.
+    void weight_gradients(const KeyBlock<Real> &block, int64_t head_dim) const {
         product<Real>(rows, block.padded_keys, head_dim, {d_out, padded_dim, 1}, block.v_transposed,
                       block.padded_keys, score_grads, block.padded_keys, false);
     }

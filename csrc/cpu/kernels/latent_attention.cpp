@@ -154,7 +154,8 @@ template <typename T, typename Real> struct Latents {
                 if (!packed_once) {
                     pack_queries(r);
                 }
-                queries.products(keys, p.head_dim);
+                queries.scores(keys, p.head_dim);
+                queries.weight_gradients(keys, p.head_dim);
                 for (int64_t i = 0; i < queries.rows; ++i) {
                     Real *weights = queries.weights + i * keys.padded_keys;
                     weigh_row(weights, keys.keys, keys.padded_keys, lse[r + i]);

@@ -9,6 +9,7 @@ namespace {
 using Params = flamingo_media_attention_params;
 using flamingo::Chunk;
 using flamingo::MediaPlan;
+using flamingo::Part;
 
 // q, out and their gradients: the head's vectors of consecutive tokens.
 template <typename T>
@@ -246,276 +247,148 @@ template <typename T, typename Real> struct Media {
         return ok;
     }
 
-    // Every range one item of one block: its keys stay packed, the softmax is complete in a score row,
-    // and one pass gives all gradients.
-    struct SingleBlock {
-        KeyBlock<Real> keys;
-        QueryRows<Real> queries;
-        Real *d_q;       // [score_rows, padded_dim]
-        Real *d_k, *d_v; // [R, padded_dim]
+    // What one task of the backward works in: for each key that a part sees, five vectors of padded_dim
+    // (packed, and summed gradients) and two scores of score_rows rows.
+    struct PartScratch {
+        KeyBlock<Real> *keys;    // [widest * blocks]
+        QueryRows<Real> queries; // scores of as many blocks
+        Real *d_q;               // [score_rows, padded_dim]
+        Real *sums;              // [widest, share_size]
 
-        static int64_t bytes(const Media &m) {
-            return KeyBlock<Real>::bytes(m.most_keys, m.p.head_dim, true) +
-                   QueryRows<Real>::bytes(m.most_keys, m.p.head_dim) +
+        static int64_t bytes(const Media &m, int64_t widest) {
+            const int64_t count = widest * m.blocks;
+            return Scratch::bytes_of<KeyBlock<Real>>(count) +
+                   count * KeyBlock<Real>::bytes(m.most_keys, m.p.head_dim, true) +
+                   QueryRows<Real>::bytes(m.most_keys, m.p.head_dim, count) +
                    Scratch::bytes_of<Real>(score_rows * m.padded_dim) +
-                   2 * Scratch::bytes_of<Real>(m.most_keys * m.padded_dim);
+                   Scratch::bytes_of<Real>(widest * m.share_size());
         }
-        SingleBlock(Scratch &scratch, const Media &m)
-            : keys(scratch, m.most_keys, m.p.head_dim, true),
-              queries(scratch, m.most_keys, m.p.head_dim) {
+        PartScratch(Scratch &scratch, const Media &m, int64_t widest)
+            : keys(scratch.take<KeyBlock<Real>>(widest * m.blocks)),
+              queries(scratch, m.most_keys, m.p.head_dim, widest * m.blocks) {
             d_q = scratch.take<Real>(score_rows * m.padded_dim);
-            d_k = scratch.take<Real>(m.most_keys * m.padded_dim);
-            d_v = scratch.take<Real>(m.most_keys * m.padded_dim);
+            sums = scratch.take<Real>(widest * m.share_size());
+            for (int64_t block = 0; block < widest * m.blocks; ++block) {
+                keys[block] = KeyBlock<Real>(scratch, m.most_keys, m.p.head_dim, true);
+                keys[block].v = keys[0].v; // used while packing alone
+            }
         }
     };
 
+    // Of one item and kv head: d_k, then d_v, both [R, padded_dim], without gate and scale.
     int64_t share_size() const { return 2 * p.latents * padded_dim; }
 
-    // Keys' gradients as they are summed (without gate and scale) -> d_k, d_v of one block.
-    void write_key_gradients(int64_t b, int64_t item, int64_t block, int64_t kv_head,
-                             const Real *d_k, const Real *d_v) const {
-        const Rows<T> k_rows = media_rows<T>(p.d_k, b, item, block * key_block, kv_head);
-        const Rows<T> v_rows = media_rows<T>(p.d_v, b, item, block * key_block, kv_head);
-        for (int64_t r = 0; r < block_keys(block); ++r) {
-            narrow_row(d_k + r * padded_dim, scale, k_rows[r], p.head_dim);
-            narrow_row(d_v + r * padded_dim, gate, v_rows[r], p.head_dim);
+    // Where a part that shares its items keeps the sums of one of them.
+    int64_t share_at(const Part &part, int64_t item, int64_t kv_head) const {
+        const int64_t items = part.last + 1 - part.first;
+        return (part.slot * p.kv_heads + items * kv_head + item - part.first) * share_size();
+    }
+
+    void write_key_gradients(int64_t b, int64_t item, int64_t kv_head, const Real *sums) const {
+        const Rows<T> d_k = media_rows<T>(p.d_k, b, item, 0, kv_head);
+        const Rows<T> d_v = media_rows<T>(p.d_v, b, item, 0, kv_head);
+        for (int64_t r = 0; r < p.latents; ++r) {
+            narrow_row(sums + r * padded_dim, scale, d_k[r], p.head_dim);
+            narrow_row(sums + (p.latents + r) * padded_dim, gate, d_v[r], p.head_dim);
         }
     }
 
-    // Returns the chunk's share of the gradient of tanh(gate).
-    Real backward_chunk(const Chunk &c, int64_t kv_head, SingleBlock &s, Real *share) const {
-        pack(s.keys, c.row, c.first, 0, kv_head);
-        const int64_t padded_keys = s.keys.padded_keys;
-        bool first_rows = true;
-        Real d_gate = 0;
-        for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-            for (int64_t t = c.begin; t < c.end; t += score_rows) {
-                QueryRows<Real> &queries = s.queries;
-                queries.template pack<T>(text_rows<const T>(p.q, c.row, t, h),
-                                         text_rows<const T>(p.d_out, c.row, t, h),
-                                         smaller(score_rows, c.end - t), p.head_dim);
-                queries.products(s.keys, p.head_dim);
-                RowState<Real> states[score_rows];
-                std::fill_n(states, queries.rows, RowState<Real>::empty());
-                soften_rows<Real>(queries.weights, queries.rows, s.keys.keys, padded_keys, states, nullptr);
-                for (int64_t r = 0; r < queries.rows; ++r) {
-                    d_gate += finish_row(queries.weights + r * padded_keys,
-                                         queries.score_grads + r * padded_keys, padded_keys,
-                                         states[r].total, gate);
-                }
-                queries.query_gradients(s.keys, s.d_q, false);
-                const Rows<T> d_q = text_rows<T>(p.d_q, c.row, t, h);
-                for (int64_t r = 0; r < queries.rows; ++r) {
-                    narrow_row(s.d_q + r * padded_dim, Real(1), d_q[r], p.head_dim);
-                }
-                queries.key_gradients(s.keys, s.d_k, s.d_v, !first_rows);
-                first_rows = false;
-            }
-        }
-        if (first_rows) { // no heads
-            clear(s.d_k, p.latents * padded_dim);
-            clear(s.d_v, p.latents * padded_dim);
-        }
-        if (share) {
-            memcpy(share, s.d_k, size_t(p.latents * padded_dim) * sizeof(Real));
-            memcpy(share + p.latents * padded_dim, s.d_v,
-                   size_t(p.latents * padded_dim) * sizeof(Real));
-        } else {
-            write_key_gradients(c.row, c.first, 0, kv_head, s.d_k, s.d_v);
-        }
-        return d_gate;
-    }
-
-    bool backward_single(const MediaPlan &plan, Real *d_gates) const {
-        Scratch shares(Scratch::bytes_of<Real>(plan.slots * p.kv_heads * share_size()));
-        bool ok = shares.ok();
-        Real *share_of = shares.template take<Real>(0);
-        const int64_t tasks = plan.seeing_count * p.kv_heads;
-        const int64_t items = p.rows * p.media * p.kv_heads;
-        const bool all_ok = ok;
-#pragma omp parallel num_threads(threads(p.rows * p.tokens * p.heads)) reduction(&& : ok)
-        {
-            Scratch scratch(SingleBlock::bytes(*this));
-            ok = all_ok && scratch.ok();
-            SingleBlock single(scratch, *this);
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < tasks; ++task) {
-                const Chunk &c = plan.chunks[task / p.kv_heads];
-                Real *share = c.slot < 0 ? nullptr
-                                         : share_of + (c.slot * p.kv_heads + task % p.kv_heads) *
-                                                          share_size();
-                if (ok) {
-                    d_gates[task] = backward_chunk(c, task % p.kv_heads, single, share);
-                }
-            }
-            // Items seen by several chunks: their shares in the order of tokens. By none: zeros.
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < items; ++task) {
-                const int64_t item = task / p.kv_heads, kv_head = task % p.kv_heads;
-                const int64_t begin = plan.item_chunks[item], end = plan.item_chunks[item + 1];
-                if (end - begin == 1 || !ok) {
-                    continue;
-                }
-                clear(single.d_k, p.latents * padded_dim);
-                clear(single.d_v, p.latents * padded_dim);
-                for (int64_t chunk = begin; chunk < end; ++chunk) {
-                    const Real *share =
-                        share_of + (plan.chunks[chunk].slot * p.kv_heads + kv_head) * share_size();
-                    add_row(single.d_k, share, p.latents * padded_dim);
-                    add_row(single.d_v, share + p.latents * padded_dim, p.latents * padded_dim);
-                }
-                write_key_gradients(item / p.media, item % p.media, 0, kv_head, single.d_k,
-                                    single.d_v);
-            }
-        }
-        return ok;
-    }
-
-    static void add_row(Real *to, const Real *from, int64_t count) {
-        for (int64_t i = 0; i < count; i += lanes<Real>) {
-            store(to + i, load(to + i) + load(from + i));
-        }
-    }
-
-    // Ranges of several items or items of several blocks: first each row's log-sum, delta and d_q,
-    // then each block's d_k and d_v over all rows that see it.
-    struct ManyBlocks {
-        KeyBlock<Real> keys;
-        QueryRows<Real> queries;
-        Attended attended;
-        Real *d_k, *d_v;
-
-        static int64_t bytes(const Media &m, int64_t longest) {
-            return KeyBlock<Real>::bytes(m.most_keys, m.p.head_dim, true) +
-                   QueryRows<Real>::bytes(m.most_keys, m.p.head_dim) +
-                   Attended::bytes(m, longest) +
-                   2 * Scratch::bytes_of<Real>(m.most_keys * m.padded_dim);
-        }
-        ManyBlocks(Scratch &scratch, const Media &m, int64_t longest)
-            : keys(scratch, m.most_keys, m.p.head_dim, true),
-              queries(scratch, m.most_keys, m.p.head_dim), attended(scratch, m, longest) {
-            d_k = scratch.take<Real>(m.most_keys * m.padded_dim);
-            d_v = scratch.take<Real>(m.most_keys * m.padded_dim);
-        }
-    };
-
-    // The packed block's final weights and score gradients of `count` tokens from t on.
-    void score_gradients(ManyBlocks &m, int64_t b, int64_t t, int64_t count, int64_t h,
-                         const Real *log_sums, const Real *deltas) const {
-        QueryRows<Real> &queries = m.queries;
-        queries.template pack<T>(text_rows<const T>(p.q, b, t, h),
-                                 text_rows<const T>(p.d_out, b, t, h), count, p.head_dim);
-        queries.products(m.keys, p.head_dim);
-        const int64_t padded_keys = m.keys.padded_keys;
-        const int64_t at = (b * p.heads + h) * p.tokens + t;
-        for (int64_t r = 0; r < count; ++r) {
-            Real *weights = queries.weights + r * padded_keys;
-            weigh_row(weights, m.keys.keys, padded_keys, log_sums[at + r]);
-            score_gradient_row(weights, queries.score_grads + r * padded_keys, padded_keys,
-                               deltas[at + r], gate);
-        }
-    }
-
-    Real backward_rows(const Chunk &c, int64_t kv_head, ManyBlocks &m, Real *log_sums,
-                       Real *deltas) const {
-        Attended &a = m.attended;
-        attend(c, kv_head, m.keys, a);
+    // Calls visit(h, t, r, n) for every head that is among `count` rows of a chunk from `begin` on: its n
+    // tokens from t on are rows r, r + 1, ... of them. A chunk has all tokens of a head, then of the next.
+    template <typename Visit>
+    void for_each_head(const Chunk &c, int64_t kv_head, int64_t begin, int64_t count,
+                       Visit visit) const {
         const int64_t length = c.end - c.begin;
+        for (int64_t r = 0, n; r < count; r += n) {
+            const int64_t g = (begin + r) / length, t = (begin + r) % length;
+            n = smaller(count - r, length - t);
+            visit(kv_head * group + g, c.begin + t, r, n);
+        }
+    }
+
+    // Up to score_rows rows of a chunk, from `begin` on, with the scores of all keys of its range at once.
+    // Blocks of the part from `fresh` on are neither packed nor have sums yet. Returns the rows' share of
+    // the gradient of tanh(gate).
+    Real backward_rows(const Part &part, const Chunk &c, int64_t kv_head, int64_t begin,
+                       int64_t fresh, PartScratch &s, Real *sums) const {
+        QueryRows<Real> &queries = s.queries;
+        queries.rows = smaller(score_rows, group * (c.end - c.begin) - begin);
+        for_each_head(c, kv_head, begin, queries.rows, [&](int64_t h, int64_t t, int64_t r, int64_t n) {
+            pack_rows(text_rows<const T>(p.q, c.row, t, h), n, p.head_dim, Real(1),
+                      queries.q + r * padded_dim, padded_dim);
+            pack_rows(text_rows<const T>(p.d_out, c.row, t, h), n, p.head_dim, Real(1),
+                      queries.d_out + r * padded_dim, padded_dim);
+        });
+        RowState<Real> states[score_rows];
+        std::fill_n(states, queries.rows, RowState<Real>::empty());
+        const int64_t first = (c.first - part.first) * blocks;
+        const int64_t end = (c.last + 1 - part.first) * blocks;
+        for (int64_t block = first; block < end; ++block) {
+            KeyBlock<Real> &keys = s.keys[block];
+            if (block >= fresh) {
+                pack(keys, c.row, part.first + block / blocks, block % blocks, kv_head);
+            }
+            const QueryRows<Real> scored = queries.of_block(block);
+            scored.scores(keys, p.head_dim);
+            raise_tops(scored.weights, scored.rows, keys.keys, keys.padded_keys, states);
+        }
+        Real deltas[score_rows] = {};
+        for (int64_t block = first; block < end; ++block) {
+            const KeyBlock<Real> &keys = s.keys[block];
+            const QueryRows<Real> scored = queries.of_block(block);
+            weigh_rows(scored.weights, scored.rows, keys.padded_keys, states);
+            scored.weight_gradients(keys, p.head_dim);
+            for (int64_t r = 0; r < scored.rows; ++r) {
+                deltas[r] += weighted_sum(scored.weights + r * keys.padded_keys,
+                                          scored.score_grads + r * keys.padded_keys,
+                                          keys.padded_keys);
+            }
+        }
         Real d_gate = 0;
-        for (int64_t g = 0; g < group; ++g) {
-            const int64_t h = kv_head * group + g;
-            const Rows<const T> d_out = text_rows<const T>(p.d_out, c.row, c.begin, h);
-            Real *log_sum = log_sums + (c.row * p.heads + h) * p.tokens + c.begin;
-            Real *delta = deltas + (c.row * p.heads + h) * p.tokens + c.begin;
-            for (int64_t t = 0; t < length; ++t) {
-                const int64_t r = g * length + t;
-                pack_rows(Rows<const T>{d_out[t], 0}, 1, p.head_dim, Real(1), a.row, padded_dim);
-                log_sum[t] = a.states[r].log_sum();
-                delta[t] = weighted_sum(a.row, a.out + r * padded_dim, padded_dim) /
-                           a.states[r].total;
-                d_gate += delta[t];
-            }
+        for (int64_t r = 0; r < queries.rows; ++r) {
+            deltas[r] /= states[r].total;
+            d_gate += deltas[r];
         }
-        Real *d_q = a.out; // the weighted values are used up
-        bool first_block = true;
-        for (int64_t item = c.first; item <= c.last; ++item) {
-            for (int64_t block = 0; block < blocks; ++block, first_block = false) {
-                pack(m.keys, c.row, item, block, kv_head);
-                for (int64_t g = 0; g < group; ++g) {
-                    for (int64_t t = 0; t < length; t += score_rows) {
-                        score_gradients(m, c.row, c.begin + t, smaller(score_rows, length - t),
-                                        kv_head * group + g, log_sums, deltas);
-                        m.queries.query_gradients(m.keys, d_q + (g * length + t) * padded_dim,
-                                                  !first_block);
-                    }
-                }
+        for (int64_t block = first; block < end; ++block) {
+            const KeyBlock<Real> &keys = s.keys[block];
+            const QueryRows<Real> scored = queries.of_block(block);
+            for (int64_t r = 0; r < scored.rows; ++r) {
+                finish_row(scored.weights + r * keys.padded_keys,
+                           scored.score_grads + r * keys.padded_keys, keys.padded_keys,
+                           1 / states[r].total, deltas[r], gate);
             }
+            Real *d_k = sums + block / blocks * share_size() + block % blocks * key_block * padded_dim;
+            scored.query_gradients(keys, s.d_q, block > first);
+            scored.key_gradients(keys, d_k, d_k + p.latents * padded_dim, block < fresh);
         }
-        for (int64_t g = 0; g < group; ++g) {
-            const Rows<T> to = text_rows<T>(p.d_q, c.row, c.begin, kv_head * group + g);
-            for (int64_t t = 0; t < length; ++t) {
-                narrow_row(d_q + (g * length + t) * padded_dim, Real(1), to[t], p.head_dim);
+        for_each_head(c, kv_head, begin, queries.rows, [&](int64_t h, int64_t t, int64_t r, int64_t n) {
+            const Rows<T> d_q = text_rows<T>(p.d_q, c.row, t, h);
+            for (int64_t i = 0; i < n; ++i) {
+                narrow_row(s.d_q + (r + i) * padded_dim, Real(1), d_q[i], p.head_dim);
             }
-        }
+        });
         return d_gate;
     }
 
-    void backward_keys(const MediaPlan &plan, int64_t b, int64_t item, int64_t block,
-                       int64_t kv_head, ManyBlocks &m, const Real *log_sums,
-                       const Real *deltas) const {
-        clear(m.d_k, most_keys * padded_dim);
-        clear(m.d_v, most_keys * padded_dim);
-        bool packed = false;
-        for (int64_t chunk = plan.row_chunks[b]; chunk < plan.row_chunks[b + 1]; ++chunk) {
+    // Returns the part's share of the gradient of tanh(gate).
+    Real backward_part(const MediaPlan &plan, const Part &part, int64_t kv_head, PartScratch &s,
+                       Real *shares) const {
+        const bool shared = part.slot >= 0;
+        Real *sums = shared ? shares + share_at(part, part.first, kv_head) : s.sums;
+        Real d_gate = 0;
+        int64_t fresh = 0;
+        for (int64_t chunk = part.begin; chunk < part.end; ++chunk) {
             const Chunk &c = plan.chunks[chunk];
-            if (item < c.first || item > c.last) {
-                continue;
-            }
-            if (!packed) { // an item that nothing sees is never read
-                pack(m.keys, b, item, block, kv_head);
-                packed = true;
-            }
-            for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-                for (int64_t t = c.begin; t < c.end; t += score_rows) {
-                    score_gradients(m, b, t, smaller(score_rows, c.end - t), h, log_sums, deltas);
-                    m.queries.key_gradients(m.keys, m.d_k, m.d_v, true);
-                }
+            for (int64_t r = 0; r < group * (c.end - c.begin); r += score_rows) {
+                d_gate += backward_rows(part, c, kv_head, r, fresh, s, sums);
+                fresh = bigger(fresh, (c.last + 1 - part.first) * blocks);
             }
         }
-        write_key_gradients(b, item, block, kv_head, m.d_k, m.d_v);
-    }
-
-    bool backward_many(const MediaPlan &plan, Real *d_gates) const {
-        const int64_t text = p.rows * p.heads * p.tokens;
-        Scratch saved(2 * Scratch::bytes_of<Real>(text));
-        const bool all_ok = saved.ok();
-        bool ok = all_ok;
-        Real *log_sums = saved.template take<Real>(text), *deltas = saved.template take<Real>(text);
-        const int64_t row_tasks = plan.seeing_count * p.kv_heads;
-        const int64_t key_tasks = p.rows * p.media * blocks * p.kv_heads;
-#pragma omp parallel num_threads(threads(text)) reduction(&& : ok)
-        {
-            Scratch scratch(ManyBlocks::bytes(*this, plan.longest));
-            ok = all_ok && scratch.ok();
-            ManyBlocks many(scratch, *this, plan.longest);
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < row_tasks; ++task) {
-                if (ok) {
-                    d_gates[task] = backward_rows(plan.chunks[task / p.kv_heads],
-                                                  task % p.kv_heads, many, log_sums, deltas);
-                }
-            }
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < key_tasks; ++task) {
-                const int64_t block = task / p.kv_heads % blocks;
-                const int64_t item = task / p.kv_heads / blocks;
-                if (ok) {
-                    backward_keys(plan, item / p.media, item % p.media, block, task % p.kv_heads,
-                                  many, log_sums, deltas);
-                }
-            }
+        for (int64_t item = part.first; item <= part.last && !shared; ++item) {
+            write_key_gradients(part.row, item, kv_head,
+                                sums + (item - part.first) * share_size());
         }
-        return ok;
+        return d_gate;
     }
 
     bool backward(const MediaPlan &plan) const {
@@ -524,22 +397,73 @@ template <typename T, typename Real> struct Media {
                 write_zeros(p.d_q, plan.chunks[chunk], kv_head);
             }
         }
-        const int64_t shares = plan.seeing_count * p.kv_heads;
-        Scratch scratch(Scratch::bytes_of<Real>(shares));
-        if (!scratch.ok()) {
-            return false;
+        const int64_t tasks = plan.part_count * p.kv_heads;
+        const int64_t items = p.rows * p.media * p.kv_heads;
+        Scratch shared(Scratch::bytes_of<Real>(plan.slots * p.kv_heads * share_size()) +
+                       Scratch::bytes_of<Real>(tasks));
+        Real *shares = shared.template take<Real>(plan.slots * p.kv_heads * share_size());
+        Real *d_gates = shared.template take<Real>(tasks);
+        bool ok = true;
+#pragma omp parallel num_threads(threads(p.rows * p.tokens * p.heads)) reduction(&& : ok)
+        {
+            Scratch scratch(PartScratch::bytes(*this, plan.widest));
+            ok = shared.ok() && scratch.ok();
+            PartScratch own(scratch, *this, ok ? plan.widest : 0);
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < tasks; ++task) {
+                if (ok) {
+                    d_gates[task] = backward_part(plan, plan.parts[task / p.kv_heads],
+                                                  task % p.kv_heads, own, shares);
+                }
+            }
+            // Items of several parts: the sum of their shares in the order of parts. Of none: zeros.
+#pragma omp for schedule(dynamic)
+            for (int64_t task = 0; task < items; ++task) {
+                if (ok) {
+                    join_shares(plan, task / p.kv_heads, task % p.kv_heads, shares);
+                }
+            }
         }
-        Real *d_gates = scratch.template take<Real>(shares);
-        const bool ok = plan.single_item && blocks == 1 ? backward_single(plan, d_gates)
-                                                        : backward_many(plan, d_gates);
         if (ok && p.d_gate) {
             Real d_tanh = 0;
-            for (int64_t i = 0; i < shares; ++i) {
-                d_tanh += d_gates[i];
+            for (int64_t task = 0; task < tasks; ++task) {
+                d_tanh += d_gates[task];
             }
             *static_cast<Real *>(p.d_gate) = d_tanh * (1 - gate * gate);
         }
         return ok;
+    }
+
+    // Writes d_k and d_v of an item, counted over all batch rows, unless its only part did.
+    void join_shares(const MediaPlan &plan, int64_t index, int64_t kv_head, Real *shares) const {
+        const int64_t b = index / p.media, item = index % p.media;
+        const flamingo::PartRange range = plan.item_parts[index];
+        Real *sums = nullptr;
+        for (int64_t i = range.begin; i < range.end; ++i) {
+            const Part &part = plan.parts[i];
+            if (item < part.first || item > part.last) {
+                continue;
+            }
+            if (part.slot < 0) {
+                return;
+            }
+            Real *share = shares + share_at(part, item, kv_head);
+            if (sums) {
+                for (int64_t d = 0; d < share_size(); d += lanes<Real>) {
+                    store(sums + d, load(sums + d) + load(share + d));
+                }
+            } else {
+                sums = share;
+            }
+        }
+        if (sums) {
+            write_key_gradients(b, item, kv_head, sums);
+            return;
+        }
+        for (int64_t r = 0; r < p.latents; ++r) {
+            memset(media_rows<T>(p.d_k, b, item, r, kv_head).data, 0, size_t(p.head_dim) * sizeof(T));
+            memset(media_rows<T>(p.d_v, b, item, r, kv_head).data, 0, size_t(p.head_dim) * sizeof(T));
+        }
     }
 };
 
