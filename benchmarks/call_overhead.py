@@ -12,6 +12,7 @@ It prints and writes ``<output>/<device>/call_overhead.json``; ``publish`` puts 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -58,17 +59,19 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
 
 def native_call(call: Callable[[], object]) -> tuple[Callable[[], object], object]:
     """The native function that ``call`` ends in, with its parameters, and what keeps them valid."""
-    recorded: list[tuple[Callable[[bytes], int], bytes]] = []
+    recorded: list[tuple[str, bytes]] = []
     functions = library.function
 
-    def recording(name: str) -> Callable[[bytes], int]:
-        return lambda params: recorded.append((functions(name), params)) or functions(name)(params)
+    def recording(name: str) -> Callable[[bytes], None]:
+        return lambda params: recorded.append((name, params)) or functions(name)(params)
 
     memo.forget()
     with mock.patch.object(library, "function", recording):
         out = call()
     memo.forget()
-    ((function, params),) = recorded
+    ((name, params),) = recorded
+    function = library.load()[name]  # a new one, without the check of its status
+    function.argtypes = [ctypes.c_void_p]
     return lambda: function(params), out
 
 

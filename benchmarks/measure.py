@@ -168,17 +168,17 @@ def _check_patience(call: str, seconds: float, effort: Effort) -> None:
         )
 
 
-def try_forward(implementation: Implementation, calls: int, effort: Effort) -> None:
-    """Call ``forward`` up to ``calls`` times, of which the first may compile.
+def try_forward(implementation: Implementation, effort: Effort) -> None:
+    """Call ``forward``, and where that takes long once more: the first call may compile.
 
     Raises
     ------
     TooSlowError
-        Each of them took longer than the patience.
+        Both took longer than the patience.
     """
     before, seconds = implementation.before or (lambda: None), float("inf")
     with torch.no_grad():
-        for _ in range(calls):
+        for _ in range(2):
             if seconds > effort.patience:
                 before()
                 start = time.perf_counter()

@@ -212,7 +212,7 @@ class _Session:
         try:
             implementation = peer.setup(problem)
             if problem.device.type == "cpu":
-                measure.try_forward(implementation, 2 if peer.compiled else 1, self.effort)
+                measure.try_forward(implementation, self.effort)
             errors = gate.check(problem, implementation, truth)
         except UnavailableError as error:
             self._append(**common, status="unavailable", reason=str(error))

@@ -19,4 +19,4 @@ def accumulated(parameter: Tensor | None, x: Tensor) -> Tensor | None:
 
 def score_scale(q: Tensor, scale: float | None) -> float:
     """Multiplier of attention scores: ``scale``, or ``D ** -0.5`` of ``q`` [..., D]."""
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    return q.shape[-1] ** -0.5 if scale is None else scale

@@ -72,19 +72,26 @@ struct Plan : MediaPlan {
   private:
     static int64_t cost(const Chunk &c) { return (c.end - c.begin) * (c.last + 1 - c.first); }
 
-    // A part ends when it costs a task's fair share, or where the next chunk has no item in common with it:
-    // shares hold at most wanted_tasks + B * Hkv times the d_k and d_v of a batch row's kv head.
+    // A part ends when it costs a task's fair share, where the next chunk has no item in common with it, and
+    // before it sees more than twice the items of its widest chunk, which bounds a task's scratch. Where a
+    // batch row has ranges of about one width, shares hold at most about wanted_tasks + B * Hkv times the d_k
+    // and d_v of a batch row's kv head.
     void divide(const MediaParams &p) {
-        int64_t total = 0, part_cost = 0;
+        int64_t total = 0, part_cost = 0, widest_chunk = 0;
         for (int64_t i = 0; i < seeing_count; ++i) {
             total += cost(chunks[i]);
         }
         for (int64_t i = 0; i < seeing_count; ++i) {
             const Chunk &c = chunks[i];
+            const int64_t width = c.last + 1 - c.first;
+            widest_chunk = std::max(widest_chunk, width);
             if (part_storage.empty() || part_storage.back().row != c.row ||
-                part_storage.back().last < c.first || part_cost * wanted_tasks >= total * p.kv_heads) {
+                part_storage.back().last < c.first ||
+                c.last + 1 - part_storage.back().first > 2 * widest_chunk ||
+                part_cost * wanted_tasks >= total * p.kv_heads) {
                 part_storage.push_back({c.row, i, i, c.first, c.last, -1});
                 part_cost = 0;
+                widest_chunk = width;
             }
             Part &part = part_storage.back();
             part.end = i + 1;

@@ -134,7 +134,7 @@ FLAMINGO_API const char *flamingo_instruction_set_name(int32_t bit);
 /* out = tanh(gate) * softmax(scale * q k^T) v over the R latents of media items first..last of each
  * token, the range clipped to [0, I). An empty range gives exact zeros. Media outside every range is
  * never read. The bits of a row depend on nothing but that row: not on the batch, not on threads.
- * Both return a flamingo_status; nothing is written unless it is FLAMINGO_OK. */
+ * Both return a flamingo_status; unless it is FLAMINGO_OK or FLAMINGO_OUT_OF_MEMORY nothing is written. */
 FLAMINGO_API int32_t flamingo_media_attention_forward(const flamingo_media_attention_params *params);
 /* All gradients from the inputs alone: nothing is saved by the forward. d_gate is that of the gate
  * before its tanh. Deterministic: the order of every sum is fixed by shapes and ranges. */

@@ -70,7 +70,9 @@ int main() {
         expect(std::strcmp(flamingo_status_message(status), "unknown status") != 0,
                "every status has a message");
     }
-    const flamingo_execution execution = {FLAMINGO_FLOAT32, 1, FLAMINGO_PORTABLE};
+    flamingo_execution execution{};
+    execution.dtype = FLAMINGO_FLOAT32, execution.threads = 1;
+    execution.instruction_set = FLAMINGO_PORTABLE;
     expect(flamingo_multiply_add_rate(&execution, 0.01) > 1e8, "a ceiling above 0.1 GFLOP/s");
     return report();
 }

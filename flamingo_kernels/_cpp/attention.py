@@ -63,9 +63,8 @@ def bind_media_attention_forward(
         Of (q, k, v, first, last, gate): out [B, T, H, D], contiguous. The ranges are contiguous,
         the gate is in the dtype of accumulation or None.
     """
-    name = "flamingo_media_attention_forward"
     function, pack, threads = (
-        library.function(name),
+        library.function("flamingo_media_attention_forward"),
         _MEDIA_FORWARD_PARAMS.pack,
         torch.get_num_threads,
     )
@@ -88,14 +87,12 @@ def bind_media_attention_forward(
             b"",
             first.data_ptr(),
             last.data_ptr(),
-            0 if gate is None else gate.data_ptr(),
+            address(gate),
             0,
             sizes,
             threads(),
         )
-        status = function(params)
-        if status:
-            library.refuse(name, status)
+        function(params)
         return out
 
     return launch
@@ -113,7 +110,7 @@ def media_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``flamingo_media_attention_backward``: dq, dk, dv contiguous; dgate empty without a gate."""
     d_q, d_k, d_v = (new_like(t) for t in (q, k, v))
-    d_gate = torch.zeros(0, dtype=q.dtype) if gate is None else torch.zeros_like(gate)
+    d_gate = q.new_empty(0) if gate is None else torch.zeros_like(gate)
     params = _MEDIA_PARAMS.pack(
         *_layouts(q, k, v),
         *(0, b""),
@@ -125,7 +122,7 @@ def media_attention_backward(
         _media_sizes(q, k, scale),
         torch.get_num_threads(),
     )
-    library.call("flamingo_media_attention_backward", params)
+    library.function("flamingo_media_attention_backward")(params)
     return d_q, d_k, d_v, d_gate
 
 
@@ -156,9 +153,8 @@ def bind_latent_attention_forward(
         Lengths may be None. lse [N, H, L], contiguous in the dtype of accumulation, is written, and
         may be left out.
     """
-    name = "flamingo_latent_attention_forward"
     function, pack, threads = (
-        library.function(name),
+        library.function("flamingo_latent_attention_forward"),
         _LATENT_FORWARD_PARAMS.pack,
         torch.get_num_threads,
     )
@@ -195,9 +191,7 @@ def bind_latent_attention_forward(
             sizes,
             threads(),
         )
-        status = function(params)
-        if status:
-            library.refuse(name, status)
+        function(params)
         return out
 
     return launch
@@ -226,11 +220,11 @@ def latent_attention_backward(
         _latent_sizes(q, k_media, scale),
         torch.get_num_threads(),
     )
-    library.call("flamingo_latent_attention_backward", params)
+    library.function("flamingo_latent_attention_backward")(params)
     return gradients
 
 
 def new_lse(q: Tensor) -> Tensor:
     """[N, H, L], not filled."""
     items, latents, heads, _ = q.shape
-    return torch.empty((items, heads, latents), dtype=accumulator(q.dtype))
+    return q.new_empty((items, heads, latents), dtype=accumulator(q.dtype))

@@ -8,7 +8,6 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 # Before the library: it then binds to the OpenMP runtime that torch has loaded.
 import torch
@@ -173,19 +172,31 @@ def dtype_and_set(dtype: torch.dtype) -> tuple[int, int]:
 
 
 @functools.cache
-def function(name: str) -> Callable[[bytes], int]:
-    """The C function ``name``: takes a pointer to its packed params, returns a status.
+def function(name: str) -> Callable[[bytes], None]:
+    """The C function ``name``, which takes its packed params.
 
     ctypes takes longer to fill in a structure than a decoding step takes to compute.
+
+    Returns
+    -------
+    callable
+        Raises RuntimeError with the library's message if it rejects the params.
 
     Raises
     ------
     NativeLibraryError
         As for :func:`load`.
     """
+
+    def check(status: int, *_: object) -> None:
+        if status:
+            message = load().flamingo_status_message(status).decode()
+            raise RuntimeError(f"{name}: {message} (status {status})")
+
     found = getattr(_library().handle, name)
     found.restype = ctypes.c_int32
     found.argtypes = [ctypes.c_void_p]
+    found.errcheck = check
     return found
 
 
@@ -197,27 +208,6 @@ def address(tensor: torch.Tensor | None) -> int:
 def new_like(tensor: torch.Tensor) -> torch.Tensor:
     """A contiguous tensor of the same shape and dtype, not filled."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-def call(name: str, params: bytes) -> None:
-    """Call the C function ``name``.
-
-    Raises
-    ------
-    NativeLibraryError
-        As for :func:`load`.
-    RuntimeError
-        The library rejects the arguments; the message is the library's.
-    """
-    status = function(name)(params)
-    if status:
-        refuse(name, status)
-
-
-def refuse(name: str, status: int) -> NoReturn:
-    """Raise RuntimeError with the library's message for a status that is not 0."""
-    message = load().flamingo_status_message(status).decode()
-    raise RuntimeError(f"{name}: {message} (status {status})")
 
 
 def multiply_add_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -92,9 +92,8 @@ def bind_gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Callable[
     callable
         Of (x, y, gate): out [..., C], contiguous.
     """
-    name = "flamingo_gated_residual_forward"
     function, pack, threads = (
-        library.function(name),
+        library.function("flamingo_gated_residual_forward"),
         _GATED_RESIDUAL_PARAMS.pack,
         torch.get_num_threads,
     )
@@ -117,9 +116,7 @@ def bind_gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Callable[
             sizes,
             threads(),
         )
-        status = function(params)
-        if status:
-            library.refuse(name, status)
+        function(params)
         return out
 
     return launch
@@ -140,7 +137,7 @@ def gated_residual_backward(d_out: Tensor, y: Tensor, gate: Tensor) -> tuple[Ten
         _option_sizes(y, gate.numel() != 1),
         torch.get_num_threads(),
     )
-    library.call("flamingo_gated_residual_backward", params)
+    library.function("flamingo_gated_residual_backward")(params)
     return d_y, d_gate
 
 
@@ -152,9 +149,8 @@ def bind_gated_activation_forward(x: Tensor, activation: str) -> Callable[..., T
     callable
         Of (x, gate), the gate of one value or None: out [..., C], contiguous.
     """
-    name = "flamingo_gated_activation_forward"
     function, pack, threads = (
-        library.function(name),
+        library.function("flamingo_gated_activation_forward"),
         _GATED_ACTIVATION_PARAMS.pack,
         torch.get_num_threads,
     )
@@ -169,14 +165,12 @@ def bind_gated_activation_forward(x: Tensor, activation: str) -> Callable[..., T
             b"",
             out.data_ptr(),
             0,
-            0 if gate is None else gate.data_ptr(),
+            address(gate),
             0,
             sizes,
             threads(),
         )
-        status = function(params)
-        if status:
-            library.refuse(name, status)
+        function(params)
         return out
 
     return launch
@@ -198,7 +192,7 @@ def gated_activation_backward(
         _option_sizes(x, ACTIVATION_CODES[activation]),
         torch.get_num_threads(),
     )
-    library.call("flamingo_gated_activation_backward", params)
+    library.function("flamingo_gated_activation_backward")(params)
     return d_x, d_gate
 
 
@@ -212,8 +206,11 @@ def bind_layer_norm_forward(x: Tensor, eps: float) -> Callable[..., Tensor]:
         Mean and 1 / deviation of each row, [rows] in the dtype of accumulation, are written and may
         be left out.
     """
-    name = "flamingo_layer_norm_forward"
-    function, pack, threads = library.function(name), _LAYER_NORM_PARAMS.pack, torch.get_num_threads
+    function, pack, threads = (
+        library.function("flamingo_layer_norm_forward"),
+        _LAYER_NORM_PARAMS.pack,
+        torch.get_num_threads,
+    )
     x_strides, sizes = _strides("x", x), _layer_norm_sizes(x, eps)
 
     def launch(
@@ -240,9 +237,7 @@ def bind_layer_norm_forward(x: Tensor, eps: float) -> Callable[..., Tensor]:
             sizes,
             threads(),
         )
-        status = function(params)
-        if status:
-            library.refuse(name, status)
+        function(params)
         return out
 
     return launch
@@ -250,7 +245,7 @@ def bind_layer_norm_forward(x: Tensor, eps: float) -> Callable[..., Tensor]:
 
 def new_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """For mean and 1 / deviation: [rows], not filled."""
-    mean = torch.empty(_shape(x)[0], dtype=accumulator(x.dtype))
+    mean = x.new_empty(_shape(x)[0], dtype=accumulator(x.dtype))
     return mean, torch.empty_like(mean)
 
 
@@ -260,8 +255,8 @@ def layer_norm_backward(
     """``flamingo_layer_norm_backward``: gradients of x [..., C], of weight and of bias, if any."""
     d_x = new_like(x)
     channels = x.shape[-1]
-    d_weight = None if weight is None else torch.empty(channels, dtype=mean.dtype)
-    d_bias = torch.empty(channels, dtype=mean.dtype) if has_bias else None
+    d_weight = None if weight is None else mean.new_empty(channels)
+    d_bias = mean.new_empty(channels) if has_bias else None
     params = _LAYER_NORM_PARAMS.pack(
         *_rows("x", x),
         *_rows("d_out", d_out),
@@ -276,5 +271,5 @@ def layer_norm_backward(
         _layer_norm_sizes(x, 0.0),
         torch.get_num_threads(),
     )
-    library.call("flamingo_layer_norm_backward", params)
+    library.function("flamingo_layer_norm_backward")(params)
     return d_x, d_weight, d_bias

@@ -66,7 +66,7 @@ def once_per_signature(
             result = known.get(signature)
             if result is None:
                 result = finish(function(*arguments), *arguments)
-                if len(known) == _MOST_SIGNATURES:
+                if len(known) >= _MOST_SIGNATURES:
                     known.clear()
                 known[signature] = result
             return result

@@ -59,7 +59,8 @@ def stop() -> None:
     """Leave the group, if there is one, and end its threads.
 
     A thread of gloo that lets go of its last tensor while the interpreter ends aborts the process.
-    The threads end with the group, which lives on in meshes, and those in caches of DTensor's.
+    The threads end with the group, which lives on in meshes, and those in caches of DTensor's. What
+    still refers to a sharded model, as the traceback of an error, keeps them.
     """
     if active():
         dist.destroy_process_group()

@@ -64,13 +64,13 @@ def test_a_slow_peer_is_left_out_with_the_reason() -> None:
     assert not variant.samples["forward_backward", "warm"]
 
 
-def test_a_compiled_peer_gets_a_second_call() -> None:
+def test_a_slow_first_call_is_followed_by_another() -> None:
     problem, calls = build(LATENT, "cpu"), []
     implementation = Implementation(lambda: calls.append(1), problem.leaves)
-    measure.try_forward(implementation, 2, EFFORT)
+    measure.try_forward(implementation, EFFORT)
     assert len(calls) == 1
     with pytest.raises(measure.TooSlowError, match="forward took"):
-        measure.try_forward(implementation, 2, dataclasses.replace(EFFORT, patience=0.0))
+        measure.try_forward(implementation, dataclasses.replace(EFFORT, patience=0.0))
     assert len(calls) == 3
 
 

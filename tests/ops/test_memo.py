@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from flamingo_kernels import MediaSpans
-from flamingo_kernels.ops import layer_norm, media_cross_attention
+from flamingo_kernels.ops import latent_attention, layer_norm, media_cross_attention
 from flamingo_kernels.ops.memo import once_per_signature
 from tests.budgets import assert_close_to_reference
 
@@ -81,6 +82,22 @@ def test_a_bound_kernel_takes_the_tensors_of_each_call() -> None:
             for bias in (weight, weight.bfloat16()):
                 expected = layer_norm(x, weight, bias.float(), kernel="torch")
                 assert_close_to_reference(layer_norm(x, weight, bias), expected, x.dtype, "norm")
+
+
+@torch.no_grad()
+def test_numbers_given_as_tensors_are_looked_at_in_every_call() -> None:
+    q, kv, spans = torch.randn(1, 2, 2, 8), torch.randn(1, 1, 4, 2, 8), spans_of(0, 0)
+    weight = torch.ones(8)
+    for number in (0.1, 5.0):
+        for given in (torch.tensor(number), np.float64(number)):
+            out = media_cross_attention(q, kv, kv, spans, scale=given)
+            assert torch.equal(out, media_cross_attention(q, kv, kv, spans, scale=number))
+            out = latent_attention(q, q, q, q, q, scale=given)
+            assert torch.equal(out, latent_attention(q, q, q, q, q, scale=number))
+            norm = layer_norm(q, weight, weight, given)
+            assert torch.equal(norm, layer_norm(q, weight, weight, number))
+    with pytest.raises(ValueError, match="eps must be at least 0"):
+        layer_norm(q, weight, weight, torch.tensor(-1.0))
 
 
 def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

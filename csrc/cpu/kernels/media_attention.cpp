@@ -247,8 +247,8 @@ template <typename T, typename Real> struct Media {
         return ok;
     }
 
-    // What one task of the backward works in: for each key that a part sees, five vectors of padded_dim
-    // (packed, and summed gradients) and two scores of score_rows rows.
+    // What one task of the backward works in: for each key that a part sees, six vectors of padded_dim (packed
+    // four times, of which one is not touched, and summed gradients) and two scores of score_rows rows.
     struct PartScratch {
         KeyBlock<Real> *keys;    // [widest * blocks]
         QueryRows<Real> queries; // scores of as many blocks

@@ -56,6 +56,8 @@ def latent_attention(
         The kernel asked for cannot run this call; the message lists the reasons.
     """
     inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
+    if scale is not None:
+        scale = float(scale)
     chosen, needs_grad, launch = _choose(*inputs, scale, kernel)
     if lengths is not None:
         checks.require_within("latent_attention", "lengths", lengths, 0, k_media.shape[1])

@@ -63,6 +63,8 @@ def media_cross_attention(
     KernelUnavailableError
         The kernel asked for cannot run this call; the message lists the reasons.
     """
+    if scale is not None:
+        scale = float(scale)
     chosen, needs_grad, launch = _choose(q, k, v, spans, gate, scale, kernel)
     if launch is not None:
         return launch(q, k, v, spans.first, spans.last, gate)

@@ -101,10 +101,10 @@ def gated_activation(
     """
     op = "gated_activation"
     chosen, needs_grad, launch = _choose_activation(op, x, gate, activation, kernel)
-    if chosen == "torch":
-        return impl_torch.gated_activation(x, gate, activation)
     if launch is not None:
         return launch(x, gate)
+    if chosen == "torch":
+        return impl_torch.gated_activation(x, gate, activation)
     gate = accumulated(gate, x)
     if not needs_grad:
         return contract.gated_activation_forward(x, gate, activation, chosen)
@@ -201,6 +201,7 @@ def layer_norm(
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
+    eps = float(eps)
     chosen, needs_grad, launch = _choose_layer_norm("layer_norm", x, weight, bias, eps, kernel)
     if launch is not None:
         return launch(x, weight, bias)
@@ -241,7 +242,7 @@ def layer_norm_linear(
     TypeError, ValueError, KernelUnavailableError
         The message names the offending values.
     """
-    op = "layer_norm_linear"
+    op, eps = "layer_norm_linear", float(eps)
     chosen, needs_grad, launch = _choose_layer_norm(op, x, weight, bias, eps, kernel)
     _require_projection(op, projection, x)
     if chosen == "torch":
