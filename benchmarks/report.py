@@ -7,7 +7,7 @@ import re
 import statistics
 from pathlib import Path
 
-from benchmarks import page, plots, results, tables
+from benchmarks import ceilings, page, plots, results, tables
 from benchmarks.results import Record
 from benchmarks.tables import Table
 
@@ -19,7 +19,8 @@ def load(paths: list[Path] | None) -> dict[tuple[str, str, str], list[Record]]:
     """Lines by (device, commit, dirty digest), the newest measurement of each case and peer.
 
     Without paths: for every device the file of the latest run. Lines of other threads or another
-    instruction set than those of the file's latest run are left out.
+    instruction set than those of the file's latest run are left out. Ceilings are the highest of a
+    commit's runs.
 
     Raises
     ------
@@ -43,7 +44,10 @@ def load(paths: list[Path] | None) -> dict[tuple[str, str, str], list[Record]]:
             groups.setdefault(key, []).append(record)
     if not groups:
         raise ValueError(f"no results in {', '.join(map(str, paths or [results.RESULTS]))}")
-    return {key: results.newest(_of_latest_setting(records)) for key, records in groups.items()}
+    return {
+        key: results.newest(_under_highest_ceilings(_of_latest_setting(records)))
+        for key, records in groups.items()
+    }
 
 
 def _latest_run(file: Path) -> str:
@@ -54,6 +58,19 @@ def _of_latest_setting(records: list[Record]) -> list[Record]:
     settings = ("threads", "instruction_set")
     latest = max(records, key=lambda record: record["run"])
     return [r for r in records if all(r[name] == latest[name] for name in settings)]
+
+
+def _under_highest_ceilings(records: list[Record]) -> list[Record]:
+    """Lines with the ceilings and floors that the runs of a commit have in common."""
+    best = ceilings.highest(ceilings.Ceilings(**record["ceilings"]) for record in records)
+    judged = []
+    for record in records:
+        record = {**record, "ceilings": best.to_dict()}
+        if "bytes" in record:
+            floor = best.floor_seconds(record["bytes"], record["flops"], record["dtype"])
+            record |= {"floor_s": floor, "of_floor": floor / record["median_s"]}
+        judged.append(record)
+    return judged
 
 
 def write(paths: list[Path] | None, output: Path) -> list[Path]:

@@ -111,6 +111,28 @@ def test_the_newest_measurement_wins_and_other_runs_are_marked() -> None:
     assert [row[-1].text for row in table.rows] == ["2.00*"] * 3
 
 
+def test_one_low_ceiling_flatters_nobody(tmp_path: Path) -> None:
+    records = fixture_records()
+    for record in records[: len(records) // 2]:
+        record["run"] = "r0"
+        record["ceilings"] = {
+            "bandwidth": {"1024": 5e8},
+            "arithmetic": {"float32": 1e9, "float64": 1e10},
+            "source": {"float32": "disturbed", "float64": "test"},
+        }
+    write_lines(tmp_path / "a.jsonl", records)
+    ((_, found),) = report.load([tmp_path]).items()
+    for record in found:
+        assert record["ceilings"] == {
+            "bandwidth": {"1024": 1e9},
+            "arithmetic": {"float32": 1e11, "float64": 1e10},
+            "source": {"float32": "test", "float64": "test"},
+        }
+        if "bytes" in record:
+            floor = max(record["bytes"] / 1e9, record["flops"] / 1e11)
+            assert record["of_floor"] == pytest.approx(floor / record["median_s"])
+
+
 def test_report_without_results(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no results in"):
         report.write([tmp_path], tmp_path / "out")
