@@ -214,9 +214,9 @@ def missing_table(records: list[Record]) -> Table | None:
 
 
 def unmeasured(records: list[Record]) -> list[str]:
-    """Cases for this kind of device without a single line."""
+    """Cases for this kind of device without a single figure."""
     kind = records[0]["device"].split("-")[0]
-    seen = {r["case"] for r in records}
+    seen = {r["case"] for r in records if r["status"] == "ok"}
     return [case.key for case in CASES if kind in case.devices and case.key not in seen]
 
 
