@@ -8,10 +8,11 @@ STAMP := $(VENV)/.installed
 demo: build
 	$(BIN)/python -m flamingo_kernels demo
 
-# Triton is interpreted or not for a whole process: its tests have one of their own.
+# Triton is interpreted or not for a whole process: its tests have one of their own, beside the others.
 test: build native-test
-	$(BIN)/python -m pytest -q --ignore=tests/triton
-	$(BIN)/python -m pytest -q tests/triton
+	$(BIN)/python -m pytest -q tests/triton > build/triton-tests.log 2>&1 & triton=$$!; \
+	$(BIN)/python -m pytest -q --ignore=tests/triton; others=$$?; \
+	wait $$triton; status=$$?; cat build/triton-tests.log; exit $$((others + status))
 
 test-fast: build
 	$(BIN)/python -m pytest -q -m "not slow" --ignore=tests/triton
