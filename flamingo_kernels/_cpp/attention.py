@@ -63,11 +63,8 @@ def bind_media_attention_forward(
         Of (q, k, v, first, last, gate): out [B, T, H, D], contiguous. The ranges are contiguous,
         the gate is in the dtype of accumulation or None.
     """
-    function, pack, threads = (
-        library.function("flamingo_media_attention_forward"),
-        _MEDIA_FORWARD_PARAMS.pack,
-        torch.get_num_threads,
-    )
+    function = library.function("flamingo_media_attention_forward")
+    pack = _MEDIA_FORWARD_PARAMS.pack
     q_strides, k_strides, v_strides = _strides(q), _strides(k), _strides(v)
     out_strides, sizes = _contiguous_strides(q), _media_sizes(q, k, scale)
 
@@ -90,7 +87,7 @@ def bind_media_attention_forward(
             address(gate),
             0,
             sizes,
-            threads(),
+            torch.get_num_threads(),
         )
         function(params)
         return out
@@ -153,11 +150,8 @@ def bind_latent_attention_forward(
         Lengths may be None. lse [N, H, L], contiguous in the dtype of accumulation, is written, and
         may be left out.
     """
-    function, pack, threads = (
-        library.function("flamingo_latent_attention_forward"),
-        _LATENT_FORWARD_PARAMS.pack,
-        torch.get_num_threads,
-    )
+    function = library.function("flamingo_latent_attention_forward")
+    pack = _LATENT_FORWARD_PARAMS.pack
     strides = [_strides(tensor) for tensor in (q, k_media, v_media, k_latents, v_latents)]
     q_strides, km_strides, vm_strides, kl_strides, vl_strides = strides
     out_strides, sizes = _contiguous_strides(q), _latent_sizes(q, k_media, scale)
@@ -189,7 +183,7 @@ def bind_latent_attention_forward(
             address(lengths),
             address(lse),
             sizes,
-            threads(),
+            torch.get_num_threads(),
         )
         function(params)
         return out

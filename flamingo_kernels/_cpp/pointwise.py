@@ -92,11 +92,8 @@ def bind_gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Callable[
     callable
         Of (x, y, gate): out [..., C], contiguous.
     """
-    function, pack, threads = (
-        library.function("flamingo_gated_residual_forward"),
-        _GATED_RESIDUAL_PARAMS.pack,
-        torch.get_num_threads,
-    )
+    function = library.function("flamingo_gated_residual_forward")
+    pack = _GATED_RESIDUAL_PARAMS.pack
     x_strides, y_strides = _strides("x", x), _strides("y", y)
     sizes = _option_sizes(x, gate.numel() != 1)
 
@@ -114,7 +111,7 @@ def bind_gated_residual_forward(x: Tensor, y: Tensor, gate: Tensor) -> Callable[
             gate.data_ptr(),
             0,
             sizes,
-            threads(),
+            torch.get_num_threads(),
         )
         function(params)
         return out
@@ -149,11 +146,8 @@ def bind_gated_activation_forward(x: Tensor, activation: str) -> Callable[..., T
     callable
         Of (x, gate), the gate of one value or None: out [..., C], contiguous.
     """
-    function, pack, threads = (
-        library.function("flamingo_gated_activation_forward"),
-        _GATED_ACTIVATION_PARAMS.pack,
-        torch.get_num_threads,
-    )
+    function = library.function("flamingo_gated_activation_forward")
+    pack = _GATED_ACTIVATION_PARAMS.pack
     x_strides, sizes = _strides("x", x), _option_sizes(x, ACTIVATION_CODES[activation])
 
     def launch(x: Tensor, gate: Tensor | None) -> Tensor:
@@ -168,7 +162,7 @@ def bind_gated_activation_forward(x: Tensor, activation: str) -> Callable[..., T
             address(gate),
             0,
             sizes,
-            threads(),
+            torch.get_num_threads(),
         )
         function(params)
         return out
@@ -206,11 +200,8 @@ def bind_layer_norm_forward(x: Tensor, eps: float) -> Callable[..., Tensor]:
         Mean and 1 / deviation of each row, [rows] in the dtype of accumulation, are written and may
         be left out.
     """
-    function, pack, threads = (
-        library.function("flamingo_layer_norm_forward"),
-        _LAYER_NORM_PARAMS.pack,
-        torch.get_num_threads,
-    )
+    function = library.function("flamingo_layer_norm_forward")
+    pack = _LAYER_NORM_PARAMS.pack
     x_strides, sizes = _strides("x", x), _layer_norm_sizes(x, eps)
 
     def launch(
@@ -235,7 +226,7 @@ def bind_layer_norm_forward(x: Tensor, eps: float) -> Callable[..., Tensor]:
             0,
             0,
             sizes,
-            threads(),
+            torch.get_num_threads(),
         )
         function(params)
         return out

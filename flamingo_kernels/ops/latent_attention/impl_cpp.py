@@ -9,16 +9,9 @@ from flamingo_kernels._cpp import attention
 bind_forward = attention.bind_latent_attention_forward
 
 
-def forward(
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    tensors, lse = (q, k_media, v_media, k_latents, v_latents), attention.new_lse(q)
+def forward(*arguments) -> tuple[Tensor, Tensor]:
+    *tensors, lengths, scale = arguments
+    lse = attention.new_lse(tensors[0])
     return bind_forward(*tensors, scale)(*tensors, lengths, lse), lse
 
 

@@ -28,18 +28,8 @@ def bind_forward(
     )
 
 
-# The library sees the ranges themselves, and needs no word on single items.
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    single_item: bool,
-) -> Tensor:
-    inputs = (q, k, v, first, last, gate)
+def forward(*arguments) -> Tensor:
+    *inputs, scale, _single_item = arguments  # the library sees the ranges themselves
     return bind_forward(*inputs, scale)(*inputs)
 
 
