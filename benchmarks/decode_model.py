@@ -25,7 +25,7 @@ from benchmarks import results, tables
 from benchmarks.measure import keep_freed_memory, summary
 from flamingo_kernels.convert import load_open_flamingo
 from flamingo_kernels.vision import wrap_vision_encoder
-from tests.peers import open_flamingo_model
+from testing.peers import open_flamingo_model
 
 VOCAB, IMAGE, END_OF_CHUNK = 50_280, 50_278, 50_277
 VISION_DIM, IMAGE_SIZE, PATCH = 1024, 32, 2  # 256 patches of 1024 channels, as CLIP ViT-L/14

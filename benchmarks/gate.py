@@ -1,6 +1,6 @@
 """The correctness gate: no figure is printed for a peer whose result is wrong.
 
-The library's own kernels must keep the budget of the test suite (``tests.budgets``). A peer may
+The library's own kernels must keep the budget of the test suite (``testing.budgets``). A peer may
 round its scores to the dtype: for it, and for whole modules, an error of a few rounding units of
 the largest value passes as well. That still fails on a wrong mask, scale or gradient.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.peers import Implementation
 from benchmarks.problems import Leaves, Problem
-from tests.budgets import assert_within_budget, unit
+from testing.budgets import assert_within_budget, unit
 
 PEER_UNITS = {torch.float32: 64.0, torch.float16: 32.0, torch.bfloat16: 16.0}
 

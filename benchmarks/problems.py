@@ -18,7 +18,7 @@ import reference.attention
 import reference.pointwise
 from benchmarks.cases import Case, LatentShape, MediaShape, PointwiseShape
 from flamingo_kernels.ops import MediaSpans
-from tests.budgets import attention_terms
+from testing.budgets import attention_terms
 
 Leaves = dict[str, Tensor]
 
@@ -55,7 +55,7 @@ class Problem:
     exact, plain : callable
         Leaves -> output: the reference (called with fp64 leaves), and PyTorch in the case's dtype.
     terms : dict
-        Largest terms summed in ``out`` and in the gradient of each leaf, see ``tests.budgets``.
+        Largest terms summed in ``out`` and in the gradient of each leaf, see ``testing.budgets``.
     strict : bool
         Whether the project's own budget holds for the library's kernels; modules chain many ops
         and get the looser bound of the peers.

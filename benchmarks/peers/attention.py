@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers import Implementation, UnavailableError, peer, require
 from benchmarks.problems import Leaves, Problem, concatenated, textbook_pointwise
-from tests.peers import open_flamingo_helpers
+from testing.peers import open_flamingo_helpers
 
 MEDIA, LATENT = "media_cross_attention", "latent_attention"
 _BACKENDS = {

@@ -14,7 +14,7 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.convert import load_open_flamingo
 from flamingo_kernels.language import add_media_tokens
-from tests.backbones import END_OF_CHUNK, IMAGE, clip, language_model, open_gates
+from testing.backbones import END_OF_CHUNK, IMAGE, clip, language_model, open_gates
 from tests.convert.test_idefics import original as idefics
 from tests.convert.test_open_flamingo import original, released
 from tests.model.test_backbones import word_tokenizer

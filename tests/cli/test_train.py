@@ -57,7 +57,7 @@ def test_train_around_hugging_face_models(values, tmp_path: Path, capsys) -> Non
     pytest.importorskip("transformers")
     from flamingo_kernels import FlamingoModel
     from flamingo_kernels.language import add_media_tokens
-    from tests.backbones import clip, language_model
+    from testing.backbones import clip, language_model
     from tests.model.test_backbones import word_tokenizer
 
     tokenizer, lm = word_tokenizer("<s>", "</s>", "two", "page"), language_model("llama")

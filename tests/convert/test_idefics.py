@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_kernels.convert import load_idefics
-from tests.budgets import assert_parity
+from testing.budgets import assert_parity
 
 transformers = pytest.importorskip("transformers")
 VOCAB, ADDITIONAL = 90, 2

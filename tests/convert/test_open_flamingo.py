@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.convert import load_open_flamingo, to_open_flamingo
-from tests.backbones import END_OF_CHUNK, IMAGE, VOCAB, clip, language_model
-from tests.budgets import assert_close_to_reference, assert_parity
+from testing.backbones import END_OF_CHUNK, IMAGE, VOCAB, clip, language_model
+from testing.budgets import assert_close_to_reference, assert_parity
+from testing.peers import open_flamingo_model
 from tests.model.test_backbones import state_of
-from tests.peers import open_flamingo_model
 
 pytest.importorskip("einops_exts")
 CASES = [("gpt_neox", 1), ("gpt_neox", 2), ("mpt", 1), ("mpt", 3)]

@@ -17,7 +17,7 @@ import torch
 import flamingo_kernels
 from flamingo_kernels._cpp import attention, library
 from flamingo_kernels.ops.media_attention.impl_cpp import forward
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.formats import Document, Media, SkipRecordError
 from flamingo_kernels.data.samples import Sample, choose_window, collate, encode_document
 from flamingo_kernels.data.shards import Record
-from tests.data.shard_files import ENCODING, TOKENS, builder, picture_bytes, shade
+from testing.shard_files import ENCODING, TOKENS, builder, picture_bytes, shade
 
 Image = pytest.importorskip("PIL.Image")
 PET = Media("pet", (b"",))

@@ -15,7 +15,7 @@ import torch
 
 from flamingo_kernels.data.shards import BrokenShardError, find_shards, read_shard
 from flamingo_kernels.data.stream import BatchLoader, SampleStream
-from tests.data.shard_files import (
+from testing.shard_files import (
     TOKENS,
     builder,
     numbered_pairs,

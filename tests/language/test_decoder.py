@@ -19,7 +19,7 @@ from flamingo_kernels.language import (
     build_language_model,
 )
 from flamingo_kernels.language.decoder import RMSNorm, RotaryAngles, _visible_keys
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 

@@ -19,8 +19,8 @@ from flamingo_kernels.language import (
     build_language_model,
     huggingface,
 )
-from tests.backbones import DEPTH, DIM, LANGUAGE_OPTIONS, SPECIAL, VOCAB, sharpen
-from tests.budgets import assert_close_to_reference
+from testing.backbones import DEPTH, DIM, LANGUAGE_OPTIONS, SPECIAL, VOCAB, sharpen
+from testing.budgets import assert_close_to_reference
 
 transformers = pytest.importorskip("transformers")
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.language import Decoder, add_media_tokens
-from tests.backbones import (
+from testing.backbones import (
     DIM,
     EAGER_ONLY,
     END_OF_CHUNK,
@@ -22,7 +22,7 @@ from tests.backbones import (
     open_gates,
     siglip,
 )
-from tests.budgets import assert_close_to_reference, assert_gradients_close
+from testing.budgets import assert_close_to_reference, assert_gradients_close
 
 pytest.importorskip("transformers")
 MODEL_TYPES = list(LANGUAGE_OPTIONS)

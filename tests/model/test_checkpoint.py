@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.model import checkpoint
-from tests.backbones import language_model
+from testing.backbones import language_model
 from tests.model.conftest import TINY, make_model, ragged_batch
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flamingo_kernels.ops.spans import ATTEND_MODES
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 from tests.model.conftest import TINY, make_model, ragged_batch
 
 IMAGE = TINY.image_token_id

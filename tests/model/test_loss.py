@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from flamingo_kernels.model import loss as losses
 from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidden
 from flamingo_kernels.train.plan import kept_bytes
-from tests.backbones import LANGUAGE_OPTIONS, VOCAB, language_model
-from tests.budgets import assert_close_to_reference, assert_within_budget
+from testing.backbones import LANGUAGE_OPTIONS, VOCAB, language_model
+from testing.budgets import assert_close_to_reference, assert_within_budget
 from tests.model.conftest import make_model, ragged_batch
 
 B, T, DIM, CLASSES = 3, 33, 16, 211

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flamingo_kernels.model.scoring import score_over_orders
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 from tests.model.conftest import TINY, make_model, ragged_batch
 
 ANSWERS = [[7], [8, 9, 10], [11, 12]]

@@ -11,7 +11,7 @@ import reference
 from flamingo_kernels import FlamingoConfig, FlamingoModel, MediaSpans
 from flamingo_kernels.model.loss import ignore_text_before_first_image
 from flamingo_kernels.ops.spans import ATTEND_MODES
-from tests.budgets import assert_close_to_reference, assert_gradients_close
+from testing.budgets import assert_close_to_reference, assert_gradients_close
 from tests.model.conftest import TINY, make_model, ragged_batch
 
 IMAGE = TINY.image_token_id

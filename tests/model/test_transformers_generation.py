@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels import FlamingoModel
-from tests.backbones import IMAGE, LANGUAGE_OPTIONS, clip, language_model, open_gates
+from testing.backbones import IMAGE, LANGUAGE_OPTIONS, clip, language_model, open_gates
 
 transformers = pytest.importorskip("transformers")
 NO_STOP = {"stop_token_ids": []}

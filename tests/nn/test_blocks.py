@@ -12,8 +12,8 @@ import reference
 from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_kernels.ops import MediaSpans
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
-from tests.budgets import assert_close_to_reference, assert_gradients_close
-from tests.cases import IMAGE
+from testing.budgets import assert_close_to_reference, assert_gradients_close
+from testing.cases import IMAGE
 
 DIM, MEDIA_DIM, HEADS, HEAD_DIM = 12, 10, 2, 4
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
-from tests.budgets import assert_close_to_reference, assert_gradients_close
-from tests.peers import open_flamingo_helpers
+from testing.budgets import assert_close_to_reference, assert_gradients_close
+from testing.peers import open_flamingo_helpers
 
 BLOCK = {"dim": 32, "dim_visual": 24, "dim_head": 8, "heads": 4}
 RESAMPLER = {"dim": 32, "depth": 2, "dim_head": 8, "heads": 4, "num_latents": 5}

@@ -15,7 +15,7 @@ from flamingo_kernels.nn import layers as layers_module
 from flamingo_kernels.nn import resampler as resampler_module
 from flamingo_kernels.nn.layers import FeedForward, LayerNorm
 from flamingo_kernels.ops import layer_norm
-from tests.budgets import assert_close_to_reference, assert_within_budget
+from testing.budgets import assert_close_to_reference, assert_within_budget
 
 FEATURES = torch.zeros(1, 2, 3, 4, 8)
 

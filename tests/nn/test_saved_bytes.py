@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels.nn import GatedCrossAttentionBlock
 from flamingo_kernels.ops import MediaSpans, dispatch, plan_media_attention
-from tests.peers import open_flamingo_helpers
+from testing.peers import open_flamingo_helpers
 
 IMAGES, LATENTS, MEDIA_DIM = 8, 64, 1024
 CPP = dispatch.unsupported_reasons(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cases import kernels_for
-from tests.compiled import check_graphs
-from tests.operators import check_operator, operator_calls
+from testing.cases import kernels_for
+from testing.compiled import check_graphs
+from testing.operators import check_operator, operator_calls
 
 KERNELS = sorted({kernel for kernel, _ in kernels_for("media_cross_attention", needs_grad=True)})
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flamingo_kernels.ops import latent_attention
 from reference.attention import latent_attention as oracle
-from tests.budgets import assert_within_budget, attention_terms
-from tests.cases import kernels_for
+from testing.budgets import assert_within_budget, attention_terms
+from testing.cases import kernels_for
 
 OP = "latent_attention"
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from flamingo_kernels.ops import MediaSpans, media_cross_attention
 from flamingo_kernels.ops.spans import MediaPlan
 from reference.attention import media_cross_attention as oracle
-from tests.budgets import assert_close_to_reference, assert_within_budget, attention_terms
-from tests.cases import MediaCase, kernels_for, media_case, media_shapes
+from testing.budgets import assert_close_to_reference, assert_within_budget, attention_terms
+from testing.cases import MediaCase, kernels_for, media_case, media_shapes
 
 OP = "media_cross_attention"
 NAMES = ("dq", "dk", "dv", "dgate")

@@ -10,7 +10,7 @@ from torch import Tensor
 from flamingo_kernels import MediaSpans
 from flamingo_kernels.ops import latent_attention, layer_norm, media_cross_attention
 from flamingo_kernels.ops.memo import once_per_signature
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 
 def spans_of(*index: int) -> MediaSpans:

@@ -17,8 +17,8 @@ from flamingo_kernels.ops import (
 )
 from flamingo_kernels.ops.pointwise import ACTIVATIONS
 from reference import pointwise as oracle
-from tests.budgets import assert_close_to_reference, assert_within_budget
-from tests.cases import kernels_for
+from testing.budgets import assert_close_to_reference, assert_within_budget
+from testing.cases import kernels_for
 
 SHAPES = [(3, 5, 8), (2, 65), (1, 1, 1), (4, 300)]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from flamingo_kernels.ops import MediaSpans
 from flamingo_kernels.ops.spans import ASSIGN_MODES, ATTEND_MODES
 from reference.spans import media_spans
-from tests.cases import IMAGE
+from testing.cases import IMAGE
 
 rows = st.integers(1, 14).flatmap(
     lambda tokens: st.lists(

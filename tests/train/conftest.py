@@ -12,7 +12,7 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli.loading import text_encoding
 from flamingo_kernels.train import TrainConfig, Trainer
 from flamingo_kernels.train.datasets import build_loader
-from tests.data.shard_files import numbered_pairs, picture_bytes, write_lines
+from testing.shard_files import numbered_pairs, picture_bytes, write_lines
 
 
 @pytest.fixture

@@ -33,8 +33,8 @@ from flamingo_kernels.train import (
 )
 from flamingo_kernels.train.plan import shard_sizes
 from flamingo_kernels.vision import build_vision_encoder
-from tests.backbones import language_model
-from tests.budgets import assert_close_to_reference
+from testing.backbones import language_model
+from testing.budgets import assert_close_to_reference
 from tests.model.conftest import TINY, open_gates_of
 
 STEPS = 2

@@ -11,8 +11,8 @@ from flamingo_kernels.train import TrainingError
 from flamingo_kernels.train.checkpoint import list_checkpoints
 from flamingo_kernels.train.config import OptimizerSection
 from flamingo_kernels.train.optimizer import build_optimizer, warm_up
-from tests.budgets import assert_close_to_reference, unit
-from tests.data.shard_files import write_lines
+from testing.budgets import assert_close_to_reference, unit
+from testing.shard_files import write_lines
 from tests.model.conftest import TINY, open_gates_of
 from tests.train.conftest import make_trainer
 

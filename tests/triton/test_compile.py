@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.compiled import check_graphs
-from tests.operators import check_operator, operator_calls
-from tests.triton.targets import HAS_GPU
+from testing.compiled import check_graphs
+from testing.operators import check_operator, operator_calls
+from testing.targets import HAS_GPU
 
 pytestmark = pytest.mark.skipif(HAS_GPU, reason="the arguments are on the CPU: for the interpreter")
 

@@ -7,9 +7,9 @@ import torch
 
 from flamingo_kernels._triton import aot
 from flamingo_kernels._triton.launch import recording
-from tests.cases import IMAGE
-from tests.compiled import Bridge
-from tests.triton.targets import gpu
+from testing.cases import IMAGE
+from testing.compiled import Bridge
+from testing.targets import gpu
 
 CASES = dict(aot.cases())
 

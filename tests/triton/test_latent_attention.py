@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.ops.latent_attention.api import _LatentAttention
-from tests.budgets import assert_within_budget
+from testing.budgets import assert_within_budget
+from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
 from tests.ops.test_latent_attention import case_terms, doubled, latent_case, oracle, plain_pytorch
-from tests.triton.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
 
 SHAPES = [
     {"latents": 4, "features": 5, "head_dim": 16},

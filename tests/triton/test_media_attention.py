@@ -11,10 +11,10 @@ from torch import Tensor
 from flamingo_kernels.ops import MediaSpans
 from flamingo_kernels.ops.media_attention.api import _MediaCrossAttention
 from flamingo_kernels.ops.spans import MediaPlan
-from tests.budgets import assert_within_budget, attention_terms
-from tests.cases import MediaCase, media_case
+from testing.budgets import assert_within_budget, attention_terms
+from testing.cases import MediaCase, media_case
+from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
 from tests.ops.test_media_attention import NAMES, exact, gradients, plain_pytorch
-from tests.triton.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
 
 # latents, head dim, query and key/value heads: tiles full and not, both backwards, grouped queries.
 SHAPES = [

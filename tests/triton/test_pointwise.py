@@ -11,8 +11,8 @@ from torch import Tensor
 from flamingo_kernels.ops.pointwise import impl_torch
 from flamingo_kernels.ops.pointwise.api import _GatedActivation, _GatedResidual, _LayerNorm
 from reference import pointwise as oracle
-from tests.budgets import assert_within_budget
-from tests.triton.targets import HAS_GPU, ONE_TARGET, TARGETS
+from testing.budgets import assert_within_budget
+from testing.targets import HAS_GPU, ONE_TARGET, TARGETS
 
 SHAPES = [(3, 7, 40), (2, 1500), (130, 8), (0, 8)]
 GATES = [1e-3, 0.7, -3.0]

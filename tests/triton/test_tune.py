@@ -10,7 +10,7 @@ import torch
 
 from flamingo_kernels._triton import configs, tune
 from flamingo_kernels._triton.configs import Key, LaunchConfig
-from tests.triton.targets import HAS_GPU
+from testing.targets import HAS_GPU
 
 KEY: Key = ("media_forward", 64, 64, 2)
 SHIPPED = configs.shipped("sm_90")[KEY]

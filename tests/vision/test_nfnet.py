@@ -16,7 +16,7 @@ from flamingo_kernels.vision import (
 )
 from flamingo_kernels.vision.config import ACTIVATION_GAINS
 from flamingo_kernels.vision.nfnet import ScaledActivation, ScaledStdConv2d, SqueezeExcite
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 SMALL = {"image_size": 32, "widths": (16, 32), "depths": (2, 1), "stem_width": 16, "group_width": 8}
 

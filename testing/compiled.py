@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_kernels.ops import MediaSpans, plan_media_attention
-from tests.cases import IMAGE
+from testing.cases import IMAGE
 
 # Batch, tokens, images. The second shape differs from the first in all, and its sizes from each
 # other and from those of the model: torch gives equal sizes one symbol, and a size of 1 none.

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from reference import GatedCrossAttentionBlock
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from reference import PerceiverResampler
 from reference.resampler import frame_embedding
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from reference.nfnet import (
     standardise,
     variant,
 )
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 # Millions of parameters of dm_nfnet_f0 ... f6 in timm's results tables, and in arXiv 2102.06171
 # to one digit less; with the classifier.

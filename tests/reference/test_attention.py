@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from reference import latent_attention, media_cross_attention
 from reference.attention import softmax
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 
 def spans(*ranges):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.cases import media_case
+from testing.cases import media_case
 
 
 def operator_calls() -> dict[str, tuple[Any, ...]]:

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from reference import Decoder
 from reference.decoder import DecoderBlock, rotary, token_positions
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 
 @pytest.fixture

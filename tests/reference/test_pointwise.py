@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from reference import gated_activation, gated_residual, layer_norm, rms_norm
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 
 def test_squared_relu_values():

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import reference
 from reference import Flamingo, media_spans
-from tests.budgets import assert_close_to_reference
+from testing.budgets import assert_close_to_reference
 
 IMAGE, PAD, EOS = 60, 0, 2
 ROWS = [

@@ -1,0 +1,1 @@
+"""What tests, benchmarks and examples share: error budgets, inputs, tiny models, peers' code."""
