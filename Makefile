@@ -24,7 +24,7 @@ lint: $(STAMP)
 # Needs no GPU. Triton caches what it compiled, so that a second run is quick.
 aot: $(STAMP)
 	@echo "== compiling every Triton kernel for every architecture"
-	$(BIN)/python -m flamingo_kernels._triton.aot --output benchmarks/results/aot.md
+	$(BIN)/python -m flamingo_kernels.tools.aot --output benchmarks/results/aot.md
 
 $(STAMP): requirements.lock requirements-peers.lock
 	@echo "== installing the pinned packages into $(VENV) (downloads on the first run)"

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from benchmarks import results, tables
 from flamingo_kernels import MediaSpans, ops
 from flamingo_kernels._cpp import library
-from flamingo_kernels.ops import memo
+from flamingo_kernels.ops import signature
 
 ROUNDS, CALLS = 15, 2000
 
@@ -65,10 +65,10 @@ def native_call(call: Callable[[], object]) -> tuple[Callable[[], object], objec
     def recording(name: str) -> Callable[[bytes], None]:
         return lambda params: recorded.append((name, params)) or functions(name)(params)
 
-    memo.forget()
+    signature.forget()
     with mock.patch.object(library, "function", recording):
         out = call()
-    memo.forget()
+    signature.forget()
     ((name, params),) = recorded
     function = library.load()[name]  # a new one, without the check of its status
     function.argtypes = [ctypes.c_void_p]

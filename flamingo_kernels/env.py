@@ -8,7 +8,7 @@ FLAMINGO_CPU_ISA
     for. Read once, when the library is loaded; a name that cannot be used makes the library
     unavailable, with the reason.
 FLAMINGO_TRITON_CONFIGS
-    Path of a file of launch configurations that ``python -m flamingo_kernels._triton.tune`` wrote;
+    Path of a file of launch configurations that ``python -m flamingo_kernels.tools.tune`` wrote;
     they take the place of the shipped ones of the same key. Read once, at the first launch.
 TRITON_INTERPRET
     ``1`` runs Triton kernels in Triton's interpreter, on the CPU. Triton reads it when a kernel's

@@ -23,7 +23,7 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
         calls[f"media_attention_backward {attend}"] = (
             torch.randn(case.q.shape), None, *inputs, single_item,
         )  # fmt: skip
-        calls[f"media_attention_plan {attend}"] = (
+        calls[f"media_attention_segments {attend}"] = (
             spans.first, spans.last, media, kv_heads, single_item,
         )  # fmt: skip
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +14,8 @@ from hypothesis import settings
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from flamingo_kernels.ops import dispatch, kernel_op, memo
+from flamingo_kernels import ops
+from flamingo_kernels.ops import dispatch, signature
 
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=25)
 settings.load_profile("repository")
@@ -36,37 +40,34 @@ def nan_filled_memory() -> Iterator[None]:
 def any_kernel_may_run(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """For tests that run no kernel: they need neither a GPU nor the native library."""
     monkeypatch.setattr(dispatch.Capability, "reasons", lambda self, call: [])
-    _forget_choices()
+    signature.forget()
     yield
-    _forget_choices()
-
-
-def _forget_choices() -> None:
-    dispatch._choose.cache_clear()
-    memo.forget()
+    signature.forget()
 
 
 @pytest.fixture
 def stand_in_kernels(
     any_kernel_may_run: None, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[list[str]]:
-    """Kernels that give zeros of the shapes their operators promise; the names of those called."""
+    """Triton kernels that return zeros of the promised shapes; the names of those called."""
     called: list[str] = []
 
-    def stand_in(op: str, kernel: str, function: str) -> Callable[..., Any]:
-        name = function if op == "pointwise" else f"{op}_{function}"
-        operator = getattr(torch.ops.flamingo_kernels, name).default
-
+    def stand_in(name: str) -> Callable[..., Any]:
         def zeros(*inputs: Any) -> Any:
             called.append(name)
+            registered = getattr(torch.ops.flamingo_kernels, name).default
             with FakeTensorMode() as mode:
                 fakes = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
-                promised = operator(*fakes, kernel)
+                promised = registered(*fakes, "triton")
             return tree_map_only(
                 torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), promised
             )
 
         return zeros
 
-    monkeypatch.setattr(kernel_op, "_implementation", stand_in)
+    for path in Path(ops.__file__).parent.glob("*/impl_triton*"):
+        op = path.parent.name
+        functions = ("forward", "backward", "segments")
+        module = SimpleNamespace(**{name: stand_in(f"{op}_{name}") for name in functions})
+        monkeypatch.setitem(sys.modules, f"flamingo_kernels.ops.{op}.impl_triton", module)
     yield called

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ PACKAGE = ROOT / "flamingo_kernels"
 
 # A module may import from its own layer and from those below it.
 LAYERS = (
-    ("cli", "__main__"),
+    ("cli", "tools", "__main__"),
     ("info", "train"),
     ("model", "data", "convert"),
     ("language", "vision", "nn"),
@@ -30,9 +31,15 @@ def sources(folder: Path) -> list[Path]:
 
 
 def imported_modules(path: Path) -> list[str]:
-    """Absolute names of all modules that ``path`` imports, function bodies included."""
+    """Absolute names of all modules that ``path`` imports, inside functions and by string too."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            if re.fullmatch(r"flamingo_kernels(\.\w+)+", node.value):
+                names.append(node.value)
+        elif isinstance(node, ast.JoinedStr) and isinstance(node.values[0], ast.Constant):
+            if match := re.match(r"flamingo_kernels(\.\w+)+", str(node.values[0].value)):
+                names.append(match.group())
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
@@ -66,13 +73,66 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_the_rule_sees_violations(tmp_path: Path) -> None:
-    """The parser finds relative, nested and aliased imports."""
+    """The parser finds nested and aliased imports, and those by string."""
     file = tmp_path / "sample.py"
     file.write_text(
-        "def f():\n    from flamingo_kernels import model\nimport flamingo_kernels.nn\n"
+        "def f(op):\n    from flamingo_kernels import model\nimport flamingo_kernels.nn\n"
+        "import_module('flamingo_kernels.ops.spans')\n"
+        "import_module(f'flamingo_kernels.train.{op}.impl')\n"
     )
     found = {part(m) for m in imported_modules(file)}
-    assert {"model", "nn"} <= found
+    assert {"model", "nn", "ops", "train"} <= found
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def import_graph(paths: list[Path]) -> dict[str, set[str]]:
+    """Module -> modules among ``paths`` that it imports, anywhere in it.
+
+    A package that imports a module of its own is not counted: its ``__init__`` re-exports.
+    """
+    known = {module_name(path) for path in paths}
+    graph = {}
+    for path in paths:
+        name, targets = module_name(path), set()
+        for module in imported_modules(path):
+            if module in known and module != name:
+                targets.add(module)
+        # "from package import module" imports the module, and the package only for its place.
+        graph[name] = {t for t in targets if not any(o.startswith(f"{t}.") for o in targets)}
+        if path.name == "__init__.py":
+            graph[name] = {t for t in graph[name] if not t.startswith(f"{name}.")}
+    return graph
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Circles of imports, one for each module that a search comes back to."""
+    found, done = [], set()
+
+    def visit(name: str, path: list[str]) -> None:
+        if name in path:
+            found.append([*path[path.index(name) :], name])
+        elif name not in done:
+            for target in sorted(graph.get(name, ())):
+                visit(target, [*path, name])
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, [])
+    return found
+
+
+@pytest.mark.parametrize("folder", ["flamingo_kernels/ops", "examples", "testing"])
+def test_there_is_no_circle_of_imports(folder: str) -> None:
+    assert circles(import_graph(sources(ROOT / folder))) == []
+
+
+def test_a_circle_is_found(tmp_path: Path) -> None:
+    graph = {"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}
+    assert circles(graph) == [["a", "b", "c", "a"]]
+    assert circles({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
@@ -89,9 +149,19 @@ def test_the_reference_imports_torch_alone(path: Path) -> None:
 
 
 def test_implementations_of_an_op_do_not_import_each_other() -> None:
-    for path in PACKAGE.glob("ops/*/impl_*.py"):
-        for module in imported_modules(path):
-            assert ".impl_" not in module, f"{path} imports {module}"
+    for path in PACKAGE.glob("ops/*/impl_*"):
+        for file in sources(path) if path.is_dir() else [path]:
+            for module in imported_modules(file):
+                own = module.startswith(module_name(path))
+                assert own or ".impl_" not in module, f"{file} imports {module}"
+
+
+def test_what_knows_no_op_names_none() -> None:
+    """``_triton`` and ``_cpp`` serve every op."""
+    ops = [path.name for path in (PACKAGE / "ops").iterdir() if (path / "api.py").exists()]
+    assert len(ops) == 5
+    for path in (*sources(PACKAGE / "_triton"), *sources(PACKAGE / "_cpp")):
+        assert not any(op in path.read_text() for op in ops), path
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))

@@ -200,16 +200,6 @@ def function(name: str) -> Callable[[bytes], None]:
     return found
 
 
-def address(tensor: torch.Tensor | None) -> int:
-    """Where a tensor's values start; 0, the null pointer, for None."""
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def new_like(tensor: torch.Tensor) -> torch.Tensor:
-    """A contiguous tensor of the same shape and dtype, not filled."""
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
 def multiply_add_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:
     """Floating point operations per second that the kernels' arithmetic reaches on registers alone.
 

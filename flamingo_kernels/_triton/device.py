@@ -1,4 +1,4 @@
-"""Device helpers that several kernels share."""
+"""Device functions that the kernels of several ops share."""
 
 from __future__ import annotations
 
@@ -26,8 +26,14 @@ def tanh(x):
 
 
 @triton.jit
-def clipped_ranges(first, last, o_first, o_last, mask, ITEMS):
-    """Ranges of a block of tokens, cut to the slots there are; empty ones have first > last."""
-    b_first = tl.maximum(tl.load(first + o_first, mask=mask, other=0), 0)
-    b_last = tl.minimum(tl.load(last + o_last, mask=mask, other=-1), ITEMS - 1)
-    return b_first, b_last
+def online_softmax(b_s, b_max, b_sum):
+    """Take a block of scores to base 2, -inf where masked, into a softmax over blocks of columns.
+
+    Returns the weights of the block, relative to the new maximum; the new maximum and sum of each
+    row; and the factor by which the earlier weights shrink.
+    """
+    b_new = tl.maximum(b_max, tl.max(b_s, 1))
+    b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # no column of the row so far
+    b_decay = tl.exp2(b_max - b_shift)
+    b_p = tl.exp2(b_s - b_shift[:, None])
+    return b_p, b_new, b_sum * b_decay + tl.sum(b_p, 1), b_decay

@@ -1,17 +1,17 @@
-"""Launching kernels on the device of their tensors, or recording launches without a device.
+"""Launch kernels on the device of their tensors, or record the launches without a device.
 
-The ahead-of-time check (:mod:`flamingo_kernels._triton.aot`) records what the launchers of
-``ops/*/impl_triton.py`` do with meta tensors, so it compiles what runs and not a copy of it.
+The ahead-of-time check (:mod:`flamingo_kernels.tools.aot`) records what the launchers of the ops do
+with meta tensors, so it compiles what runs and not a copy of it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton.language as tl
@@ -26,6 +26,27 @@ from flamingo_kernels._triton.reduce import sum_partials_kernel
 TARGET_PROGRAMS = 256
 
 
+Layout = TypeVar("Layout", bound=NamedTuple)
+
+
+def strided(layout: type[Layout], tensor: Tensor) -> Layout:
+    """Pair a tensor with its leading strides, as one argument of a kernel.
+
+    ``layout`` is a named tuple of a pointer and of the strides that the kernel uses. The last
+    stride of the tensor is 1.
+    """
+    return layout(tensor, *tensor.stride()[: len(layout._fields) - 1])
+
+
+def tensors_of(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among arguments of a kernel, those inside of layouts included."""
+    for value in arguments:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from tensors_of(value)
+
+
 @dataclass
 class Launch:
     """One kernel launch: what to compile and with which options."""
@@ -38,7 +59,7 @@ class Launch:
 
 @dataclass
 class Recorder:
-    """Launches made under :func:`recording`, for the architecture given."""
+    """The launches made under :func:`recording`, for one architecture."""
 
     architecture: str
     launches: list[Launch] = field(default_factory=list)
@@ -66,13 +87,13 @@ def launch(kernel: Any, grid: Sequence[int], config: LaunchConfig, **arguments: 
     if recorder is not None:
         recorder.launches.append(Launch(kernel, tuple(grid), config, arguments))
         return
-    device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
+    device = next(tensors_of(arguments.values())).device
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernel[tuple(grid)](**arguments, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def architecture(tensor: Tensor) -> str:
-    """``"sm_90"``, ``"gfx942"`` and the like, or ``"interpreter"``."""
+    """Return ``"sm_90"``, ``"gfx942"`` and the like, or ``"interpreter"``."""
     recorder = _RECORDER.get()
     if recorder is not None:
         return recorder.architecture
@@ -91,17 +112,17 @@ def _device_architecture(index: int | None) -> str:
 
 
 def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
-    """:func:`accumulator` as a Triton type."""
+    """Return :func:`~flamingo_kernels.precision.accumulator` as a Triton type."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def padded(size: int, least: int = 16) -> int:
-    """The power of two that holds ``size``, at least the side of a tensor-core tile."""
+    """Return the power of two that holds ``size``, at least the side of a tensor-core tile."""
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
 def padded_head_dim(q: Tensor) -> int:
-    """Width of the tiles of ``q``; padding is masked, so it costs no bytes.
+    """Return the width of the tiles of ``q``. Padding is masked, so it moves no bytes.
 
     fp32 tiles narrower than 64 spill on NVIDIA: TF32 products of so few columns repeat registers.
     """
@@ -109,20 +130,16 @@ def padded_head_dim(q: Tensor) -> int:
     return padded(q.shape[-1], narrowest)
 
 
-def unit_last_stride(tensor: Tensor) -> Tensor:
-    """``tensor`` itself wherever its last dimension is dense: any other strides are taken."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
-
-
-def strides(name: str, tensor: Tensor, letters: str) -> dict[str, int]:
-    """``{"stride_qb": ...}`` for the leading dimensions named by ``letters``."""
-    return {f"stride_{name}{letter}": tensor.stride(i) for i, letter in enumerate(letters)}
+def dense(parameter: Tensor | None) -> Tensor | None:
+    """Return a gate, weight or bias in contiguous memory; None stays None."""
+    return None if parameter is None else parameter.contiguous()
 
 
 def reduce_partials(partials: Tensor, out: Tensor, gate: Tensor | None = None) -> None:
     """Sum ``partials`` [count, *out.shape], contiguous, into ``out`` in a fixed order.
 
-    With ``gate``, of the shape of ``out``, the sums are gradients of its tanh, ``out`` its own.
+    With ``gate``, of the shape of ``out``, the sums are gradients of its tanh; ``out`` becomes the
+    gradient of the gate itself.
     """
     if out.numel() == 1:
         config = configs.SUM_ONE
@@ -143,14 +160,14 @@ def reduce_partials(partials: Tensor, out: Tensor, gate: Tensor | None = None) -
 
 
 def gate_gradient(partials: Tensor, gate: Tensor) -> Tensor:
-    """Gradient of ``gate`` from the sum of ``partials`` [count, gate.numel()], of its tanh's."""
+    """Return the gradient of ``gate`` from partial sums [count, gate.numel()] of its tanh's."""
     d_gate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     reduce_partials(partials, d_gate, gate.contiguous())
     return d_gate
 
 
 def dot_precision(tensor: Tensor) -> str:
-    """How fp32 products are formed: 16-bit and fp64 ones ignore it.
+    """Return how fp32 products are formed; those of 16-bit and fp64 values ignore it.
 
     NVIDIA has no fp32 tensor cores; three TF32 products recover fp32's precision on its tensor
     cores, and leave the kernels free of the thousands of unrolled fused multiply-adds of "ieee".

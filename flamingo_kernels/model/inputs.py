@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flamingo_kernels.ops.checks import INTEGERS, kind
+from flamingo_kernels.ops.checks import INTEGERS, describe
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ def check_text(
 ) -> None:
     """Raise TypeError or ValueError unless the text arguments fit together."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"input_ids must be an int64 or int32 tensor [B, T], got {kind(input_ids)}")
+        raise TypeError(
+            f"input_ids must be an int64 or int32 tensor [B, T], got {describe(input_ids)}"
+        )
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     if input_ids.shape[0] == 0 or input_ids.shape[1] == 0:
@@ -65,7 +67,7 @@ def check_text(
     batch, tokens = input_ids.shape
     if attention_mask is not None:
         if not isinstance(attention_mask, Tensor):
-            raise TypeError(f"attention_mask must be a tensor, got {kind(attention_mask)}")
+            raise TypeError(f"attention_mask must be a tensor, got {describe(attention_mask)}")
         expected = (batch, cached_tokens + tokens)
         if tuple(attention_mask.shape) != expected:
             raise ValueError(
@@ -76,7 +78,7 @@ def check_text(
         _require_device("attention_mask", attention_mask, input_ids)
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            raise TypeError(f"labels must be an int64 tensor, got {kind(labels)}")
+            raise TypeError(f"labels must be an int64 tensor, got {describe(labels)}")
         if labels.shape != input_ids.shape:
             raise ValueError(
                 f"labels must have the shape of input_ids {tuple(input_ids.shape)}, got "
@@ -115,7 +117,9 @@ def check_media(
         _match_counts(input_ids, image_token_id, [0] * batch)
         return None
     if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
-        raise TypeError(f"pixel_values must be a floating point tensor, got {kind(pixel_values)}")
+        raise TypeError(
+            f"pixel_values must be a floating point tensor, got {describe(pixel_values)}"
+        )
     if pixel_values.ndim not in (5, 6):
         raise ValueError(
             "pixel_values must be [B, I, F, C, H, W], or features [B, I, F, S, D], got shape "
@@ -156,7 +160,7 @@ def _host_integers(
 
 def _require_integers(name: str, value: object) -> None:
     if not isinstance(value, Tensor) or value.dtype not in INTEGERS:
-        raise TypeError(f"{name} must be an integer tensor, got {kind(value)}")
+        raise TypeError(f"{name} must be an integer tensor, got {describe(value)}")
     _require_values(name, value)
 
 

@@ -14,7 +14,7 @@ from flamingo_kernels.ops import (
     layer_norm_linear,
 )
 from flamingo_kernels.ops.dispatch import check_kernel_name
-from flamingo_kernels.ops.pointwise import ACTIVATIONS
+from flamingo_kernels.ops.gated_activation import ACTIVATIONS
 from flamingo_kernels.precision import accumulator
 
 FEED_FORWARDS = (*ACTIVATIONS, "swiglu")

@@ -12,28 +12,28 @@ from flamingo_kernels.ops.spans import MediaSpans
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
 
-def kind(value: object) -> torch.dtype | str:
-    """What an error says that a value is: the dtype of a tensor, or the type."""
+def describe(value: object) -> torch.dtype | str:
+    """Return what an error message calls a value: the dtype of a tensor, or else the type."""
     return value.dtype if isinstance(value, Tensor) else type(value).__name__
 
 
 def require_floating(op: str, name: str, tensor: Tensor) -> None:
-    """``tensor`` is a floating point tensor, and not sparse."""
+    """Raise unless ``tensor`` is a strided floating point tensor."""
     if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-        raise TypeError(f"{op}: {name} must be a floating point tensor, got {kind(tensor)}")
+        raise TypeError(f"{op}: {name} must be a floating point tensor, got {describe(tensor)}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a strided tensor, got layout {tensor.layout}")
 
 
 def require_rank(op: str, name: str, tensor: Tensor, layout: str) -> None:
-    """``tensor`` is floating point and has the rank of ``layout``, e.g. ``"[B, T, H, D]"``."""
+    """Raise unless ``tensor`` is floating point of the rank of ``layout``: ``"[B, T, H, D]"``."""
     require_floating(op, name, tensor)
     if tensor.ndim != layout.count(",") + 1:
         raise ValueError(f"{op}: {name} must be {layout}, got shape {tuple(tensor.shape)}")
 
 
 def require_alike(op: str, names: str, *tensors: Tensor) -> None:
-    """All tensors share one device and one dtype."""
+    """Raise unless all tensors share one device and one dtype."""
     device, dtype = tensors[0].device, tensors[0].dtype
     for tensor in tensors[1:]:
         if tensor.device != device:
@@ -58,7 +58,7 @@ def _require_positive(op: str, what: str, value: int) -> None:
 
 
 def require_parameter(op: str, name: str, parameter: Tensor, device_of: Tensor) -> None:
-    """``parameter`` is a floating point tensor on the same device."""
+    """Raise unless ``parameter`` is a floating point tensor on the device of the input."""
     require_floating(op, name, parameter)
     if parameter.device != device_of.device:
         raise ValueError(f"{op}: {name} is on {parameter.device}, the input on {device_of.device}")
@@ -67,9 +67,9 @@ def require_parameter(op: str, name: str, parameter: Tensor, device_of: Tensor) 
 def require_counts(
     op: str, name: str, counts: Tensor, shape: tuple[int, ...], device_of: Tensor
 ) -> None:
-    """``counts`` is an integer tensor of ``shape`` on the same device."""
+    """Raise unless ``counts`` is an integer tensor of ``shape`` on the device of the input."""
     if not isinstance(counts, Tensor) or counts.dtype not in INTEGERS:
-        raise TypeError(f"{op}: {name} must be an integer tensor, got {kind(counts)}")
+        raise TypeError(f"{op}: {name} must be an integer tensor, got {describe(counts)}")
     if counts.shape != shape:
         raise ValueError(f"{op}: {name} must have shape {shape}, got {tuple(counts.shape)}")
     if counts.device != device_of.device:
@@ -77,7 +77,10 @@ def require_counts(
 
 
 def require_within(op: str, name: str, counts: Tensor, low: int, high: int) -> None:
-    """``counts`` are ``low..high``; read where that waits for nothing: on the CPU, untraced."""
+    """Raise unless ``counts`` are ``low..high``.
+
+    They are read on the CPU and outside of tracing only, where reading waits for nothing.
+    """
     if torch.compiler.is_compiling() or type(counts) is not Tensor or not counts.is_cpu:
         return
     for count in counts.flatten().tolist():
@@ -86,7 +89,7 @@ def require_within(op: str, name: str, counts: Tensor, low: int, high: int) -> N
 
 
 def require_gate(op: str, gate: Tensor, device_of: Tensor, sizes: tuple[int, ...]) -> None:
-    """``gate`` is floating point on the same device, with one of the allowed ``sizes``."""
+    """Raise unless ``gate`` is floating point, on the device of the input, of an allowed size."""
     require_parameter(op, "gate", gate, device_of)
     if gate.numel() not in sizes:
         raise ValueError(
@@ -98,7 +101,7 @@ def require_gate(op: str, gate: Tensor, device_of: Tensor, sizes: tuple[int, ...
 def require_spans(
     op: str, spans: MediaSpans, batch: int, tokens: int | None, name: str, device_of: Tensor
 ) -> None:
-    """``spans`` are [batch, tokens] (None: any), on the device of the tensor called ``name``."""
+    """Raise unless ``spans`` are [batch, tokens] (None: any) on the device of tensor ``name``."""
     if not isinstance(spans, MediaSpans):
         raise TypeError(f"{op}: spans must be MediaSpans, got {type(spans).__name__}")
     shape = (batch, spans.shape[1] if tokens is None else tokens)
@@ -128,11 +131,11 @@ def media_cross_attention(
     _require_shape(op, "k", k, (batch, media, latents, kv_heads, head_dim), "q")
     _require_shape(op, "v", v, k.shape, "k")
     require_spans(op, spans, batch, tokens, "q", q)
-    plan = spans.plan
-    if plan is not None and (plan.media, plan.kv_heads) != (media, kv_heads):
+    segments = spans.segments
+    if segments is not None and segments[1:] != (media, kv_heads):
         raise ValueError(
-            f"{op}: spans are planned for I={plan.media}, Hkv={plan.kv_heads}; k has I={media}, "
-            f"Hkv={kv_heads}"
+            f"{op}: spans are planned for I={segments.media}, Hkv={segments.kv_heads}; k has "
+            f"I={media}, Hkv={kv_heads}"
         )
     if gate is not None:
         require_gate(op, gate, q, (1,))
@@ -165,3 +168,19 @@ def latent_attention(
     _require_shape(op, "v_latents", v_latents, q.shape, "q")
     if lengths is not None:
         require_counts(op, "lengths", lengths, (items,), q)
+
+
+def require_channels(op: str, x: Tensor) -> None:
+    """Raise unless ``x`` is floating point with at least one dimension."""
+    require_floating(op, "x", x)
+    if x.ndim == 0:
+        raise ValueError(f"{op}: x must have at least one dimension")
+
+
+def require_projection(op: str, projection: Tensor, x: Tensor) -> None:
+    """Raise unless ``projection`` is a floating point [C', C] on the device of ``x`` [..., C]."""
+    require_parameter(op, "projection", projection, x)
+    if projection.ndim != 2 or projection.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"{op}: projection has shape {tuple(projection.shape)}, x has {x.shape[-1]} channels"
+        )

@@ -1,26 +1,22 @@
-"""Which kernel runs an op: capabilities as data, reasons when one cannot, and the choice."""
+"""Choose the kernel that runs an op: capabilities as data, and the reasons against a kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import NamedTuple
 
 import torch
 
 from flamingo_kernels import _triton
 from flamingo_kernels._cpp import library
+from flamingo_kernels.ops.rows import has_unit_stride
 
 # In order of preference for kernel="auto".
 KERNELS = ("triton", "cpp", "torch")
-OPS = (
-    "media_cross_attention",
-    "latent_attention",
-    "gated_residual",
-    "gated_activation",
-    "layer_norm",
-)
+ATTENTION_OPS = ("media_cross_attention", "latent_attention")
+ROW_OPS = ("gated_residual", "gated_activation", "layer_norm")
+OPS = (*ATTENTION_OPS, *ROW_OPS)
 
 
 class KernelUnavailableError(RuntimeError):
@@ -28,17 +24,10 @@ class KernelUnavailableError(RuntimeError):
 
 
 class Choice(NamedTuple):
-    """How a call is run."""
+    """The kernel that runs a call."""
 
     kernel: str
     needs_grad: bool  # autograd will ask for a gradient of one of the tensors
-    launch: Callable[..., torch.Tensor] | None = None  # the forward, bound to calls alike
-
-    def bound(self, bind: Callable[..., Callable[..., torch.Tensor]], *arguments: object) -> Choice:
-        """With what ``bind`` of the C++ kernel makes of the arguments, if no gradient is needed."""
-        if self.kernel != "cpp" or self.needs_grad:
-            return self
-        return self._replace(launch=bind(*arguments))
 
 
 class Call(NamedTuple):
@@ -62,6 +51,7 @@ class Capability:
     max_channels: int | None = None  # None: any
     any_stride: bool = True
     backward: bool = True
+    needs_segments: bool = False  # the backward works from a SegmentTable
     unavailable: Callable[[Call], str | None] = lambda call: None  # why it cannot run here at all
 
     def reasons(self, call: Call) -> list[str]:
@@ -130,16 +120,15 @@ _TRITON = Capability(
     any_stride=False,
     unavailable=_triton_reason,
 )
+_TRITON_ATTENTION = replace(_TRITON, head_dims=range(1, _triton.MAX_HEAD_DIM + 1))
 
 CAPABILITIES: dict[tuple[str, str], Capability] = {
     **{(op, "torch"): Capability() for op in OPS},
     **{(op, "cpp"): _CPP for op in OPS},
-    **{(op, "triton"): _TRITON for op in OPS[2:]},
+    **{(op, "triton"): _TRITON for op in ROW_OPS},
     ("layer_norm", "triton"): replace(_TRITON, max_channels=_triton.MAX_CHANNELS),
-    **{
-        (op, "triton"): replace(_TRITON, head_dims=range(1, _triton.MAX_HEAD_DIM + 1))
-        for op in OPS[:2]
-    },
+    ("media_cross_attention", "triton"): replace(_TRITON_ATTENTION, needs_segments=True),
+    ("latent_attention", "triton"): _TRITON_ATTENTION,
 }
 
 
@@ -152,7 +141,7 @@ def unsupported_reasons(op: str, kernel: str, call: Call) -> list[str]:
 
 
 def choose(op: str, kernel: str, call: Call) -> str:
-    """The kernel that runs ``op``: the one asked for, or the best available for ``"auto"``.
+    """Return the kernel that runs ``op``: the one asked for, or for ``"auto"`` the best available.
 
     Raises
     ------
@@ -161,21 +150,7 @@ def choose(op: str, kernel: str, call: Call) -> str:
     KernelUnavailableError
         The kernel asked for cannot run the call. There is no silent fallback.
     """
-    return _cached_choice(op, kernel, *call)
-
-
-def _cached_choice(*call: object) -> str:
-    return _choose(*call)
-
-
-# What torch.compiler.assume_constant_result sets; calling it would import all of torch._dynamo.
-_cached_choice._dynamo_marked_constant = True
-
-
-@cache
-def _choose(op: str, kernel: str, *properties: object) -> str:
     check_kernel_name(kernel)
-    call = Call(*properties)
     reasons = {name: unsupported_reasons(op, name, call) for name in KERNELS}
     able = [name for name in KERNELS if not reasons[name]]
     # On the CPU Triton means its interpreter, which is for tests: only when asked for.
@@ -197,11 +172,6 @@ def check_kernel_name(kernel: str) -> None:
         raise ValueError(f"unknown kernel {kernel!r}; known: auto, {', '.join(KERNELS)}")
 
 
-def has_unit_stride(tensor: torch.Tensor) -> bool:
-    """The values of the last dimension adjoin."""
-    return tensor.ndim == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] <= 1
-
-
 def choose_for(
     op: str,
     kernel: str,
@@ -210,9 +180,9 @@ def choose_for(
     channels: int | None = None,
     plain: Callable[[torch.Tensor], bool] = has_unit_stride,
 ) -> Choice:
-    """:func:`choose` for these tensors; the first one names device and dtype.
+    """Apply :func:`choose` to tensors, of which the first names device and dtype.
 
-    ``plain`` tells whether compiled kernels of the op take a tensor's strides.
+    ``plain`` tells whether the compiled kernels of the op take the strides of a tensor.
     """
     present = [tensor for tensor in tensors if tensor is not None]
     first = present[0]
@@ -224,7 +194,17 @@ def choose_for(
         all(plain(tensor) for tensor in present),
         channels,
     )
-    return Choice(choose(op, kernel, call), call.needs_grad)
+    return Choice(_constant_choice(op, kernel, *call), call.needs_grad)
+
+
+def _constant_choice(op: str, kernel: str, *properties: object) -> str:
+    """Apply :func:`choose` as a constant of the graph while torch compiles."""
+    return choose(op, kernel, Call(*properties))
+
+
+# The attribute is all that torch.compiler.assume_constant_result sets; importing its module takes
+# 1.6 s. Dynamo rebuilds a named tuple wrongly, so the properties are passed one by one.
+_constant_choice._dynamo_marked_constant = True
 
 
 def needs_grad(*tensors: torch.Tensor) -> bool:

@@ -1,4 +1,4 @@
-"""Which media items each token may see, as ranges of media indices."""
+"""The media items that each token sees, as ranges of media indices."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ ATTEND_MODES = ("last", "last_group", "previous")
 ASSIGN_MODES = ("previous", "next")
 
 
-class MediaPlan(NamedTuple):
-    """What a kernel derived from ranges, for I media slots and Hkv key/value heads.
+class SegmentTable(NamedTuple):
+    """The segment of each media item: from the first to the last token that sees it.
 
     Attributes
     ----------
     table : Tensor
-        int32, laid out as the kernel likes.
+        int32, in the layout of the kernel that made it from the ranges.
     media, kv_heads : int
-        I and Hkv.
+        Number I of media slots and Hkv of key/value heads that it was made for.
     """
 
     table: Tensor
@@ -31,14 +31,14 @@ class MediaPlan(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MediaSpans:
-    """Range ``first..last`` (both inclusive) of media items that each token sees.
+    """The range ``first..last``, both inclusive, of media items that each token sees.
 
     Every attend mode is such a range, because media indices never decrease along the text
     (Flamingo, section 2.4 and appendix A.1.3). A range is empty where ``first > last``: such a
-    token sees nothing and its attention output is exactly zero. Ops intersect ranges with the
-    ``0..I-1`` media slots they are given.
+    token sees nothing, and its attention output is exactly zero. Ops intersect ranges with the
+    ``0..I-1`` media slots that they are given.
 
-    Computed once per forward and passed to every layer.
+    Compute the spans once per forward and pass them to every layer.
 
     Attributes
     ----------
@@ -46,14 +46,14 @@ class MediaSpans:
         int32 [B, T].
     single_item : bool
         No range holds more than one item (attend mode ``"last"``), known without a device read.
-    plan : MediaPlan, optional
-        Set by :func:`flamingo_kernels.ops.plan_media_attention`, for all layers of one forward.
+    segments : SegmentTable, optional
+        Set by :func:`flamingo_kernels.ops.plan_media_attention` for all layers of one forward.
     """
 
     first: Tensor
     last: Tensor
     single_item: bool = False
-    plan: MediaPlan | None = field(default=None, init=False)  # so that no copy keeps it
+    segments: SegmentTable | None = field(default=None, init=False)  # so that no copy keeps it
 
     def __post_init__(self) -> None:
         for name in ("first", "last"):
@@ -67,10 +67,10 @@ class MediaSpans:
                 f"{tuple(self.first.shape)} and {tuple(self.last.shape)}"
             )
 
-    def planned(self, plan: MediaPlan) -> MediaSpans:
-        """The same ranges with a plan made from them."""
+    def with_segments(self, segments: SegmentTable) -> MediaSpans:
+        """Return the same ranges with the segments that were derived from them."""
         spans = MediaSpans(self.first, self.last, self.single_item)
-        object.__setattr__(spans, "plan", plan)
+        object.__setattr__(spans, "segments", segments)
         return spans
 
     @property
@@ -80,8 +80,8 @@ class MediaSpans:
 
     @cached_property
     def signature(self) -> tuple:
-        """All that checks of a call depend on: equal for spans that differ in values alone."""
-        sizes = None if self.plan is None else (self.plan.media, self.plan.kv_heads)
+        """Metadata that the checks of a call depend on; the ranges' values are no part."""
+        sizes = None if self.segments is None else self.segments[1:]
         ranges = (self.first, self.last)
         layout = (self.shape, *(t.device for t in ranges), *(t.is_contiguous() for t in ranges))
         return *layout, self.single_item, sizes
@@ -90,7 +90,7 @@ class MediaSpans:
     def from_tokens(
         cls, input_ids: Tensor, image_token_id: int, attend: str = "last", assign: str = "previous"
     ) -> MediaSpans:
-        """Ranges for rows of token ids; the k-th ``<image>`` token of a row starts media item k.
+        """Return ranges for token ids; the k-th ``<image>`` token of a row starts media item k.
 
         Parameters
         ----------
@@ -121,7 +121,7 @@ class MediaSpans:
     def from_media_locations(
         cls, locations: Tensor, attend: str = "last", assign: str = "previous"
     ) -> MediaSpans:
-        """Ranges from a bool [B, T] that is True at ``<image>`` tokens; see :meth:`from_tokens`."""
+        """Return ranges from bool [B, T], True at ``<image>`` tokens; see :meth:`from_tokens`."""
         _check_mode("attend", attend, ATTEND_MODES)
         _check_mode("assign", assign, ASSIGN_MODES)
         _require_tensor("media locations", locations)
@@ -153,7 +153,7 @@ class MediaSpans:
 
     @classmethod
     def from_media_index(cls, index: Tensor, attend: str = "last") -> MediaSpans:
-        """Ranges from each token's media index, integer [B, T] with -1 for "no media".
+        """Return ranges from each token's media index, integer [B, T] with -1 for "no media".
 
         ``last_group`` needs the positions of the ``<image>`` tokens and is refused here.
         """
@@ -166,23 +166,23 @@ class MediaSpans:
 
     @classmethod
     def everything(cls, batch: int, tokens: int, media: int, device: torch.device) -> MediaSpans:
-        """Every token sees all ``media`` items."""
+        """Return ranges by which every token sees all ``media`` items."""
         first = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
         return cls(first, torch.full_like(first, media - 1))
 
     def newest(self, tokens: int) -> MediaSpans:
-        """The ranges of the last ``tokens`` tokens of each row (a decoding step's own), no plan."""
+        """Return the ranges of the last ``tokens`` tokens of each row, as a decoding step needs."""
         start = self.shape[1] - tokens
         return MediaSpans(self.first[:, start:], self.last[:, start:], self.single_item)
 
     def visible(self, media: int) -> Tensor:
-        """bool [B, T, media]: may token t see media slot i?"""
+        """Return bool [B, T, media]: whether token t sees media slot i."""
         slots = torch.arange(media, dtype=torch.int32, device=self.first.device)
         return (slots >= self.first[..., None]) & (slots <= self.last[..., None])
 
 
 def _empty_as_canonical(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    """Give every empty range the one form 0..-1, so that equal ranges have equal bits."""
+    """Write every empty range as 0..-1, so that equal ranges have equal bits."""
     empty = (first > last) | (last < 0)
     return first.masked_fill(empty, 0), last.masked_fill(empty, -1)
 

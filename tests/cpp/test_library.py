@@ -15,8 +15,8 @@ import pytest
 import torch
 
 import flamingo_kernels
-from flamingo_kernels._cpp import attention, library
-from flamingo_kernels.ops.media_attention.impl_cpp import forward
+from flamingo_kernels._cpp import library
+from flamingo_kernels.ops.media_attention.impl_cpp import backward, forward
 from testing.budgets import assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -189,7 +189,7 @@ def test_media_attention_of_strided_tensors(ranges: str, dtype: torch.dtype, gat
     k, v = strided((2, 4, 65, 2, 24), dtype), strided((2, 4, 65, 2, 24), dtype)
     first, last = (x.int().t().contiguous().t() for x in RANGES[ranges])
     gate = torch.tensor([0.7], dtype=dtype) if gated else None
-    actual = forward(q, k, v, first, last, gate, 0.3, False)
+    actual = forward(q, k, v, first, last, gate, 0.3)
     expected = expected_attention(q, k, v, first, last, gate, 0.3)
     assert_close_to_reference(actual, expected, dtype, "out")
     sees_nothing = (first.clamp(min=0) > last).nonzero()
@@ -205,7 +205,7 @@ def test_threads_change_no_bit() -> None:
         outs = []
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            outs.append(forward(q, k, v, last, last, None, 0.25, False))
+            outs.append(forward(q, k, v, last, last, None, 0.25))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(outs[0], outs[1])
@@ -216,7 +216,7 @@ def test_a_rejected_call_says_why() -> None:
     q, kv = torch.randn(1, 2, 3, 8), torch.randn(1, 1, 4, 2, 8)
     item = torch.zeros(1, 2, dtype=torch.int32)
     with pytest.raises(RuntimeError, match=r"query heads is not a multiple .* \(status 3\)"):
-        forward(q, kv, kv, item, item, None, 1.0, False)
+        forward(q, kv, kv, item, item, None, 1.0)
 
 
 @pytest.mark.slow
@@ -243,9 +243,9 @@ def test_offsets_beyond_two_to_the_31_elements() -> None:
     for view in (q, kv):
         view.copy_(torch.randn(view.shape))
     item = torch.zeros(2, 3, dtype=torch.int32)
-    out = forward(q, kv, kv, item, item, None, 0.3, False)
+    out = forward(q, kv, kv, item, item, None, 0.3)
     near = [t.contiguous() for t in (q, kv, kv)]
-    assert torch.equal(out, forward(*near, item, item, None, 0.3, False))
-    gradients = attention.media_attention_backward(out, q, kv, kv, item, item, None, 0.3)
-    expected = attention.media_attention_backward(out, *near, item, item, None, 0.3)
+    assert torch.equal(out, forward(*near, item, item, None, 0.3))
+    gradients = backward(out, q, kv, kv, item, item, None, 0.3)
+    expected = backward(out, *near, item, item, None, 0.3)
     assert all(map(torch.equal, gradients, expected))

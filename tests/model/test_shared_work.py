@@ -16,9 +16,9 @@ def test_one_plan_for_all_layers(stand_in_kernels: list[str]) -> None:
     ids = torch.tensor([[config.image_token_id, 72, config.image_token_id, 33]])
     model(ids, torch.randn(1, 2, 1, 3, 32, 32), labels=ids).loss.backward()
     assert stand_in_kernels.count("media_attention_backward") == layers
-    assert stand_in_kernels.count("media_attention_plan") == 1
+    assert stand_in_kernels.count("media_attention_segments") == 1
 
     stand_in_kernels.clear()
     with torch.no_grad():
         model(ids, torch.randn(1, 2, 1, 3, 32, 32))
-    assert "media_attention_plan" not in stand_in_kernels
+    assert "media_attention_segments" not in stand_in_kernels

@@ -11,7 +11,7 @@ from torch import nn
 import reference
 from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_kernels.ops import MediaSpans
-from flamingo_kernels.ops.pointwise import ACTIVATIONS
+from flamingo_kernels.ops.gated_activation import ACTIVATIONS
 from testing.budgets import assert_close_to_reference, assert_gradients_close
 from testing.cases import IMAGE
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 
 from flamingo_kernels.ops import MediaSpans, media_cross_attention
-from flamingo_kernels.ops.spans import MediaPlan
+from flamingo_kernels.ops.spans import SegmentTable
 from reference.attention import media_cross_attention as oracle
 from testing.budgets import assert_close_to_reference, assert_within_budget, attention_terms
 from testing.cases import MediaCase, kernels_for, media_case, media_shapes
@@ -161,10 +161,10 @@ def test_a_second_derivative_is_refused(kernel: str) -> None:
 
 def test_a_changed_copy_of_spans_has_no_plan() -> None:
     spans = MediaSpans.from_media_index(torch.tensor([[0, 0, 1]]))
-    planned = spans.planned(MediaPlan(torch.zeros(1), 2, 1))
-    assert planned.plan is not None
-    assert replace(planned, last=planned.last + 1).plan is None
-    assert planned.newest(2).plan is None
+    planned = spans.with_segments(SegmentTable(torch.zeros(1), 2, 1))
+    assert planned.segments is not None
+    assert replace(planned, last=planned.last + 1).segments is None
+    assert planned.newest(2).segments is None
 
 
 @pytest.mark.parametrize("attend", ["last", "last_group", "previous"])

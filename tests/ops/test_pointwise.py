@@ -15,7 +15,7 @@ from flamingo_kernels.ops import (
     layer_norm,
     layer_norm_linear,
 )
-from flamingo_kernels.ops.pointwise import ACTIVATIONS
+from flamingo_kernels.ops.gated_activation import ACTIVATIONS
 from reference import pointwise as oracle
 from testing.budgets import assert_close_to_reference, assert_within_budget
 from testing.cases import kernels_for

@@ -18,12 +18,14 @@ if not torch.cuda.is_available():
         "InterpretedFunction"
     ):
         raise RuntimeError("triton was imported before tests/triton: run this folder by itself")
+    from flamingo_kernels.ops.gated_activation import impl_triton
+    from flamingo_kernels.ops.gated_residual import impl_triton as _residual  # noqa: F401
     from flamingo_kernels.ops.latent_attention import impl_triton as _latent  # noqa: F401
+    from flamingo_kernels.ops.layer_norm import impl_triton as _norm  # noqa: F401
     from flamingo_kernels.ops.media_attention import impl_triton as _media  # noqa: F401
-    from flamingo_kernels.ops.pointwise import impl_triton
 
     # Triton loads the rest of itself at the first launch.
-    impl_triton.gated_activation_forward(torch.ones(1), None, "relu")
+    impl_triton.forward(torch.ones(1), None, "relu")
 
     if before is None:
         del os.environ["TRITON_INTERPRET"]

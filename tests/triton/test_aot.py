@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of a subset; ``python -m flamingo_kernels._triton.aot`` does it all.
+"""Ahead-of-time compilation of a subset; ``python -m flamingo_kernels.tools.aot`` does it all.
 
 Compiling needs a process in which Triton is not interpreted, so each test starts one.
 """
@@ -19,7 +19,7 @@ ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "gfx942")
 def compiled(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, "-m", "flamingo_kernels._triton.aot", *arguments],
+        [sys.executable, "-m", "flamingo_kernels.tools.aot", *arguments],
         cwd=ROOT,
         env={**inherited, **environment},
         capture_output=True,
@@ -66,7 +66,7 @@ def test_interpreted_kernels_are_refused() -> None:
 def test_problems_are_named() -> None:
     """A spill, too much shared memory and a missing tensor-core instruction each fail."""
     code = (
-        "from flamingo_kernels._triton.aot import Result;"
+        "from flamingo_kernels.tools.aot import Result;"
         "print(Result('k', 'gfx942', 4, 64, 8, 70000, False).problems())"
     )
     done = subprocess.run(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from flamingo_kernels import _triton
-from flamingo_kernels._triton import configs
+from flamingo_kernels.ops import tiles
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,11 +75,11 @@ LOOPING = (
 def test_every_case_has_a_config(head_dim: int, itemsize: int, architecture: str) -> None:
     """The one-pass backward may be missing, its replacement and all others may not."""
     for kernel in ("media_forward", *LOOPING):
-        config = configs.lookup(kernel, head_dim, itemsize, architecture)
+        config = tiles.lookup(kernel, head_dim, itemsize, architecture)
         assert config is not None and config.reason
 
 
 def test_unknown_architectures_take_a_close_one() -> None:
-    assert configs.family("sm_89") == configs.family("sm_120") == "sm_86"
-    assert configs.family("sm_103") == "sm_100"
-    assert configs.family("gfx90a") == "gfx942"
+    assert tiles.family("sm_89") == tiles.family("sm_120") == "sm_86"
+    assert tiles.family("sm_103") == "sm_100"
+    assert tiles.family("gfx90a") == "gfx942"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from flamingo_kernels._triton import aot
 from flamingo_kernels._triton.launch import recording
+from flamingo_kernels.tools import aot
 from testing.cases import IMAGE
 from testing.compiled import Bridge
 from testing.targets import gpu

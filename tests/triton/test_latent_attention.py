@@ -24,10 +24,10 @@ NAMES = ("dq", "dk_media", "dv_media", "dk_latents", "dv_latents")
 @pytest.fixture
 def implementation(monkeypatch: pytest.MonkeyPatch):
     """The launchers, with forward splits so short that small shapes need them."""
-    from flamingo_kernels.ops.latent_attention import impl_triton
+    from flamingo_kernels.ops.latent_attention.impl_triton import latent_forward
 
-    monkeypatch.setattr(impl_triton, "SPLIT_KEYS", 64)
-    return impl_triton
+    monkeypatch.setattr(latent_forward, "SPLIT_KEYS", 64)
+    return latent_forward
 
 
 def run(tensors: list[Tensor], lengths: Tensor | None) -> Tensor:
@@ -77,8 +77,10 @@ def test_without_splits(
     implementation, monkeypatch: pytest.MonkeyPatch, device: str, dtype: torch.dtype
 ) -> None:
     """One program per item and head, as in large batches."""
+    from flamingo_kernels.ops.latent_attention.impl_triton import latent_backward
+
     monkeypatch.setattr(implementation, "SPLIT_KEYS", 1024)
-    monkeypatch.setattr(implementation, "TARGET_PROGRAMS", 1)
+    monkeypatch.setattr(latent_backward, "TARGET_PROGRAMS", 1)
     check(*on(device, *latent_case(dtype, latents=16, features=100)), dtype)
 
 

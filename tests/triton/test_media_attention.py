@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flamingo_kernels.ops import MediaSpans
 from flamingo_kernels.ops.media_attention.api import _MediaCrossAttention
-from flamingo_kernels.ops.spans import MediaPlan
+from flamingo_kernels.ops.spans import SegmentTable
 from testing.budgets import assert_within_budget, attention_terms
 from testing.cases import MediaCase, media_case
 from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
@@ -30,11 +30,12 @@ SHAPES = [
 @pytest.fixture
 def implementation(monkeypatch: pytest.MonkeyPatch):
     """The launchers, with chunks so short that a few tokens need partial sums."""
-    from flamingo_kernels.ops.media_attention import contract, impl_triton
+    from flamingo_kernels.ops.media_attention import segment_sizes
+    from flamingo_kernels.ops.media_attention.impl_triton import media_segments
 
-    monkeypatch.setattr(contract, "SHORTEST_CHUNK", 16)
-    monkeypatch.setattr(impl_triton, "LONGEST_CHUNK", 16)
-    return impl_triton
+    monkeypatch.setattr(segment_sizes, "SHORTEST_CHUNK", 16)
+    monkeypatch.setattr(media_segments, "LONGEST_CHUNK", 16)
+    return media_segments
 
 
 def on(device: str, case: MediaCase) -> MediaCase:
@@ -52,7 +53,7 @@ def run(case: MediaCase) -> Tensor:
     spans = case.spans
     scale = case.q.shape[-1] ** -0.5
     return _MediaCrossAttention.apply(
-        spans.plan and spans.plan.table,
+        spans.segments and spans.segments.table,
         case.q,
         case.k,
         case.v,
@@ -198,7 +199,7 @@ def test_chunks_cover_each_token_once(implementation, device: str, dtype: torch.
     index = torch.tensor([-1] * 5 + [0] * 40 + [2] * 16 + [3] * 9, dtype=torch.int32)
     spans = MediaSpans.from_media_index(index[None].to(device))
     assert implementation.chunking(1, tokens, media, 1)[0] == chunk
-    plan = implementation.plan(spans.first, spans.last, media, 1, True)[0].tolist()
+    plan = implementation.segments(spans.first, spans.last, media, 1, True)[0].tolist()
     items, chunks = plan[: media + 1], plan[media + 1 :]
     assert [item[:2] for item in items] == [[5, 45], [70, 0], [45, 61], [61, 70], [0, 5]]
     assert items[0][2:] == [0, 3] and [item[3] for item in items] == [3, 0, 0, 0, 0]
@@ -220,11 +221,11 @@ def test_a_shared_plan_gives_the_same_bits(
     media, kv_heads = case.k.shape[1], case.k.shape[3]
     seed = torch.randn(case.q.shape).to(device)
     alone = gradients(run(case), case, seed)
-    table = implementation.plan(
+    table = implementation.segments(
         case.spans.first, case.spans.last, media, kv_heads, case.spans.single_item
     )
-    case.spans = case.spans.planned(MediaPlan(table, media, kv_heads))
-    monkeypatch.delattr(implementation, "plan")  # nothing is derived again
+    case.spans = case.spans.with_segments(SegmentTable(table, media, kv_heads))
+    monkeypatch.delattr(implementation, "segments")  # nothing is derived again
     shared = gradients(run(case), case, seed)
     assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 

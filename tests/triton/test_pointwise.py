@@ -8,8 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from flamingo_kernels.ops.pointwise import impl_torch
-from flamingo_kernels.ops.pointwise.api import _GatedActivation, _GatedResidual, _LayerNorm
+from flamingo_kernels.ops.gated_activation import impl_torch as torch_activation
+from flamingo_kernels.ops.gated_activation.api import _GatedActivation
+from flamingo_kernels.ops.gated_residual import impl_torch as torch_residual
+from flamingo_kernels.ops.gated_residual.api import _GatedResidual
+from flamingo_kernels.ops.layer_norm import impl_torch as torch_norm
+from flamingo_kernels.ops.layer_norm.api import _LayerNorm
 from reference import pointwise as oracle
 from testing.budgets import assert_within_budget
 from testing.targets import HAS_GPU, ONE_TARGET, TARGETS
@@ -64,7 +68,7 @@ def test_gated_residual(shape: tuple, gate: float | None, device: str, dtype: to
         device,
         [x, y, value.to(dtype)],
         lambda x, y, g: _GatedResidual.apply(x, y, accumulated(g, x), "triton"),
-        impl_torch.gated_residual,
+        torch_residual.forward,
         oracle.gated_residual,
     )
 
@@ -82,7 +86,7 @@ def test_gated_activation(
         device,
         [torch.randn(shape).to(dtype), None if gate is None else torch.tensor([gate], dtype=dtype)],
         lambda x, g: _GatedActivation.apply(x, accumulated(g, x), activation, "triton"),
-        lambda x, g: impl_torch.gated_activation(x, g, activation),
+        lambda x, g: torch_activation.forward(x, g, activation),
         lambda x, g: oracle.gated_activation(x, g, activation),
     )
 
@@ -105,7 +109,7 @@ def test_layer_norm(shape: tuple, affine: str, device: str, dtype: torch.dtype) 
         device,
         [torch.randn(shape).to(dtype) * 3 + 1, weight, bias],
         lambda x, w, b: _LayerNorm.apply(x, w, b, 1e-5, "triton"),
-        lambda x, w, b: impl_torch.layer_norm(x, w, b, 1e-5),
+        lambda x, w, b: torch_norm.forward(x, w, b, 1e-5),
         exact,
     )
 

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from flamingo_kernels._triton import configs, tune
-from flamingo_kernels._triton.configs import Key, LaunchConfig
+from flamingo_kernels._triton.configs import LaunchConfig
+from flamingo_kernels.ops import tiles
+from flamingo_kernels.ops.tiles import Key
+from flamingo_kernels.tools import tune
 from testing.targets import HAS_GPU
 
 KEY: Key = ("media_forward", 64, 64, 2)
-SHIPPED = configs.shipped("sm_90")[KEY]
+SHIPPED = tiles.shipped("sm_90")[KEY]
 
 
 def active() -> LaunchConfig:
     kernel, head_dim, keys, itemsize = KEY
-    return configs.lookup(kernel, head_dim, itemsize, "sm_90", keys)
+    return tiles.lookup(kernel, head_dim, itemsize, "sm_90", keys)
 
 
 def chosen(times: dict[tuple[int, int, int], float]) -> tuple[int, int, int]:
@@ -51,13 +53,13 @@ def test_what_cannot_run_is_passed_over() -> None:
 def test_nothing_stays_behind() -> None:
     before = active()
     chosen({SHIPPED: 2.0, (32, 4, 1): 1.5})
-    assert active() == before and before.reason != configs._MEASURED
+    assert active() == before and before.reason != tiles._MEASURED
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_every_shipped_tile_is_tuned(architecture: str) -> None:
     tuned = list(tune.tune(architecture, lambda call: 1.0, calls=lambda key: lambda: None))
-    assert [key for key, *_ in tuned] == sorted(configs.shipped(architecture))
+    assert [key for key, *_ in tuned] == sorted(tiles.shipped(architecture))
     assert all(current == tile for _, current, tile, *_ in tuned)
 
 
@@ -65,8 +67,8 @@ def test_each_call_launches_its_kernel() -> None:
     """With the config of its key, on tensors without memory."""
     from flamingo_kernels._triton.launch import recording
 
-    for key in configs.shipped("sm_90"):
-        with recording("sm_90"), configs.trying(key, "sm_90", (16, 2, 7)):
+    for key in tiles.shipped("sm_90"):
+        with recording("sm_90"), tiles.trying(key, "sm_90", (16, 2, 7)):
             call = tune.call_of(key, device="meta")
             with recording("sm_90") as recorder:
                 call()
@@ -76,19 +78,19 @@ def test_each_call_launches_its_kernel() -> None:
 
 def test_what_is_written_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "configs.json"
-    tiles = {KEY: {"sm_90": (32, 4, 1)}, ("latent_backward", 128, 16, 4): {"gfx942": (16, 4, 1)}}
-    configs.write(path, tiles)
-    assert configs.read(path) == tiles
+    written = {KEY: {"sm_90": (32, 4, 1)}, ("latent_backward", 128, 16, 4): {"gfx942": (16, 4, 1)}}
+    tiles.write(path, written)
+    assert tiles.read(path) == written
     monkeypatch.setenv("FLAMINGO_TRITON_CONFIGS", str(path))
-    configs._measured.cache_clear()
+    tiles._measured.cache_clear()
     try:
-        assert active() == LaunchConfig(32, 64, 4, 1, configs._MEASURED)
-        other = configs.lookup("media_forward", 64, 2, "sm_80")
-        assert other.reason != configs._MEASURED
+        assert active() == LaunchConfig(32, 64, 4, 1, tiles._MEASURED)
+        other = tiles.lookup("media_forward", 64, 2, "sm_80")
+        assert other.reason != tiles._MEASURED
     finally:
         monkeypatch.undo()
-        configs._measured.cache_clear()
-    assert active().reason != configs._MEASURED
+        tiles._measured.cache_clear()
+    assert active().reason != tiles._MEASURED
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> 
     path = tmp_path / "configs.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=rf"configs\.json holds no launch conf.*{message}"):
-        configs.read(path)
+        tiles.read(path)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="for machines without a GPU")

@@ -1,4 +1,4 @@
-"""Latent queries against the features of one media item and the latents themselves."""
+"""Attention of latent queries to the features of one media item and to the latents themselves."""
 
 from flamingo_kernels.ops.latent_attention.api import latent_attention
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
-from flamingo_kernels.ops.latent_attention import contract, impl_cpp, impl_torch
-from flamingo_kernels.ops.memo import once_per_signature
-from flamingo_kernels.precision import score_scale
+from flamingo_kernels.ops.latent_attention import impl_cpp, impl_torch, operators
+from flamingo_kernels.ops.signature import is_eager, remembered
 
 
 def latent_attention(
@@ -56,28 +58,14 @@ def latent_attention(
         The kernel asked for cannot run this call; the message lists the reasons.
     """
     inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
-    if scale is not None:
-        scale = float(scale)
-    chosen, needs_grad, launch = _choose(*inputs, scale, kernel)
+    run = _runner(*inputs, None if scale is None else float(scale), kernel)
     if lengths is not None:
         checks.require_within("latent_attention", "lengths", lengths, 0, k_media.shape[1])
-    if launch is not None:
-        return launch(*inputs)
-    scale = score_scale(q, scale)
-    if chosen == "torch":
-        return impl_torch.forward(*inputs, scale)
-    if not needs_grad:
-        return contract.forward(*inputs, scale, chosen)[0]
-    return _LatentAttention.apply(*inputs, scale, chosen)
+    return run(*inputs)
 
 
-def _bind(choice: dispatch.Choice, *arguments) -> dispatch.Choice:
-    *tensors, _lengths, scale, _kernel = arguments
-    return choice.bound(impl_cpp.bind_forward, *tensors, score_scale(tensors[0], scale))
-
-
-@once_per_signature(_bind)
-def _choose(
+@remembered
+def _runner(
     q: Tensor,
     k_media: Tensor,
     v_media: Tensor,
@@ -86,14 +74,29 @@ def _choose(
     lengths: Tensor | None,
     scale: float | None,
     kernel: str,
-) -> dispatch.Choice:
+) -> Callable[..., Tensor]:
+    """Check the arguments and return what runs calls of this signature, of the six tensors."""
     tensors = (q, k_media, v_media, k_latents, v_latents)
     checks.latent_attention(*tensors, lengths)
-    return dispatch.choose_for("latent_attention", kernel, *tensors, head_dim=q.shape[-1])
+    chosen, needs_grad = dispatch.choose_for(
+        "latent_attention", kernel, *tensors, head_dim=q.shape[-1]
+    )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "torch":
+        return partial(impl_torch.forward, scale=scale)
+    if needs_grad:
+        return lambda *inputs: _LatentAttention.apply(*inputs, scale, chosen)
+    if not is_eager(q):
+        return lambda *inputs: operators.forward(*inputs, scale, chosen)[0]
+    if chosen == "cpp":
+        return impl_cpp.bind_forward(*tensors, scale)
+    from flamingo_kernels.ops.latent_attention import impl_triton
+
+    return lambda *inputs: impl_triton.forward(*inputs, scale)[0]
 
 
 class _LatentAttention(torch.autograd.Function):
-    """Saves inputs, output and one number per query; the output is alive anyway in to_out."""
+    """Save inputs, output and one number per query; to_out keeps the output alive."""
 
     @staticmethod
     def forward(
@@ -108,7 +111,7 @@ class _LatentAttention(torch.autograd.Function):
         kernel: str,
     ) -> Tensor:
         inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
-        out, lse = contract.forward(*inputs, scale, kernel)
+        out, lse = operators.forward(*inputs, scale, kernel)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.options = (scale, kernel)
         return out
@@ -116,5 +119,5 @@ class _LatentAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = contract.backward(d_out, *ctx.saved_tensors, *ctx.options)
+        gradients = operators.backward(d_out, *ctx.saved_tensors, *ctx.options)
         return *gradients, None, None, None

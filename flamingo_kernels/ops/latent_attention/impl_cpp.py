@@ -1,22 +1,129 @@
-"""Latent attention on the CPU through the native library; see ``contract``."""
+"""Latent attention on the CPU through the native library.
+
+Shape letters as in ``csrc/include/flamingo_cpu.h``.
+"""
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
-from flamingo_kernels._cpp import attention
+from flamingo_kernels._cpp import layouts, library
+from flamingo_kernels._cpp.layouts import TENSOR, address, new_like
+from flamingo_kernels.ops.rows import unit_stride
+from flamingo_kernels.precision import accumulator
 
-bind_forward = attention.bind_latent_attention_forward
+_SIZES = struct.Struct("@5qd2i")  # up to the threads
+_END = f"2q{_SIZES.size}si4x"
+PARAMS = struct.Struct("@" + 12 * TENSOR + _END)
+FORWARD_PARAMS = struct.Struct("@" + 6 * TENSOR + layouts.no_tensors(6) + _END)
 
 
-def forward(*arguments) -> tuple[Tensor, Tensor]:
-    *tensors, lengths, scale = arguments
-    lse = attention.new_lse(tensors[0])
+def _sizes(q: Tensor, k_media: Tensor, scale: float) -> bytes:
+    items, latents, heads, head_dim = q.shape
+    sizes = (items, latents, k_media.shape[1], heads, head_dim)
+    return _SIZES.pack(*sizes, scale, *library.dtype_and_set(q.dtype))
+
+
+def _int64(lengths: Tensor | None) -> Tensor | None:
+    return None if lengths is None else lengths.to(torch.int64).contiguous()
+
+
+def bind_forward(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    scale: float,
+) -> Callable[..., Tensor]:
+    """Return the forward for calls of this signature, with all parameters but addresses packed.
+
+    It takes (q, k_media, v_media, k_latents, v_latents, lengths, lse) and returns out [N, L, H, D],
+    contiguous. Lengths may be None. lse [N, H, L], contiguous in the dtype of accumulation, is
+    written if it is given.
+    """
+    function = library.function("flamingo_latent_attention_forward")
+    pack = FORWARD_PARAMS.pack
+    packed = [layouts.strides(tensor) for tensor in (q, k_media, v_media, k_latents, v_latents)]
+    q_strides, km_strides, vm_strides, kl_strides, vl_strides = packed
+    out_strides, sizes = layouts.contiguous_strides(q), _sizes(q, k_media, scale)
+
+    def launch(
+        q: Tensor,
+        k_media: Tensor,
+        v_media: Tensor,
+        k_latents: Tensor,
+        v_latents: Tensor,
+        lengths: Tensor | None,
+        lse: Tensor | None = None,
+    ) -> Tensor:
+        out, lengths = new_like(q), _int64(lengths)
+        params = pack(
+            q.data_ptr(),
+            q_strides,
+            k_media.data_ptr(),
+            km_strides,
+            v_media.data_ptr(),
+            vm_strides,
+            k_latents.data_ptr(),
+            kl_strides,
+            v_latents.data_ptr(),
+            vl_strides,
+            out.data_ptr(),
+            out_strides,
+            b"",
+            address(lengths),
+            address(lse),
+            sizes,
+            torch.get_num_threads(),
+        )
+        function(params)
+        return out
+
+    return launch
+
+
+def forward(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    items, latents, heads, _ = q.shape
+    lse = q.new_empty((items, heads, latents), dtype=accumulator(q.dtype))
+    tensors = (q, k_media, v_media, k_latents, v_latents)
     return bind_forward(*tensors, scale)(*tensors, lengths, lse), lse
 
 
-def backward(d_out: Tensor, *arguments) -> tuple[Tensor, ...]:
-    # Autograd may hand in an expanded gradient, as of a sum: the only copy made here.
-    if d_out.stride(-1) != 1 and d_out.shape[-1] != 1:
-        d_out = d_out.contiguous()
-    return attention.latent_attention_backward(d_out, *arguments)
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return contiguous gradients of the five inputs."""
+    d_out, lengths = unit_stride(d_out), _int64(lengths)
+    inputs = (q, k_media, v_media, k_latents, v_latents)
+    d_q, d_k_media, d_v_media, d_k_latents, d_v_latents = gradients = tuple(map(new_like, inputs))
+    params = PARAMS.pack(
+        *layouts.tensors(*inputs, out, d_out, *gradients),
+        address(lengths),
+        lse.data_ptr(),
+        _sizes(q, k_media, scale),
+        torch.get_num_threads(),
+    )
+    library.function("flamingo_latent_attention_backward")(params)
+    return d_q, d_k_media, d_v_media, d_k_latents, d_v_latents

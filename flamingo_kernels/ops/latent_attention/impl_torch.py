@@ -1,4 +1,4 @@
-"""The best that stock PyTorch does for latent attention: SDPA on concatenated keys. Any device."""
+"""Latent attention in stock PyTorch: SDPA on concatenated keys, on any device."""
 
 from __future__ import annotations
 

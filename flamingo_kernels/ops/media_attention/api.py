@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
-from flamingo_kernels.ops.media_attention import contract, impl_cpp, impl_torch
-from flamingo_kernels.ops.memo import once_per_signature
-from flamingo_kernels.ops.spans import MediaPlan, MediaSpans
-from flamingo_kernels.precision import accumulated, score_scale
+from flamingo_kernels.ops.media_attention import impl_cpp, impl_torch, operators
+from flamingo_kernels.ops.signature import is_eager, remembered
+from flamingo_kernels.ops.spans import MediaSpans, SegmentTable
+from flamingo_kernels.precision import accumulated
 
-# Kernels whose backward works from a plan.
-_PLANNING = ("triton",)
+_OP = "media_cross_attention"
 
 
 def media_cross_attention(
@@ -63,29 +65,12 @@ def media_cross_attention(
     KernelUnavailableError
         The kernel asked for cannot run this call; the message lists the reasons.
     """
-    if scale is not None:
-        scale = float(scale)
-    chosen, needs_grad, launch = _choose(q, k, v, spans, gate, scale, kernel)
-    if launch is not None:
-        return launch(q, k, v, spans.first, spans.last, gate)
-    gate, scale = accumulated(gate, q), score_scale(q, scale)
-    if chosen == "torch":
-        return impl_torch.forward(q, k, v, spans, gate, scale)
-    arguments = (q, k, v, spans.first, spans.last, gate, scale, spans.single_item, chosen)
-    if not needs_grad:
-        return contract.forward(*arguments)
-    plan = spans.plan.table if spans.plan is not None and chosen in _PLANNING else None
-    return _MediaCrossAttention.apply(plan, *arguments)
+    run = _runner(q, k, v, spans, gate, None if scale is None else float(scale), kernel)
+    return run(q, k, v, spans, gate)
 
 
-def _bind(choice: dispatch.Choice, *arguments) -> dispatch.Choice:
-    q, k, v, spans, gate, scale, _kernel = arguments
-    inputs = (q, k, v, spans.first, spans.last, gate, score_scale(q, scale))
-    return choice.bound(impl_cpp.bind_forward, *inputs)
-
-
-@once_per_signature(_bind)
-def _choose(
+@remembered
+def _runner(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -93,17 +78,92 @@ def _choose(
     gate: Tensor | None,
     scale: float | None,
     kernel: str,
-) -> dispatch.Choice:
+) -> Callable[[Tensor, Tensor, Tensor, MediaSpans, Tensor | None], Tensor]:
+    """Check the arguments and return what runs calls of this signature."""
     checks.media_cross_attention(q, k, v, spans, gate)
-    return dispatch.choose_for("media_cross_attention", kernel, q, k, v, gate, head_dim=q.shape[-1])
+    chosen, needs_grad = dispatch.choose_for(_OP, kernel, q, k, v, gate, head_dim=q.shape[-1])
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if chosen == "torch":
+        return partial(impl_torch.forward, scale=scale)
+    if needs_grad or not is_eager(q):
+        run = _attend_with_gradients if needs_grad else _attend
+        return partial(run, scale=scale, kernel=chosen)
+    if chosen == "cpp":
+        return impl_cpp.bind_forward(q, k, v, spans, gate, scale)
+    from flamingo_kernels.ops.media_attention import impl_triton
+
+    return lambda q, k, v, spans, gate: impl_triton.forward(
+        q, k, v, spans.first, spans.last, accumulated(gate, q), scale, spans.single_item
+    )
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: MediaSpans,
+    gate: Tensor | None,
+    scale: float,
+    kernel: str,
+) -> Tensor:
+    ranges, gate = (spans.first, spans.last), accumulated(gate, q)
+    return operators.forward(q, k, v, *ranges, gate, scale, spans.single_item, kernel)
+
+
+def _attend_with_gradients(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    spans: MediaSpans,
+    gate: Tensor | None,
+    scale: float,
+    kernel: str,
+) -> Tensor:
+    segments = None
+    if spans.segments is not None and dispatch.CAPABILITIES[_OP, kernel].needs_segments:
+        segments = spans.segments.table
+    ranges, gate = (spans.first, spans.last), accumulated(gate, q)
+    return _MediaCrossAttention.apply(
+        segments, q, k, v, *ranges, gate, scale, spans.single_item, kernel
+    )
+
+
+class _MediaCrossAttention(torch.autograd.Function):
+    """Save the inputs alone, with the segments; the backward recomputes the softmax."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        segments: Tensor | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        first: Tensor,
+        last: Tensor,
+        gate: Tensor | None,
+        scale: float,
+        single_item: bool,
+        kernel: str,
+    ) -> Tensor:
+        ctx.save_for_backward(segments, q, k, v, first, last, gate)
+        ctx.options = (scale, single_item, kernel)
+        return operators.forward(q, k, v, first, last, gate, scale, single_item, kernel)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        d_q, d_k, d_v, d_gate = operators.backward(d_out, *saved, *ctx.options)
+        d_gate = None if saved[-1] is None else d_gate
+        return None, d_q, d_k, d_v, None, None, d_gate, None, None, None
 
 
 def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> MediaSpans:
-    """``spans`` with what the backward of every layer would else derive from them once more.
+    """Attach to ``spans`` the segment table that the backward of every layer needs.
 
-    Call it once per forward, with the keys of any one layer, and give the result to all of them.
-    It changes no result, and is ``spans`` itself where gradients are disabled or the kernel needs
-    no plan.
+    Call it once per forward, with the keys of any one layer, and pass the result to all layers.
+    It changes no result. It returns ``spans`` itself if gradients are disabled or if the kernel
+    needs no table.
 
     Parameters
     ----------
@@ -112,7 +172,7 @@ def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> 
     k : Tensor
         [B, I, R, Hkv, D], as in :func:`media_cross_attention`.
     kernel : {"auto", "triton", "cpp", "torch"}
-        Kernel of the calls to come.
+        Kernel of the calls that follow.
 
     Raises
     ------
@@ -126,39 +186,9 @@ def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> 
     checks.require_spans(op, spans, k.shape[0], None, "k", k)
     if not torch.is_grad_enabled():
         return spans
-    chosen = dispatch.choose_for("media_cross_attention", kernel, k, head_dim=k.shape[-1]).kernel
-    if chosen not in _PLANNING:
+    chosen, _ = dispatch.choose_for(_OP, kernel, k, head_dim=k.shape[-1])
+    if not dispatch.CAPABILITIES[_OP, chosen].needs_segments:
         return spans
     media, kv_heads = k.shape[1], k.shape[3]
-    table = contract.plan(spans.first, spans.last, media, kv_heads, spans.single_item, chosen)
-    return spans.planned(MediaPlan(table, media, kv_heads))
-
-
-class _MediaCrossAttention(torch.autograd.Function):
-    """Saves its inputs only, the plan among them: the backward recomputes the softmax."""
-
-    @staticmethod
-    def forward(
-        ctx,
-        plan: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        first: Tensor,
-        last: Tensor,
-        gate: Tensor | None,
-        scale: float,
-        single_item: bool,
-        kernel: str,
-    ) -> Tensor:
-        ctx.save_for_backward(plan, q, k, v, first, last, gate)
-        ctx.options = (scale, single_item, kernel)
-        return contract.forward(q, k, v, first, last, gate, scale, single_item, kernel)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        d_q, d_k, d_v, d_gate = contract.backward(d_out, *saved, *ctx.options)
-        d_gate = None if saved[-1] is None else d_gate
-        return None, d_q, d_k, d_v, None, None, d_gate, None, None, None
+    table = operators.segments(spans.first, spans.last, media, kv_heads, spans.single_item, chosen)
+    return spans.with_segments(SegmentTable(table, media, kv_heads))

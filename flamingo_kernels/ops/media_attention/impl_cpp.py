@@ -1,16 +1,75 @@
-"""Media attention on the CPU through the native library; see ``contract``."""
+"""Media attention on the CPU through the native library.
+
+Shape letters as in ``csrc/include/flamingo_cpu.h``. Gates come in the dtype of accumulation.
+"""
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from flamingo_kernels._cpp import attention
+from flamingo_kernels._cpp import layouts, library
+from flamingo_kernels._cpp.layouts import TENSOR, address, new_like
+from flamingo_kernels.ops.rows import unit_stride
+from flamingo_kernels.ops.spans import MediaSpans
 from flamingo_kernels.precision import accumulated
+
+_SIZES = struct.Struct("@7qd2i")  # up to the threads
+_END = f"4q{_SIZES.size}si4x"
+PARAMS = struct.Struct("@" + 8 * TENSOR + _END)
+FORWARD_PARAMS = struct.Struct("@" + 4 * TENSOR + layouts.no_tensors(4) + _END)
+
+
+def _sizes(q: Tensor, k: Tensor, scale: float) -> bytes:
+    batch, tokens, heads, head_dim = q.shape
+    _, media, latents, kv_heads, _ = k.shape
+    sizes = (batch, tokens, media, latents, heads, kv_heads, head_dim)
+    return _SIZES.pack(*sizes, scale, *library.dtype_and_set(q.dtype))
 
 
 def bind_forward(
+    q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None, scale: float
+) -> Callable[[Tensor, Tensor, Tensor, MediaSpans, Tensor | None], Tensor]:
+    """Return the forward for calls of this signature, with all parameters but addresses packed.
+
+    It takes (q, k, v, spans, gate) and returns out [B, T, H, D], contiguous.
+    """
+    function = library.function("flamingo_media_attention_forward")
+    pack = FORWARD_PARAMS.pack
+    q_strides, k_strides, v_strides = layouts.strides(q), layouts.strides(k), layouts.strides(v)
+    out_strides, sizes = layouts.contiguous_strides(q), _sizes(q, k, scale)
+
+    def launch(q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None) -> Tensor:
+        out = new_like(q)
+        params = pack(
+            q.data_ptr(),
+            q_strides,
+            k.data_ptr(),
+            k_strides,
+            v.data_ptr(),
+            v_strides,
+            out.data_ptr(),
+            out_strides,
+            b"",
+            spans.first.data_ptr(),
+            spans.last.data_ptr(),
+            address(gate),
+            0,
+            sizes,
+            torch.get_num_threads(),
+        )
+        function(params)
+        return out
+
+    if spans.first.is_contiguous() and spans.last.is_contiguous() and accumulated(gate, q) is gate:
+        return launch
+    return lambda q, k, v, spans, gate: launch(q, k, v, _dense(spans), accumulated(gate, q))
+
+
+def forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -18,27 +77,39 @@ def bind_forward(
     last: Tensor,
     gate: Tensor | None,
     scale: float,
-) -> Callable[..., Tensor]:
-    launch = attention.bind_media_attention_forward(q, k, v, scale)
-    if first.is_contiguous() and last.is_contiguous() and accumulated(gate, q) is gate:
-        return launch
-    # The ranges are small: a strided view of them is laid out anew.
-    return lambda q, k, v, first, last, gate: launch(
-        q, k, v, first.contiguous(), last.contiguous(), accumulated(gate, q)
+) -> Tensor:
+    spans = MediaSpans(first, last)
+    return bind_forward(q, k, v, spans, gate, scale)(q, k, v, spans, gate)
+
+
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return contiguous gradients of q, k and v, and that of the gate, empty without a gate."""
+    d_out, first, last = unit_stride(d_out), first.contiguous(), last.contiguous()
+    d_q, d_k, d_v = (new_like(t) for t in (q, k, v))
+    d_gate = q.new_empty(0) if gate is None else torch.zeros_like(gate)
+    params = PARAMS.pack(
+        *layouts.tensors(q, k, v),
+        *layouts.ABSENT,
+        *layouts.tensors(d_out, d_q, d_k, d_v),
+        first.data_ptr(),
+        last.data_ptr(),
+        address(gate),
+        address(None if gate is None else d_gate),
+        _sizes(q, k, scale),
+        torch.get_num_threads(),
     )
+    library.function("flamingo_media_attention_backward")(params)
+    return d_q, d_k, d_v, d_gate
 
 
-def forward(*arguments) -> Tensor:
-    *inputs, scale, _single_item = arguments  # the library sees the ranges themselves
-    return bind_forward(*inputs, scale)(*inputs)
-
-
-def backward(d_out: Tensor, _plan: None, *arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    q, k, v, first, last, gate, scale, _single_item = arguments
-    ranges = first.contiguous(), last.contiguous()
-    return attention.media_attention_backward(_unit_stride(d_out), q, k, v, *ranges, gate, scale)
-
-
-def _unit_stride(d_out: Tensor) -> Tensor:
-    """Autograd may hand in an expanded gradient, as of a sum: the only copy made here."""
-    return d_out if d_out.stride(-1) == 1 or d_out.shape[-1] == 1 else d_out.contiguous()
+def _dense(spans: MediaSpans) -> MediaSpans:
+    return MediaSpans(spans.first.contiguous(), spans.last.contiguous())

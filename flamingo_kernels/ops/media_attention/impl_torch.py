@@ -1,4 +1,4 @@
-"""The best that stock PyTorch does for media attention: SDPA with a boolean mask. Any device."""
+"""Media attention in stock PyTorch: SDPA with a boolean mask, on any device."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flamingo_kernels.ops.spans import MediaSpans
+from flamingo_kernels.precision import accumulated
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None, scale: float
 ) -> Tensor:
-    """See ``api.media_cross_attention``; ``gate`` is already in the accumulation dtype."""
+    """See ``api.media_cross_attention``."""
     if k.shape[1] == 0:  # one slot that nothing sees keeps q, k and v in the graph
         k, v = (F.pad(x, (0, 0, 0, 0, 0, 0, 0, 1)) for x in (k, v))
     if spans.single_item and q.shape[1] == 1 and k.shape[1] > 1:
@@ -32,11 +33,11 @@ def forward(
         enable_gqa=k.shape[3] != q.shape[2],
     ).transpose(1, 2)
     out = out.masked_fill(sees_nothing[..., None, None], 0)
-    return out if gate is None else out * torch.tanh(gate).to(out.dtype)
+    return out if gate is None else out * torch.tanh(accumulated(gate, q)).to(out.dtype)
 
 
 def _only_item(k: Tensor, v: Tensor, spans: MediaSpans) -> tuple[Tensor, Tensor, MediaSpans]:
-    """A decoding step reads the one item its token sees, whatever the number of slots."""
+    """Keep the one item that the token of a decoding step sees, whatever the number of slots."""
     item = spans.last[:, 0].long()
     item = torch.where(item < k.shape[1], item, -1)
     rows = torch.arange(k.shape[0], device=k.device)
@@ -47,6 +48,6 @@ def _only_item(k: Tensor, v: Tensor, spans: MediaSpans) -> tuple[Tensor, Tensor,
 
 
 def _zero_unseen(media: Tensor, visible: Tensor) -> Tensor:
-    """Media [B, I, ...] with zeros in the slots that no token of the row sees: 0 * NaN is NaN."""
+    """Zero the slots of media [B, I, ...] that no token of the row sees: 0 * NaN is NaN."""
     seen = visible.any(1)  # [B, I]
     return media.masked_fill(~seen[:, :, None, None, None], 0)

@@ -1,0 +1,134 @@
+"""What the latent kernels and their launchers share.
+
+Shape letters: N items, L latents, M media keys, H heads, D head dim, S splits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from flamingo_kernels._triton.configs import LaunchConfig
+from flamingo_kernels._triton.launch import (
+    architecture,
+    dot_precision,
+    padded,
+    padded_head_dim,
+    strided,
+    triton_accumulator,
+)
+from flamingo_kernels.ops import tiles
+from flamingo_kernels.ops.rows import unit_stride
+
+
+class Rows(NamedTuple):
+    """A tensor [N, L, H, D] or [N, M, H, D]."""
+
+    ptr: Tensor
+    stride_n: int
+    stride_l: int
+    stride_h: int
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    """Return a tensor as an argument of a kernel."""
+    return strided(Rows, unit_stride(tensor))
+
+
+def blocks_of(arguments: dict[str, Any]) -> int:
+    """Return the number of key blocks of an item, those of the media and of the latents."""
+    return sum(-(-arguments[size] // arguments["BLOCK_K"]) for size in ("M", "L"))
+
+
+def config_of(kernel: str, q: Tensor) -> LaunchConfig:
+    config = tiles.lookup(kernel, padded_head_dim(q), q.element_size(), architecture(q))
+    assert config is not None  # the shipped tiles hold one for every head dim and dtype
+    return config
+
+
+def shared_arguments(
+    config: LaunchConfig,
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+) -> dict[str, Any]:
+    """Return the arguments that forward and backward take."""
+    items, latents, heads, head_dim = q.shape
+    return {
+        "q": rows_of(q),
+        "k_media": rows_of(k_media),
+        "v_media": rows_of(v_media),
+        "k_latents": rows_of(k_latents),
+        "v_latents": rows_of(v_latents),
+        "lengths": None if lengths is None else lengths.contiguous(),
+        "N": items,
+        "L": latents,
+        "M": k_media.shape[1],
+        "H": heads,
+        "SCALE": scale,
+        "D": head_dim,
+        "BLOCK_L": min(padded(latents), config.rows),
+        "BLOCK_K": config.keys,
+        "BLOCK_D": padded_head_dim(q),
+        "ACC": triton_accumulator(q.dtype),
+        "PRECISION": dot_precision(q),
+    }
+
+
+@triton.jit
+def latent_tile(L, H, SPLITS, BLOCK_L: tl.constexpr):
+    """Return item, head, split, tile and latents of this program."""
+    tiles = tl.cdiv(L, BLOCK_L)
+    i_h = (tl.program_id(0) % H).to(tl.int64)
+    i_tile = tl.program_id(0) // H % tiles
+    i_ns = tl.program_id(0) // H // tiles
+    i_l = i_tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    return (i_ns // SPLITS).to(tl.int64), i_h, i_ns % SPLITS, i_tile, i_l
+
+
+@triton.jit
+def pointers(x, i_n, i_h, o_l):
+    """Return where the values of each row start in a tensor [N, L, H, D]."""
+    return (x.ptr + i_n * x.stride_n + i_h * x.stride_h + o_l * x.stride_l)[:, None]
+
+
+@triton.jit
+def valid_keys(lengths, i_n, M):
+    """Return the number of valid media keys of an item, all M without ``lengths``."""
+    length = i_n.to(tl.int32) * 0 + M
+    if lengths is not None:
+        length = tl.minimum(tl.maximum(tl.load(lengths + i_n).to(tl.int32), 0), length)
+    return length
+
+
+@triton.jit
+def keys_of_block(
+    k,
+    v,
+    i_n,
+    i_h,
+    block,
+    limit,
+    D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Load a block of keys and values, [BLOCK_K, BLOCK_D], of which those before ``limit`` count.
+
+    Returns them, the place of each key, and which of them count.
+    """
+    i_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    o_d = tl.arange(0, BLOCK_D)[None, :]
+    m_k = i_k < limit
+    m_kv = m_k[:, None] & (o_d < D)
+    o_k = i_k.to(tl.int64)
+    b_k = tl.load(pointers(k, i_n, i_h, o_k) + o_d, mask=m_kv, other=0.0)
+    b_v = tl.load(pointers(v, i_n, i_h, o_k) + o_d, mask=m_kv, other=0.0)
+    return b_k, b_v, i_k, m_k

@@ -1,0 +1,62 @@
+"""The latent attention operators of torch, and which implementation each kernel name runs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flamingo_kernels.ops.latent_attention import impl_cpp
+from flamingo_kernels.ops.operator import operator
+from flamingo_kernels.precision import accumulator
+
+
+def _forward_shapes(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    items, latents, heads, _ = q.shape
+    lse = q.new_empty((items, heads, latents), dtype=accumulator(q.dtype))
+    return q.new_empty(q.shape), lse
+
+
+def _backward_shapes(d_out: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
+    return tuple(t.new_empty(t.shape) for t in arguments[:5])
+
+
+@operator("latent_attention_forward", fake=_forward_shapes)
+def forward(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the output, and log(sum(exp(scores))) per query, [N, H, L], accumulation dtype."""
+    inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
+    if kernel == "cpp":
+        return impl_cpp.forward(*inputs, scale)
+    from flamingo_kernels.ops.latent_attention import impl_triton
+
+    return impl_triton.forward(*inputs, scale)
+
+
+@operator("latent_attention_backward", fake=_backward_shapes)
+def backward(
+    d_out: Tensor,
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k_media, v_media, k_latents and v_latents."""
+    inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
+    if kernel == "cpp":
+        return impl_cpp.backward(d_out, *inputs, out, lse, scale)
+    from flamingo_kernels.ops.latent_attention import impl_triton
+
+    return impl_triton.backward(d_out, *inputs, out, lse, scale)

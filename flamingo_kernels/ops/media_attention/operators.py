@@ -1,0 +1,93 @@
+"""The media attention operators of torch, and which implementation each kernel name runs.
+
+Gates are in the dtype of accumulation. The gradient of the gate has no element without a gate.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flamingo_kernels.ops.media_attention import impl_cpp
+from flamingo_kernels.ops.media_attention.segment_sizes import table_entries
+from flamingo_kernels.ops.operator import operator
+
+
+def _segments_shape(
+    first: Tensor, last: Tensor, media: int, kv_heads: int, single_item: bool, kernel: str
+) -> Tensor:
+    batch, tokens = first.shape
+    return first.new_empty((batch, table_entries(media, tokens, single_item), 4))
+
+
+def _forward_shape(q: Tensor, *_: object) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+def _backward_shapes(
+    d_out: Tensor,
+    segments: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    *_: object,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    d_gate = q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_gate
+
+
+@operator("media_attention_segments", fake=_segments_shape)
+def segments(
+    first: Tensor, last: Tensor, media: int, kv_heads: int, single_item: bool, kernel: str
+) -> Tensor:
+    """Return the segment table, int32 [B, entries, 4]; only Triton's backward needs one."""
+    from flamingo_kernels.ops.media_attention import impl_triton
+
+    return impl_triton.segments(first, last, media, kv_heads, single_item)
+
+
+@operator("media_attention_forward", fake=_forward_shape)
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    single_item: bool,
+    kernel: str,
+) -> Tensor:
+    """Return the output [B, T, H, D]."""
+    if kernel == "cpp":
+        return impl_cpp.forward(q, k, v, first, last, gate, scale)
+    from flamingo_kernels.ops.media_attention import impl_triton
+
+    return impl_triton.forward(q, k, v, first, last, gate, scale, single_item)
+
+
+@operator("media_attention_backward", fake=_backward_shapes)
+def backward(
+    d_out: Tensor,
+    segments: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first: Tensor,
+    last: Tensor,
+    gate: Tensor | None,
+    scale: float,
+    single_item: bool,
+    kernel: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k, v and gate.
+
+    A kernel that needs the segment table and is given none makes its own.
+    """
+    if kernel == "cpp":
+        return impl_cpp.backward(d_out, q, k, v, first, last, gate, scale)
+    from flamingo_kernels.ops.media_attention import impl_triton
+
+    return impl_triton.backward(d_out, segments, q, k, v, first, last, gate, scale, single_item)
