@@ -110,7 +110,7 @@ def _build(tree: Path) -> None:
 def _overlay(folder: Path, package: Path) -> Path:
     """A folder with this tree's benchmark code and the package of another tree."""
     folder.mkdir()
-    for name in ("benchmarks", "tests", "reference"):
+    for name in ("benchmarks", "testing", "reference"):
         (folder / name).symlink_to(ROOT / name, target_is_directory=True)
     (folder / "flamingo_kernels").symlink_to(package, target_is_directory=True)
     return folder

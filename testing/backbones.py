@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -81,3 +83,28 @@ def open_gates(model: nn.Module) -> nn.Module:
         if name.endswith("_gate"):
             parameter.data.uniform_(0.5, 1.0, generator=generator)
     return model
+
+
+def state_of(*models: nn.Module) -> list[object]:
+    """All that wrapping or loading could leave behind."""
+    found: list[object] = []
+    for model in models:
+        for name, module in model.named_modules():
+            attributes = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int))}
+            found.append((name, attributes, len(module._forward_pre_hooks)))
+        found += [
+            (n, p.requires_grad, p.dtype, tuple(p.shape)) for n, p in model.named_parameters()
+        ]
+        found.append(model.config.to_dict())
+    return found
+
+
+def word_tokenizer(*words: str) -> Any:
+    """A transformers tokenizer that splits at spaces; id 0 is for unknown words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {word: i for i, word in enumerate(("[UNK]", *words))}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")

@@ -196,3 +196,16 @@ def test_top_level_import_does_not_import_torch() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("folder", ["tests", "testing", "benchmarks", "examples", "reference"])
+def test_tests_are_not_imported_and_shared_code_points_one_way(folder: str) -> None:
+    """Tests are no library; ``testing`` is, for tests, benchmarks and examples, which are peers."""
+    banned = {
+        "testing": {"tests", "benchmarks", "examples"},
+        "benchmarks": {"tests", "examples"},
+        "examples": {"tests", "benchmarks"},
+    }.get(folder, {"tests"})
+    for path in sources(ROOT / folder):
+        found = {module.split(".")[0] for module in imported_modules(path)}
+        assert not found & banned, f"{path} imports {sorted(found & banned)}"

@@ -20,7 +20,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.results import environment
 from examples.fast_binding import documents, evaluate, images, report, text, vision
 from examples.fast_binding.documents import DrawnBatches, Gallery
 from examples.fast_binding.evaluate import SHOTS, Accuracy
@@ -35,6 +34,7 @@ from flamingo_kernels.models import FAST_BINDING_GLYPHS
 from flamingo_kernels.train import TrainConfig
 from flamingo_kernels.train.config import DatasetSection, ModelSection, OptimizerSection
 from flamingo_kernels.vision import NFNet
+from testing.provenance import environment
 
 SEED = 0
 WAYS = (2, 5)

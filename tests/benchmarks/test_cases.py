@@ -20,8 +20,8 @@ from benchmarks.cases import (
 )
 from benchmarks.peers import UnavailableError, load_all, peers_for
 from benchmarks.problems import build
+from benchmarks.testing import LATENT, MEDIA, SMALL
 from flamingo_kernels.ops import KernelUnavailableError
-from tests.benchmarks.conftest import LATENT, MEDIA, SMALL
 
 
 def test_cases_are_unique_and_have_peers() -> None:

@@ -11,7 +11,7 @@ from benchmarks import gate, run
 from benchmarks.peers import REGISTRY, Implementation, Peer, load_all
 from benchmarks.problems import Problem, build
 from benchmarks.results import read as records_of
-from tests.benchmarks.conftest import MEDIA, options
+from benchmarks.testing import MEDIA, options
 
 
 def wrong_peer(problem: Problem) -> Implementation:

@@ -10,7 +10,7 @@ import torch
 from benchmarks import ceilings, measure
 from benchmarks.peers import Implementation
 from benchmarks.problems import build
-from tests.benchmarks.conftest import EFFORT, LATENT
+from benchmarks.testing import EFFORT, LATENT
 
 
 def test_summary() -> None:

@@ -12,7 +12,7 @@ import pytest
 from benchmarks import __main__ as command_line
 from benchmarks import compare, page, plots, report, results, tables
 from benchmarks.cases import OPS
-from testing.benchmark_records import fixture_records, write_lines
+from benchmarks.testing import fixture_records, write_lines
 
 
 def test_report_has_tables_plots_and_a_page(tmp_path: Path) -> None:

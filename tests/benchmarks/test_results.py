@@ -9,13 +9,14 @@ import pytest
 
 from benchmarks import measure, results, run
 from benchmarks.results import read as records_of
-from tests.benchmarks.conftest import LATENT, MEDIA, options
+from benchmarks.testing import LATENT, MEDIA, options
+from testing import provenance
 
 
 def test_lines_round_trip_and_are_complete(tmp_path: Path) -> None:
     path = run.run(options(tmp_path), [MEDIA, LATENT])
     records = records_of(path)
-    assert path.parent.name == results.device_slug("cpu")
+    assert path.parent.name == provenance.device_slug("cpu")
     assert {r["case"] for r in records} == {MEDIA.key, LATENT.key}
     for record in records:
         assert json.loads(json.dumps(record)) == record
@@ -91,6 +92,6 @@ def test_a_cut_off_last_line_is_ignored_and_any_other_is_an_error(tmp_path: Path
 
 
 def test_a_dirty_tree_is_refused_in_the_results_folder(monkeypatch) -> None:
-    monkeypatch.setattr(results, "revision", lambda: ("abc", "1234"))
+    monkeypatch.setattr(provenance, "revision", lambda: ("abc", "1234"))
     with pytest.raises(ValueError, match="working tree differs from its commit"):
         run.run(run.Options(), [MEDIA])

@@ -14,10 +14,15 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.convert import load_open_flamingo
 from flamingo_kernels.language import add_media_tokens
-from testing.backbones import END_OF_CHUNK, IMAGE, clip, language_model, open_gates
-from tests.convert.test_idefics import original as idefics
-from tests.convert.test_open_flamingo import original, released
-from tests.model.test_backbones import word_tokenizer
+from testing.backbones import (
+    END_OF_CHUNK,
+    IMAGE,
+    clip,
+    language_model,
+    open_gates,
+    word_tokenizer,
+)
+from testing.originals import idefics, open_flamingo, released
 
 Image = pytest.importorskip("PIL.Image")
 pytest.importorskip("transformers")
@@ -105,7 +110,7 @@ def test_generate_errors(tiny: str, picture: str, tmp_path, capsys) -> None:
 
 def test_convert_open_flamingo(tmp_path, capsys) -> None:
     """The file alone, without a backbone; then loaded with the backbones."""
-    peer = original("gpt_neox", 2)
+    peer = open_flamingo("gpt_neox", 2)
     torch.save(released(peer), tmp_path / "checkpoint.pt")
     expected = load_open_flamingo(released(peer), clip(), language_model("gpt_neox"))
     config = tmp_path / "config.json"
@@ -125,7 +130,7 @@ def test_generate_with_a_converted_checkpoint(
     dtype: torch.dtype, tmp_path, picture, capsys
 ) -> None:
     """Its embeddings are in fp32; the published language model may be in bf16."""
-    state = released(original("gpt_neox", 1))
+    state = released(open_flamingo("gpt_neox", 1))
     model = load_open_flamingo(state, clip(), language_model("gpt_neox"))
     torch.save(state, tmp_path / "checkpoint.pt")
     config = tmp_path / "config.json"
@@ -145,7 +150,7 @@ def test_generate_with_a_converted_checkpoint(
 
 
 def test_convert_errors_leave_nothing(tmp_path, capsys) -> None:
-    torch.save(released(original("gpt_neox", 2)), tmp_path / "small.pt")
+    torch.save(released(open_flamingo("gpt_neox", 2)), tmp_path / "small.pt")
     (tmp_path / "cut.pt").write_bytes((tmp_path / "small.pt").read_bytes()[:1000])
     torch.save({"model": print}, tmp_path / "code.pt")
     torch.save({0: torch.ones(1)}, tmp_path / "numbers.pt")
@@ -192,7 +197,7 @@ def test_bad_files_of_others_are_one_line(tmp_path, picture, capsys) -> None:
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("flamingo-kernels generate: ") and message in error
         assert len(error) < 500 + len(str(tmp_path))
-    torch.save(released(original("gpt_neox", 2)), tmp_path / "ok.pt")
+    torch.save(released(open_flamingo("gpt_neox", 2)), tmp_path / "ok.pt")
     paths = [str(tmp_path / "ok.pt"), str(tmp_path / "out")]
     for name, content in (
         ("list.json", "[]"),

@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from flamingo_kernels.cli import main
-from tests.train.conftest import values  # noqa: F401
 
 yaml = pytest.importorskip("yaml")
 
 
-def test_train_and_what_it_writes(values, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_train_and_what_it_writes(values, tmp_path: Path, capsys) -> None:
     (tmp_path / "0.png").write_bytes(b"no picture")
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values))
@@ -35,7 +34,7 @@ def test_train_and_what_it_writes(values, tmp_path: Path, capsys) -> None:  # no
     assert "continuing after step 3" in capsys.readouterr().err
 
 
-def test_errors_are_one_line(values, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_errors_are_one_line(values, tmp_path: Path, capsys) -> None:
     config = tmp_path / "run.yaml"
     pages = dict(values["datasets"][0])
     for changes, message in (
@@ -53,12 +52,11 @@ def test_errors_are_one_line(values, tmp_path: Path, capsys) -> None:  # noqa: F
     assert not (tmp_path / "out").exists()
 
 
-def test_train_around_hugging_face_models(values, tmp_path: Path, capsys) -> None:  # noqa: F811
+def test_train_around_hugging_face_models(values, tmp_path: Path, capsys) -> None:
     pytest.importorskip("transformers")
     from flamingo_kernels import FlamingoModel
     from flamingo_kernels.language import add_media_tokens
-    from testing.backbones import clip, language_model
-    from tests.model.test_backbones import word_tokenizer
+    from testing.backbones import clip, language_model, word_tokenizer
 
     tokenizer, lm = word_tokenizer("<s>", "</s>", "two", "page"), language_model("llama")
     add_media_tokens(tokenizer, lm)

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 
 from flamingo_kernels.convert import load_idefics
 from testing.budgets import assert_parity
+from testing.originals import IDEFICS_EOS, IDEFICS_IMAGE, IDEFICS_VOCAB, idefics
 
 transformers = pytest.importorskip("transformers")
-VOCAB, ADDITIONAL = 90, 2
-IMAGE, EOS = VOCAB + 1, 2
 SETTINGS = [
     {"qk_layer_norms": True, "qk_layer_norms_perceiver": True},
     {"alpha_type": "vector", "qk_layer_norms": True},
@@ -22,52 +21,12 @@ SETTINGS = [
 ]
 
 
-def original(**changes) -> nn.Module:
-    torch.manual_seed(0)
-    perceiver = {
-        "use_resampler": True,
-        "resampler_n_latents": 5,
-        "resampler_depth": 2,
-        "resampler_n_heads": 2,
-        "resampler_head_dim": 12,
-        "qk_layer_norms_perceiver": changes.pop("qk_layer_norms_perceiver", False),
-    }
-    config = transformers.IdeficsConfig(
-        vocab_size=VOCAB,
-        additional_vocab_size=ADDITIONAL,
-        hidden_size=32,
-        intermediate_size=44,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        use_resampler=True,
-        perceiver_config=perceiver,
-        vision_config={
-            "embed_dim": 16,
-            "image_size": 16,
-            "patch_size": 8,
-            "intermediate_size": 24,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-        },
-        **changes,
-    )
-    model = transformers.IdeficsForVisionText2Text(config).eval()
-    for name, parameter in model.named_parameters():
-        if "alpha" in name:
-            parameter.data.uniform_(0.5, 1.0)
-        elif "norm" in name:
-            parameter.data.uniform_(0.5, 1.5)
-        elif parameter.ndim > 1:
-            parameter.data.mul_(6)
-    return model.requires_grad_(False)
-
-
 def prompt() -> dict[str, Tensor]:
     """Left padding, text before the first image, rows of one and of three images."""
-    ids = torch.randint(3, VOCAB, (2, 12))
+    ids = torch.randint(3, IDEFICS_VOCAB, (2, 12))
     ids[0, :4] = 0
-    ids[0, 6] = IMAGE
-    ids[1, [2, 6, 7]] = IMAGE
+    ids[0, 6] = IDEFICS_IMAGE
+    ids[1, [2, 6, 7]] = IDEFICS_IMAGE
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
     pixels = torch.randn(2, 3, 1, 3, 16, 16)
@@ -84,7 +43,9 @@ def prompt() -> dict[str, Tensor]:
 def image_mask(ids: Tensor, images: int) -> Tensor:
     """By the processor's own functions."""
     module = transformers.models.idefics.processing_idefics
-    tokenizer = SimpleNamespace(convert_tokens_to_ids=lambda token: IMAGE, eos_token_id=EOS)
+    tokenizer = SimpleNamespace(
+        convert_tokens_to_ids=lambda token: IDEFICS_IMAGE, eos_token_id=IDEFICS_EOS
+    )
     mask, _ = module.image_attention_mask_for_packed_input_ids(ids, tokenizer, return_tensors="pt")
     return module.incremental_to_binary_attention_mask(mask, "pt", num_classes=images)
 
@@ -101,7 +62,7 @@ def theirs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_parity(settings: dict) -> None:
-    peer = original(**settings)
+    peer = idefics(**settings)
     model = load_idefics(peer)
     batch = prompt()
     real = batch["attention_mask"].bool()
@@ -114,22 +75,22 @@ def test_parity(settings: dict) -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_same_tokens(settings: dict) -> None:
-    peer = original(**settings)
+    peer = idefics(**settings)
     model = load_idefics(peer)
     batch = prompt()
     expected = peer.generate(
-        **theirs(batch), max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE]
+        **theirs(batch), max_new_tokens=8, do_sample=False, suppress_tokens=[IDEFICS_IMAGE]
     )
-    ours = model.generate(**batch, max_new_tokens=8, stop_token_ids=[EOS])
+    ours = model.generate(**batch, max_new_tokens=8, stop_token_ids=[IDEFICS_EOS])
     assert torch.equal(ours, expected)
 
 
 def test_after_the_end_of_text_is_where_we_differ() -> None:
     """The processor hides the image from text after </s>; here text keeps its image."""
-    peer = original()
+    peer = idefics()
     model = load_idefics(peer)
     batch = prompt()
-    batch["input_ids"][1, 9] = EOS
+    batch["input_ids"][1, 9] = IDEFICS_EOS
     with torch.no_grad():
         difference = (model(**batch).logits - peer(**theirs(batch)).logits).abs().amax(-1)
     real = batch["attention_mask"].bool()
@@ -139,7 +100,7 @@ def test_after_the_end_of_text_is_where_we_differ() -> None:
 
 
 def test_from_a_directory(tmp_path) -> None:
-    peer = original(**SETTINGS[0])
+    peer = idefics(**SETTINGS[0])
     peer.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 1
     model = load_idefics(tmp_path)
@@ -164,7 +125,7 @@ def prompt_of(seed: int) -> dict[str, Tensor]:
 def test_saved_whole_and_loaded(tmp_path) -> None:
     from flamingo_kernels import FlamingoModel
 
-    model = load_idefics(original(**SETTINGS[1]))
+    model = load_idefics(idefics(**SETTINGS[1]))
     model.save_pretrained(tmp_path, include_frozen=True)
     loaded = FlamingoModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
@@ -189,15 +150,15 @@ def test_bad_checkpoints(tmp_path) -> None:
             load_idefics(tmp_path)
     with pytest.raises(ValueError, match="Linear is not an IDEFICS checkpoint"):
         load_idefics(nn.Linear(1, 1))
-    peer = original()
+    peer = idefics()
     peer.config.use_resampler = False
     with pytest.raises(ValueError, match=r"without a resampler \(use_resampler=False\)"):
         load_idefics(peer)
-    peer = original()
+    peer = idefics()
     del peer.model.gated_cross_attn_layers[1].mlp.gate_proj
     with pytest.raises(ValueError, match=r"parts are missing of gated_cross_attn_layers\.1\.ff\.1"):
         load_idefics(peer)
-    peer = original()
+    peer = idefics()
     peer.model.extra = nn.Linear(1, 1)
     with pytest.raises(ValueError, match=r"not an IDEFICS checkpoint: model\.extra\.bias, model"):
         load_idefics(peer)

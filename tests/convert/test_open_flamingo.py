@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import re
-from collections import OrderedDict
 
 import pytest
 import torch
@@ -13,41 +11,13 @@ from torch import Tensor, nn
 
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.convert import load_open_flamingo, to_open_flamingo
-from testing.backbones import END_OF_CHUNK, IMAGE, VOCAB, clip, language_model
+from testing.backbones import END_OF_CHUNK, IMAGE, VOCAB, clip, language_model, state_of
 from testing.budgets import assert_close_to_reference, assert_parity
+from testing.originals import open_flamingo, released
 from testing.peers import open_flamingo_model
-from tests.model.test_backbones import state_of
 
 pytest.importorskip("einops_exts")
 CASES = [("gpt_neox", 1), ("gpt_neox", 2), ("mpt", 1), ("mpt", 3)]
-
-
-def original(model_type: str, every: int) -> nn.Module:
-    """Random weights and open gates."""
-    peer = open_flamingo_model(clip(), language_model(model_type), every, IMAGE, END_OF_CHUNK)
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in peer.named_parameters():
-        if name.endswith("_gate"):
-            parameter.data.uniform_(0.5, 1.0, generator=generator)
-        elif "gated_cross_attn" in name and name.endswith("norm.weight"):
-            parameter.data.uniform_(0.5, 1.5, generator=generator)
-    return peer.requires_grad_(False)
-
-
-def released(peer: nn.Module) -> OrderedDict[str, Tensor]:
-    """What `filter_state_dict_to_trainable` of its train_utils.py keeps."""
-    state = OrderedDict()
-    for name, tensor in peer.state_dict().items():
-        if name == "lang_encoder.lm_head.weight":
-            if peer.lang_encoder.config.model_type == "mpt":
-                continue  # tied; the MPT it was trained with has none
-            name = "lang_encoder.embed_out.weight"  # its name then
-        block = ".decoder_layer." in name or "final" in name or "norm_f" in name
-        if not block and not re.match(
-            r"vision_encoder|lang_encoder\.(old_decoder_blocks|gated_cross_attn_layers)", name
-        ):
-            state[name] = tensor.clone()
-    return state
 
 
 def prompt(*, text_first: bool = True) -> dict[str, Tensor]:
@@ -70,7 +40,7 @@ def theirs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("model_type", "every"), CASES)
 def test_parity(model_type: str, every: int, caplog) -> None:
-    peer = original(model_type, every)
+    peer = open_flamingo(model_type, every)
     state = released(peer)
     with caplog.at_level(logging.INFO, "flamingo_kernels"):
         model = load_open_flamingo(state, clip(), language_model(model_type))
@@ -88,7 +58,7 @@ def test_parity(model_type: str, every: int, caplog) -> None:
 @pytest.mark.parametrize("num_beams", [1, 3])
 @pytest.mark.parametrize(("model_type", "every"), CASES)
 def test_same_tokens(model_type: str, every: int, num_beams: int) -> None:
-    peer = original(model_type, every)
+    peer = open_flamingo(model_type, every)
     model = load_open_flamingo(released(peer), clip(), language_model(model_type))
     batch, new = prompt(), 8
     expected = peer.generate(
@@ -106,7 +76,7 @@ def test_same_tokens(model_type: str, every: int, num_beams: int) -> None:
 
 def test_more_markers_than_images_is_where_we_differ() -> None:
     """OpenFlamingo spreads such text over all images (SEMANTICS 3); here it is an error."""
-    peer = original("gpt_neox", 1)
+    peer = open_flamingo("gpt_neox", 1)
     model = load_open_flamingo(released(peer), clip(), language_model("gpt_neox"))
     batch = prompt()
     fewer = {**batch, "pixel_values": batch["pixel_values"][:, :1]}
@@ -121,7 +91,7 @@ def test_more_markers_than_images_is_where_we_differ() -> None:
 
 def test_a_step_by_step_marker_is_where_the_original_differs() -> None:
     """OpenFlamingo counts markers anew in each chunk that has one; here they are counted once."""
-    peer = original("gpt_neox", 1)
+    peer = open_flamingo("gpt_neox", 1)
     model = load_open_flamingo(released(peer), clip(), language_model("gpt_neox"))
     batch = prompt(text_first=False)
     ids, pixels = batch["input_ids"][1:], batch["pixel_values"][1:]
@@ -141,7 +111,7 @@ def test_a_step_by_step_marker_is_where_the_original_differs() -> None:
 
 @pytest.mark.parametrize("wrap", ["module", "nested", "live", "file"])
 def test_every_form_of_a_checkpoint(wrap: str, tmp_path) -> None:
-    peer = original("mpt", 1)
+    peer = open_flamingo("mpt", 1)
     state = released(peer)
     expected = load_open_flamingo(state, clip(), language_model("mpt"))(**prompt()).logits
     prefixed = {f"module.{name}": tensor for name, tensor in state.items()}
@@ -158,7 +128,7 @@ def test_every_form_of_a_checkpoint(wrap: str, tmp_path) -> None:
 
 @pytest.mark.parametrize(("model_type", "every"), CASES)
 def test_there_and_back(model_type: str, every: int) -> None:
-    peer = original(model_type, every)
+    peer = open_flamingo(model_type, every)
     state = released(peer)
     back = to_open_flamingo(load_open_flamingo(state, clip(), language_model(model_type)))
     if model_type == "gpt_neox":  # by its name in this transformers
@@ -174,7 +144,7 @@ def test_there_and_back(model_type: str, every: int) -> None:
 
 def test_embeddings_come_along_when_saved(tmp_path) -> None:
     """The checkpoint's embeddings are those of new tokens; the base model does not have them."""
-    peer = original("gpt_neox", 1)
+    peer = open_flamingo("gpt_neox", 1)
     state = released(peer)
     name = "lang_encoder.gpt_neox.embed_in.weight"
     state[name] = state[name] + 0.5
@@ -192,7 +162,7 @@ def test_embeddings_come_along_when_saved(tmp_path) -> None:
 def test_a_given_language_model_keeps_its_dtype(saved, model_type: str, tmp_path) -> None:
     """The embeddings in the file are of another dtype than the model they are put into."""
     other = torch.bfloat16 if saved == torch.float32 else torch.float32
-    state = released(original(model_type, 1))
+    state = released(open_flamingo(model_type, 1))
     model = load_open_flamingo(state, clip(), language_model(model_type).to(saved))
     model.save_pretrained(tmp_path)
     lm = language_model(model_type).to(other)
@@ -217,7 +187,7 @@ def test_a_given_language_model_keeps_its_dtype(saved, model_type: str, tmp_path
 @pytest.mark.parametrize("rows", [90, 128])
 def test_embeddings_take_the_checkpoints_rows(model_type: str, rows: int, tmp_path) -> None:
     """Of a model without the new tokens, or with rows to spare; when saved and loaded too."""
-    peer = original(model_type, 1)
+    peer = open_flamingo(model_type, 1)
 
     def published() -> nn.Module:
         lm = language_model(model_type)
@@ -238,7 +208,7 @@ def test_embeddings_take_the_checkpoints_rows(model_type: str, rows: int, tmp_pa
 
 
 def test_bad_checkpoints() -> None:
-    state = released(original("gpt_neox", 1))
+    state = released(open_flamingo("gpt_neox", 1))
 
     def load(state, lm: str = "gpt_neox", tower=clip, **options) -> FlamingoModel:
         return load_open_flamingo(state, tower(), language_model(lm, **options))
@@ -288,7 +258,7 @@ def test_bad_checkpoints() -> None:
 @pytest.mark.parametrize("model_type", ["gpt_neox", "mpt"])
 def test_a_failed_load_leaves_the_backbones_alone(model_type: str) -> None:
     """It has the embeddings of other tokens, and lacks a tensor."""
-    state = released(original(model_type, 1))
+    state = released(open_flamingo(model_type, 1))
     state = {name: t[:90] if t.shape[:1] == (VOCAB,) else t for name, t in state.items()}
     gate = next(name for name in state if name.endswith("attn_gate"))
     del state[gate]

@@ -1,87 +1,13 @@
-"""A small model with open gates, and ragged batches of interleaved text."""
+"""The tiny model as a fixture."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import pytest
-import torch
-from torch import Tensor
 
-from flamingo_kernels import FlamingoConfig, FlamingoModel
-
-TINY = FlamingoConfig.from_name("tiny")
-
-
-def make_model(kernel: str = "auto", *, open_gates: bool = True, **cross: object) -> FlamingoModel:
-    """The tiny model with random weights; ``cross`` changes its cross-attention config."""
-    torch.manual_seed(0)
-    config = replace(TINY, cross_attention=replace(TINY.cross_attention, **cross))
-    model = FlamingoModel(config, kernel)
-    for parameter in model.language_model.parameters():
-        if parameter.ndim == 2:  # away from its small initial weights: logits worth comparing
-            parameter.data.mul_(4)
-    if open_gates:
-        open_gates_of(model)
-    return model.eval()
-
-
-def open_gates_of(model: FlamingoModel) -> None:
-    for name, parameter in model.trainable_parameters().items():
-        if name.endswith("_gate"):
-            parameter.data.uniform_(0.5, 1.0)
+from flamingo_kernels import FlamingoModel
+from testing.tiny_model import make_model
 
 
 @pytest.fixture
 def model() -> FlamingoModel:
     return make_model()
-
-
-@dataclass
-class Batch:
-    """Arguments of a forward, padded and poisoned with NaN."""
-
-    input_ids: Tensor
-    pixel_values: Tensor
-    attention_mask: Tensor
-    num_images: Tensor
-    rows: list[list[int]]
-
-    def arguments(self) -> dict[str, Tensor]:
-        return {
-            "input_ids": self.input_ids,
-            "pixel_values": self.pixel_values,
-            "attention_mask": self.attention_mask,
-            "num_images": self.num_images,
-        }
-
-    def alone(self, row: int) -> dict[str, Tensor]:
-        """Row ``row`` without padding or spare slots."""
-        count = int(self.num_images[row])
-        ids = torch.tensor([self.rows[row]])
-        return {"input_ids": ids, "pixel_values": self.pixel_values[row : row + 1, :count]}
-
-    def positions(self, row: int) -> Tensor:
-        return self.attention_mask[row].nonzero()[:, 0]
-
-
-def ragged_batch(side: str = "right", counts: tuple[int, ...] = (0, 1, 5), seed: int = 0) -> Batch:
-    """Rows with 0, 1 and 5 images and 9, 14, 23 tokens; unused image slots hold NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    lengths = [9, 14, 23][: len(counts)]
-    rows = []
-    for length, count in zip(lengths, counts, strict=True):
-        ids = torch.randint(0, 256, (length,), generator=generator)
-        ids[torch.randperm(length - 1, generator=generator)[:count]] = TINY.image_token_id
-        rows.append(ids.tolist())
-    longest, slots = max(lengths), max(max(counts), 1)
-    input_ids = torch.full((len(rows), longest), TINY.pad_token_id)
-    mask = torch.zeros_like(input_ids)
-    for i, ids in enumerate(rows):
-        start = longest - len(ids) if side == "left" else 0
-        input_ids[i, start : start + len(ids)] = torch.tensor(ids)
-        mask[i, start : start + len(ids)] = 1
-    pixels = torch.randn(len(rows), slots, 1, 3, 32, 32, generator=generator)
-    for i, count in enumerate(counts):
-        pixels[i, count:] = float("nan")
-    return Batch(input_ids, pixels, mask, torch.tensor(counts), rows)

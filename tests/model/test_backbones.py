@@ -21,6 +21,8 @@ from testing.backbones import (
     language_model,
     open_gates,
     siglip,
+    state_of,
+    word_tokenizer,
 )
 from testing.budgets import assert_close_to_reference, assert_gradients_close
 
@@ -316,16 +318,6 @@ def test_features_take_the_place_of_pixels(tmp_path) -> None:
         blind(**prompt())
 
 
-def word_tokenizer(*words: str):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    vocab = {word: i for i, word in enumerate(("[UNK]", *words))}
-    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
-
-
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "mpt", "opt"])
 def test_media_tokens_in_one_call(model_type: str) -> None:
     """New ids at the end, in OpenFlamingo's order; new rows repeat, old rows keep their bits."""
@@ -400,20 +392,6 @@ def test_what_cannot_be_wrapped_says_why() -> None:
     with pytest.raises(ValueError, match=r"language_model.dim is 32, the config says 64"):
         config = FlamingoConfig.from_name("tiny")
         FlamingoModel.from_backbones(FlamingoModel(config).vision_encoder, lm, config)
-
-
-def state_of(*models: nn.Module) -> list[object]:
-    """All that wrapping or loading could leave behind."""
-    found: list[object] = []
-    for model in models:
-        for name, module in model.named_modules():
-            attributes = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int))}
-            found.append((name, attributes, len(module._forward_pre_hooks)))
-        found += [
-            (n, p.requires_grad, p.dtype, tuple(p.shape)) for n, p in model.named_parameters()
-        ]
-        found.append(model.config.to_dict())
-    return found
 
 
 def test_unwrapping_gives_back_the_training_mode() -> None:

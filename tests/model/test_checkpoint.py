@@ -15,7 +15,7 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.model import checkpoint
 from testing.backbones import language_model
-from tests.model.conftest import TINY, make_model, ragged_batch
+from testing.tiny_model import TINY, make_model, ragged_batch
 
 
 def test_round_trip_of_everything(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from flamingo_kernels.ops.spans import ATTEND_MODES
 from testing.budgets import assert_close_to_reference
-from tests.model.conftest import TINY, make_model, ragged_batch
+from testing.tiny_model import TINY, make_model, ragged_batch
 
 IMAGE = TINY.image_token_id
 NO_STOP = {"stop_token_ids": []}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.model.conftest import TINY, make_model, ragged_batch
+from testing.tiny_model import TINY, make_model, ragged_batch
 
 IMAGE = TINY.image_token_id
 MODEL = make_model()

@@ -14,7 +14,7 @@ from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidd
 from flamingo_kernels.train.plan import kept_bytes
 from testing.backbones import LANGUAGE_OPTIONS, VOCAB, language_model
 from testing.budgets import assert_close_to_reference, assert_within_budget
-from tests.model.conftest import make_model, ragged_batch
+from testing.tiny_model import make_model, ragged_batch
 
 B, T, DIM, CLASSES = 3, 33, 16, 211
 

@@ -5,7 +5,7 @@ import torch
 
 from flamingo_kernels.model.scoring import score_over_orders
 from testing.budgets import assert_close_to_reference
-from tests.model.conftest import TINY, make_model, ragged_batch
+from testing.tiny_model import TINY, make_model, ragged_batch
 
 ANSWERS = [[7], [8, 9, 10], [11, 12]]
 

@@ -12,7 +12,7 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel, MediaSpans
 from flamingo_kernels.model.loss import ignore_text_before_first_image
 from flamingo_kernels.ops.spans import ATTEND_MODES
 from testing.budgets import assert_close_to_reference, assert_gradients_close
-from tests.model.conftest import TINY, make_model, ragged_batch
+from testing.tiny_model import TINY, make_model, ragged_batch
 
 IMAGE = TINY.image_token_id
 

@@ -5,70 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 
 from flamingo_kernels.ops import latent_attention
 from reference.attention import latent_attention as oracle
-from testing.budgets import assert_within_budget, attention_terms
+from testing.budgets import assert_within_budget
 from testing.cases import kernels_for
-
-OP = "latent_attention"
-
-shapes = st.fixed_dictionaries(
-    {
-        "items": st.integers(1, 3),
-        "latents": st.sampled_from([1, 4, 64]),
-        "features": st.sampled_from([0, 1, 5, 70]),
-        "heads": st.integers(1, 3),
-        "head_dim": st.sampled_from([2, 8, 24]),
-        "ragged": st.booleans(),
-        "seed": st.integers(0, 99),
-    }
+from testing.latent_attention import (
+    NAMES,
+    case_terms,
+    doubled,
+    latent_case,
+    plain_pytorch,
+    shapes,
 )
 
-
-def latent_case(
-    dtype: torch.dtype,
-    *,
-    items: int = 2,
-    latents: int = 4,
-    features: int = 6,
-    heads: int = 2,
-    head_dim: int = 8,
-    ragged: bool = True,
-    nan: bool = True,
-    seed: int = 0,
-) -> tuple[list[Tensor], Tensor | None]:
-    torch.manual_seed(seed)
-    q, k_latents, v_latents = torch.randn(3, items, latents, heads, head_dim)
-    k_media, v_media = torch.randn(2, items, features, heads, head_dim)
-    lengths = torch.randint(0, features + 1, (items,)) if ragged else None
-    if ragged and nan:
-        padding = torch.arange(features) >= lengths[:, None]
-        k_media[padding] = v_media[padding] = float("nan")
-    return [t.to(dtype) for t in (q, k_media, v_media, k_latents, v_latents)], lengths
-
-
-def plain_pytorch(tensors: list[Tensor], lengths: Tensor | None) -> Tensor:
-    q, k_media, v_media, k_latents, v_latents = (t.nan_to_num() for t in tensors)
-    k, v = torch.cat((k_media, k_latents), 1), torch.cat((v_media, v_latents), 1)
-    scores = torch.einsum("nlhd,nkhd->nhlk", q, k) * q.shape[-1] ** -0.5
-    if lengths is not None:
-        key = torch.arange(k.shape[1])
-        hidden = (key >= lengths[:, None]) & (key < k_media.shape[1])
-        scores = scores.masked_fill(hidden[:, None, None], float("-inf"))
-    return torch.einsum("nhlk,nkhd->nlhd", scores.softmax(-1), v)
-
-
-def case_terms(tensors: list[Tensor], seed: Tensor | None = None) -> dict[str, float]:
-    q, k_media, v_media, k_latents, v_latents = tensors
-    k, v = torch.cat((k_media, k_latents), 1), torch.cat((v_media, v_latents), 1)
-    return attention_terms(q, k, v, q.shape[-1] ** -0.5, seed)
-
-
-def doubled(tensors: list[Tensor]) -> list[Tensor]:
-    return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]
+OP = "latent_attention"
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), kernels_for(OP))
@@ -104,9 +56,8 @@ def test_gradients_within_budget(kernel: str, dtype: torch.dtype) -> None:
         ours = gradients(lambda x: latent_attention(*x, lengths, kernel=kernel), tensors)
         plain = gradients(lambda x: plain_pytorch(x, lengths), tensors)
         true = gradients(lambda x: oracle(*x, lengths), doubled(tensors))
-        names = ("dq", "dk_media", "dv_media", "dk_latents", "dv_latents")
         terms = case_terms(tensors, seed)
-        for name, *triple in zip(names, ours, plain, true, strict=True):
+        for name, *triple in zip(NAMES, ours, plain, true, strict=True):
             bound = terms[name.split("_")[0]]
             assert_within_budget(*triple, dtype, gradient=True, terms=bound, what=name)
         if lengths is not None:

@@ -10,38 +10,17 @@ from hypothesis import given
 
 from flamingo_kernels.ops import MediaSpans, media_cross_attention
 from flamingo_kernels.ops.spans import SegmentTable
-from reference.attention import media_cross_attention as oracle
 from testing.budgets import assert_close_to_reference, assert_within_budget, attention_terms
 from testing.cases import MediaCase, kernels_for, media_case, media_shapes
+from testing.media_attention import NAMES, exact, gradients, plain_pytorch
 
 OP = "media_cross_attention"
-NAMES = ("dq", "dk", "dv", "dgate")
 FORWARD = kernels_for(OP)
 TRAINING = kernels_for(OP, needs_grad=True)
 
 
 def run(case: MediaCase, kernel: str) -> torch.Tensor:
     return media_cross_attention(case.q, case.k, case.v, case.spans, case.gate, kernel=kernel)
-
-
-def plain_pytorch(case: MediaCase) -> torch.Tensor:
-    """The textbook formula in the dtype of the case, on finite inputs."""
-    repeats = case.q.shape[2] // case.k.shape[3]
-    k, v = (t.nan_to_num().flatten(1, 2).repeat_interleave(repeats, 2) for t in (case.k, case.v))
-    visible = case.spans.visible(case.k.shape[1]).repeat_interleave(case.k.shape[2], -1)[:, None]
-    scores = torch.einsum("bthd,bkhd->bhtk", case.q, k) * case.q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num()
-    out = torch.einsum("bhtk,bkhd->bthd", weights, v)
-    return out if case.gate is None else out * torch.tanh(case.gate)
-
-
-def exact(case: MediaCase) -> torch.Tensor:
-    gate = None if case.gate is None else case.gate[0]
-    return oracle(case.q, case.k, case.v, case.spans.first, case.spans.last, gate)
-
-
-def gradients(out: torch.Tensor, case: MediaCase, seed: torch.Tensor) -> list[torch.Tensor]:
-    return list(torch.autograd.grad(out, case.tensors(), seed.to(out.dtype)))
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)

@@ -22,7 +22,7 @@ from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.train import TrainingError, checkpoint
 from flamingo_kernels.train.log import LOG_FILE
-from tests.train.conftest import make_trainer
+from testing.tiny_run import make_trainer
 
 yaml = pytest.importorskip("yaml")
 ROOT = Path(__file__).resolve().parents[2]

@@ -35,7 +35,7 @@ from flamingo_kernels.train.plan import shard_sizes
 from flamingo_kernels.vision import build_vision_encoder
 from testing.backbones import language_model
 from testing.budgets import assert_close_to_reference
-from tests.model.conftest import TINY, open_gates_of
+from testing.tiny_model import TINY, open_gates_of
 
 STEPS = 2
 SECOND_SHARD = "shard-00002-model-00001-of-00001.safetensors"

@@ -13,8 +13,8 @@ from flamingo_kernels.train.config import OptimizerSection
 from flamingo_kernels.train.optimizer import build_optimizer, warm_up
 from testing.budgets import assert_close_to_reference, unit
 from testing.shard_files import write_lines
-from tests.model.conftest import TINY, open_gates_of
-from tests.train.conftest import make_trainer
+from testing.tiny_model import TINY, open_gates_of
+from testing.tiny_run import make_trainer
 
 
 def test_gradients_are_the_weighted_sum_over_datasets(values) -> None:

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.ops.latent_attention.api import _LatentAttention
+from reference.attention import latent_attention as oracle
 from testing.budgets import assert_within_budget
+from testing.latent_attention import NAMES, case_terms, doubled, latent_case, plain_pytorch
 from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
-from tests.ops.test_latent_attention import case_terms, doubled, latent_case, oracle, plain_pytorch
 
 SHAPES = [
     {"latents": 4, "features": 5, "head_dim": 16},
@@ -18,7 +19,6 @@ SHAPES = [
     {"latents": 1, "features": 140, "head_dim": 96},
     {"latents": 65, "features": 30, "head_dim": 128, "heads": 1, "items": 1},
 ]
-NAMES = ("dq", "dk_media", "dv_media", "dk_latents", "dv_latents")
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from flamingo_kernels.ops.media_attention.api import _MediaCrossAttention
 from flamingo_kernels.ops.spans import SegmentTable
 from testing.budgets import assert_within_budget, attention_terms
 from testing.cases import MediaCase, media_case
+from testing.media_attention import NAMES, exact, gradients, plain_pytorch
 from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
-from tests.ops.test_media_attention import NAMES, exact, gradients, plain_pytorch
 
 # latents, head dim, query and key/value heads: tiles full and not, both backwards, grouped queries.
 SHAPES = [

@@ -1,12 +1,22 @@
-"""Result lines made by hand."""
+"""Tiny cases and hand-made result lines for the tests of this package."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from benchmarks import results, tables
-from benchmarks.cases import MediaShape
+from benchmarks import measure, results, run, tables
+from benchmarks.cases import Case, LatentShape, MediaShape
+
+SMALL = {"tokens": 12, "images": 3, "heads": 2, "head_dim": 8, "latents": 4}
+MEDIA = Case("media_cross_attention", MediaShape(batch=2, **SMALL), quick=True)
+LATENT = Case("latent_attention", LatentShape(2, 10, 2, 8, 4), quick=True)
+EFFORT = measure.Effort(rounds=3, seconds=0.0, min_samples=2, max_samples=2)
+EAGER = ("ours-torch", "openflamingo", "sdpa-mask", "segments-bmm", "sdpa-concat")
+
+
+def options(folder: Path, **changed: object) -> run.Options:
+    return run.Options(output=folder, effort=EFFORT, peers=EAGER, **changed)
 
 
 def fixture_records(commit: str = "c" * 40, run_id: str = "r1", slower: float = 4.0) -> list[dict]:
