@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers import Implementation, UnavailableError, peer, require
-from benchmarks.problems import Leaves, Problem, concatenated, textbook_pointwise
+from benchmarks.problems import Leaves, Problem
+from benchmarks.problems.ops import concatenated, textbook_pointwise
 from testing.peers import open_flamingo_helpers
 
 MEDIA, LATENT = "media_cross_attention", "latent_attention"

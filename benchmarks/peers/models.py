@@ -7,10 +7,11 @@ import functools
 import torch
 from torch import Tensor
 
-from benchmarks.module_problems import make_model, parameters_of
 from benchmarks.peers import Implementation, peer
 from benchmarks.peers.ours import kernels_used
 from benchmarks.problems import Problem
+from benchmarks.problems.models import make_model
+from benchmarks.problems.modules import parameters_of
 
 TRAINING, DECODE = "model_training", "model_decode"
 

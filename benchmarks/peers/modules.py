@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import gate
-from benchmarks.module_problems import PARAMETERS, load_parameters, parameters_of
 from benchmarks.peers import Implementation, UnavailableError, peer, require
 from benchmarks.peers.attention import compiled, helpers
 from benchmarks.peers.ours import kernels_used
 from benchmarks.problems import Leaves, Problem
+from benchmarks.problems.modules import (
+    PARAMETERS,
+    load_parameters,
+    parameters_in,
+    parameters_of,
+)
 from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
 
 BLOCK, RESAMPLER = "block", "resampler"
@@ -135,7 +140,7 @@ def _multihead(problem: Problem) -> Implementation:
     media = shape.media
     if not shape.dim == shape.dim_visual == media.heads * media.head_dim:
         raise UnavailableError("needs text, media and heads x head dim of one width")
-    state = {n.removeprefix(PARAMETERS): p.detach() for n, p in leaves.items()}
+    state = {name: leaf.detach() for name, leaf in parameters_in(leaves).items()}
     module = _StockBlock(state, shape.dim, media.heads).to(problem.dtype).to(problem.device)
 
     def mask() -> Tensor:

@@ -1,8 +1,7 @@
-"""Problems of whole modules and models: blocks, resamplers, training and decoding steps."""
+"""Problems of whole modules: gated blocks and Perceiver Resamplers."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -10,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import reference
-from benchmarks.cases import BlockShape, Case, ModelShape, ResamplerShape
-from benchmarks.problems import (
+from benchmarks.cases import BlockShape, Case, ResamplerShape
+from benchmarks.problems.base import (
     Cost,
     Leaves,
     Problem,
@@ -19,7 +18,6 @@ from benchmarks.problems import (
     media_spans,
     seen_pairs,
 )
-from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 
 _BLOCK_DEFAULTS = {
@@ -32,35 +30,25 @@ _BLOCK_DEFAULTS = {
 PARAMETERS = "parameters."  # prefix of parameter names among the leaves
 
 
-def build(case: Case, device: torch.device) -> Problem:
-    """The problem of a module case."""
-    builders = {
-        "block": _block,
-        "resampler": _resampler,
-        "model_training": _model_training,
-        "model_decode": _model_decode,
-    }
-    return builders[case.op](case, case.shape, device)
-
-
 def parameters_of(module: nn.Module) -> Leaves:
     """Trainable parameters under the names they have among the leaves of a problem."""
     return {PARAMETERS + name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
+def parameters_in(leaves: Leaves) -> Leaves:
+    """The parameters among the leaves of a problem, under their state-dict names."""
+    return {n.removeprefix(PARAMETERS): t for n, t in leaves.items() if n.startswith(PARAMETERS)}
+
+
 def load_parameters(module: nn.Module, problem: Problem) -> nn.Module:
     """``module`` with the problem's weights, dtype and device; only block and resampler."""
     module = module.to(problem.dtype).to(problem.device)
-    state = {
-        name.removeprefix(PARAMETERS): leaf.detach()
-        for name, leaf in problem.leaves.items()
-        if name.startswith(PARAMETERS)
-    }
+    state = {name: leaf.detach() for name, leaf in parameters_in(problem.leaves).items()}
     module.load_state_dict(state, strict=True)
     return module.requires_grad_(problem.case.training)
 
 
-def _random(module: nn.Module) -> nn.Module:
+def randomise(module: nn.Module) -> nn.Module:
     """Weights of unit gain, open gates."""
     for name, parameter in module.named_parameters():
         if name.endswith("gate"):
@@ -70,19 +58,12 @@ def _random(module: nn.Module) -> nn.Module:
     return module
 
 
-def _functional(module: nn.Module, call: Callable[..., Tensor]) -> Callable[[Leaves], Tensor]:
+def functional(module: nn.Module, call: Callable[..., Tensor]) -> Callable[[Leaves], Tensor]:
     """Leaves -> output of ``call(module, leaves)`` with the leaves' parameters put in."""
 
     def function(leaves: Leaves) -> Tensor:
-        parameters = {
-            name.removeprefix(PARAMETERS): leaf
-            for name, leaf in leaves.items()
-            if name.startswith(PARAMETERS)
-        }
-        wrapped = _Call(module, call)
-        return torch.func.functional_call(
-            wrapped, {f"module.{n}": p for n, p in parameters.items()}, (leaves,)
-        )
+        parameters = {f"module.{n}": p for n, p in parameters_in(leaves).items()}
+        return torch.func.functional_call(_Call(module, call), parameters, (leaves,))
 
     return function
 
@@ -103,11 +84,12 @@ def _inputs(problem_dtype: torch.dtype, device: torch.device, module: nn.Module,
     return leaves
 
 
-def _block(case: Case, shape: BlockShape, device: torch.device) -> Problem:
+def _block(case: Case, device: torch.device) -> Problem:
+    shape: BlockShape = case.shape
     media_shape, dtype = shape.media, getattr(torch, case.dtype)
     options = {"dim_head": media_shape.head_dim, "heads": media_shape.heads}
     make = {"dim": shape.dim, "dim_visual": shape.dim_visual, **options}
-    ours = _random(GatedCrossAttentionBlock(**make, kernel="torch"))
+    ours = randomise(GatedCrossAttentionBlock(**make, kernel="torch"))
     config = SimpleNamespace(
         heads=media_shape.heads, head_dim=media_shape.head_dim, **_BLOCK_DEFAULTS
     )
@@ -119,20 +101,19 @@ def _block(case: Case, shape: BlockShape, device: torch.device) -> Problem:
     leaves = _inputs(dtype, device, ours, x=x, media=media)
     locations = media_locations(media_shape).to(device)
     spans = media_spans(media_shape, locations)
-    problem = Problem(
+    return Problem(
         case,
         device,
         dtype,
         leaves,
         torch.randn(x.shape).to(dtype).to(device),
-        _functional(theirs.to(device), lambda m, t: m(t["x"], t["media"], spans.first, spans.last)),
-        _functional(ours.to(device), lambda m, t: m(t["x"], t["media"], spans=spans)),
+        functional(theirs.to(device), lambda m, t: m(t["x"], t["media"], spans.first, spans.last)),
+        functional(ours.to(device), lambda m, t: m(t["x"], t["media"], spans=spans)),
         _block_cost(shape, dtype, seen_pairs(spans, media_shape.images)),
         {"spans": spans, "locations": locations, "options": make},
         strict=False,
         tokens=media_shape.batch * media_shape.tokens,
     )
-    return _grad(problem)
 
 
 def _block_cost(shape: BlockShape, dtype: torch.dtype, pairs: int) -> Cost:
@@ -151,7 +132,8 @@ def _block_cost(shape: BlockShape, dtype: torch.dtype, pairs: int) -> Cost:
     return Cost(moved, 2 * moved, linear + attention, 2 * linear + 2.5 * attention)
 
 
-def _resampler(case: Case, shape: ResamplerShape, device: torch.device) -> Problem:
+def _resampler(case: Case, device: torch.device) -> Problem:
+    shape: ResamplerShape = case.shape
     dtype = getattr(torch, case.dtype)
     options = {
         "dim": shape.dim,
@@ -160,7 +142,7 @@ def _resampler(case: Case, shape: ResamplerShape, device: torch.device) -> Probl
         "heads": shape.heads,
         "max_num_frames": shape.frames if shape.frames > 1 else None,
     }
-    ours = _random(PerceiverResampler(**options, kernel="torch"))
+    ours = randomise(PerceiverResampler(**options, kernel="torch"))
     config = SimpleNamespace(
         dim=shape.dim,
         depth=shape.depth,
@@ -176,19 +158,18 @@ def _resampler(case: Case, shape: ResamplerShape, device: torch.device) -> Probl
     theirs = reference.PerceiverResampler(config)
     features = torch.randn(1, shape.items, shape.frames, shape.positions, shape.dim)
     leaves = _inputs(dtype, device, ours, features=features)
-    problem = Problem(
+    return Problem(
         case,
         device,
         dtype,
         leaves,
         torch.randn(1, shape.items, 64, shape.dim).to(dtype).to(device),
-        _functional(theirs.to(device), lambda m, t: m(t["features"][0])[None]),
-        _functional(ours.to(device), lambda m, t: m(t["features"])),
+        functional(theirs.to(device), lambda m, t: m(t["features"][0])[None]),
+        functional(ours.to(device), lambda m, t: m(t["features"])),
         _resampler_cost(shape, dtype),
         {"options": options},
         strict=False,
     )
-    return _grad(problem)
 
 
 def _resampler_cost(shape: ResamplerShape, dtype: torch.dtype) -> Cost:
@@ -202,93 +183,4 @@ def _resampler_cost(shape: ResamplerShape, dtype: torch.dtype) -> Cost:
     return Cost(moved, 2 * moved, forward, shape.depth * (2 * linear + 2.5 * attention))
 
 
-def _grad(problem: Problem) -> Problem:
-    if problem.case.training:
-        for leaf in problem.leaves.values():
-            leaf.requires_grad_()
-    return problem
-
-
-def model_config(name: str) -> FlamingoConfig:
-    """``tiny`` of the package, or ``medium``: the same parts, 512 wide and 8 deep."""
-    config = FlamingoConfig.from_name("tiny")
-    if name == "tiny":
-        return config
-    replace = dataclasses.replace
-    return replace(
-        config,
-        name=name,
-        language=replace(config.language, dim=512, depth=8, heads=8, head_dim=64),
-        resampler=replace(config.resampler, dim=512, heads=8, head_dim=64, num_latents=64),
-        cross_attention=replace(config.cross_attention, heads=8, head_dim=64),
-    )
-
-
-def make_model(problem: Problem, kernel: str) -> FlamingoModel:
-    """A model with the problem's weights."""
-    model = FlamingoModel(problem.fixed["config"], kernel)
-    model.load_state_dict(problem.fixed["state"])
-    return model.to(problem.dtype).to(problem.device)
-
-
-def _model(case: Case, shape: ModelShape, device: torch.device) -> Problem:
-    config = model_config(shape.model)
-    model = FlamingoModel(config, "torch")
-    _random(model.perceiver)
-    _random(model.gated_cross_attn_layers)
-    ids = torch.randint(0, 256, (shape.batch, shape.tokens))
-    places = torch.arange(shape.images) * (shape.tokens - 1) // shape.images
-    ids[:, places] = config.image_token_id
-    size = config.vision.image_size
-    pixels = torch.randn(shape.batch, shape.images, 1, 3, size, size)
-    return Problem(
-        case,
-        device,
-        getattr(torch, case.dtype),
-        {},
-        None,
-        lambda leaves: torch.empty(0),
-        lambda leaves: torch.empty(0),
-        fixed={
-            "config": config,
-            "state": model.state_dict(),
-            "input_ids": ids.to(device),
-            "pixel_values": pixels.to(device),
-        },
-        strict=False,
-    )
-
-
-def _reference_model(problem: Problem) -> nn.Module:
-    model = reference.Flamingo(problem.fixed["config"]).double()
-    model.load_state_dict(problem.fixed["state"])
-    return model.to(problem.device)
-
-
-def _model_training(case: Case, shape: ModelShape, device: torch.device) -> Problem:
-    """Loss and gradients of the trainable parameters; no optimiser step."""
-    problem = _model(case, shape, device)
-    problem.leaves = {
-        name: leaf.detach().clone().requires_grad_()
-        for name, leaf in parameters_of(make_model(problem, "torch")).items()
-    }
-    problem.seed = torch.ones((), device=device)
-    ids, pixels = problem.fixed["input_ids"], problem.fixed["pixel_values"]
-    problem.exact = _functional(
-        _reference_model(problem), lambda m, t: m(ids, pixels.double(), labels=ids).loss
-    )
-    problem.plain = _functional(
-        make_model(problem, "torch"), lambda m, t: m(ids, pixels, labels=ids).loss
-    )
-    problem.tokens = shape.batch * shape.tokens
-    return problem
-
-
-def _model_decode(case: Case, shape: ModelShape, device: torch.device) -> Problem:
-    """The step that extends the prompt by its last token; exact recomputes the whole prompt."""
-    problem = _model(case, shape, device)
-    ids, pixels = problem.fixed["input_ids"], problem.fixed["pixel_values"]
-    problem.exact = lambda leaves: _reference_model(problem)(ids, pixels.double()).logits[:, -1:]
-    problem.plain = lambda leaves: make_model(problem, "torch")(ids, pixels).logits[:, -1:]
-    problem.tokens = shape.batch
-    return problem
+BUILDERS = {"block": _block, "resampler": _resampler}

@@ -1,0 +1,96 @@
+"""What a problem is: tensors, the exact result, what plain PyTorch gives, and the cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Case, MediaShape
+from flamingo_kernels.ops import MediaSpans
+
+Leaves = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The least that has to be moved and computed, in bytes and in floating point operations."""
+
+    forward_bytes: float = 0.0
+    backward_bytes: float = 0.0
+    forward_flops: float = 0.0
+    backward_flops: float = 0.0
+
+    def of(self, phase: str) -> tuple[float, float]:
+        """(bytes, flops) of ``forward``, ``backward`` or ``forward_backward``."""
+        forward = (self.forward_bytes, self.forward_flops)
+        backward = (self.backward_bytes, self.backward_flops)
+        both = (forward[0] + backward[0], forward[1] + backward[1])
+        return {"forward": forward, "backward": backward, "forward_backward": both}[phase]
+
+
+@dataclass
+class Problem:
+    """Everything a peer needs, and everything the gate needs.
+
+    Attributes
+    ----------
+    leaves : dict
+        Tensors that require grad; inputs, and for modules parameters by their state-dict names.
+    fixed : dict
+        What gets no gradient: spans, locations, modules to copy.
+    seed : Tensor
+        Gradient of the output.
+    exact, plain : callable
+        Leaves -> output: the reference (called with fp64 leaves), and PyTorch in the case's dtype.
+    terms : dict
+        Largest terms summed in ``out`` and in the gradient of each leaf, see ``testing.budgets``.
+    strict : bool
+        Whether the project's own budget holds for the library's kernels; modules chain many ops
+        and get the looser bound of the peers.
+    tokens : int
+        Text tokens of one call, for tokens per second.
+    """
+
+    case: Case
+    device: torch.device
+    dtype: torch.dtype
+    leaves: Leaves
+    seed: Tensor | None
+    exact: Callable[[Leaves], Tensor]
+    plain: Callable[[Leaves], Tensor]
+    cost: Cost | None = None
+    fixed: dict[str, Any] = field(default_factory=dict)
+    terms: dict[str, float] = field(default_factory=dict)
+    strict: bool = True
+    tokens: int = 0
+
+
+def media_locations(shape: MediaShape) -> Tensor:
+    """bool [B, T], True at <image> tokens; for ``decode`` [B, I] of the history, all True."""
+    batch, tokens, images = shape.batch, shape.tokens, shape.images
+    if shape.layout == "decode":
+        return torch.ones(batch, images, dtype=torch.bool)
+    start = tokens // 2 if shape.layout == "late" else 0
+    if shape.attend == "last_group":
+        pairs = torch.arange((images + 1) // 2) * (tokens - start) // ((images + 1) // 2)
+        places = torch.stack((pairs, pairs + 1), 1).flatten()[:images].expand(batch, -1)
+    elif shape.layout == "uneven":
+        rest = [1 + torch.randperm(tokens - 1)[: images - 1] for _ in range(batch)]
+        places = torch.stack([torch.cat((torch.zeros(1, dtype=torch.long), r)) for r in rest])
+    else:
+        places = (start + torch.arange(images) * (tokens - start) // images).expand(batch, -1)
+    return torch.zeros(batch, tokens, dtype=torch.bool).scatter_(1, places, True)
+
+
+def media_spans(shape: MediaShape, locations: Tensor) -> MediaSpans:
+    spans = MediaSpans.from_media_locations(locations, shape.attend)
+    return spans.newest(1) if shape.layout == "decode" else spans
+
+
+def seen_pairs(spans: MediaSpans, images: int) -> int:
+    """Number of (token, image) pairs that attention is computed for."""
+    return int(spans.visible(images).sum())
