@@ -21,7 +21,7 @@ LAYERS = (
     ("language", "vision", "nn"),
     ("ops",),
     ("_triton", "_cpp"),
-    ("env", "models"),
+    ("env", "shipped"),
 )
 RANK = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 

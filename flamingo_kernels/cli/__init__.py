@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from flamingo_kernels.models import FAST_BINDING
+from flamingo_kernels.shipped import FAST_BINDING
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

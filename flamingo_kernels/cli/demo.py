@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.data.images import to_pixel_values
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
-from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_GLYPHS
 from flamingo_kernels.ops import dispatch
+from flamingo_kernels.shipped import FAST_BINDING, FAST_BINDING_GLYPHS
 
 if TYPE_CHECKING:
     from PIL.Image import Image

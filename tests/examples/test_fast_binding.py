@@ -19,7 +19,7 @@ from examples.fast_binding.text import TOKENS
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli import demo
 from flamingo_kernels.language.decoder import Decoder
-from flamingo_kernels.models import FAST_BINDING, FAST_BINDING_GLYPHS
+from flamingo_kernels.shipped import FAST_BINDING, FAST_BINDING_GLYPHS
 from flamingo_kernels.vision import NFNet
 
 RESULTS = Path(report.__file__).parent / "results"
