@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flamingo_kernels.fields import plain_options
+from flamingo_kernels.huggingface import plain_options
 from flamingo_kernels.language.checkpointing import checkpoint_blocks
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.language.protocol import (

@@ -1,24 +1,31 @@
-"""Model configurations: dataclasses, JSON, and the named models of the papers."""
+"""Configuration of a Flamingo model: the dataclasses, and how they are read from JSON."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from flamingo_kernels.fields import check_positive, check_types
+from flamingo_kernels.fields import (
+    build,
+    check_known,
+    check_positive,
+    check_types,
+    unknown_and_missing,
+)
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
 from flamingo_kernels.language.config import (
     DecoderConfig,
     HuggingFaceLanguageConfig,
     LanguageConfig,
 )
+from flamingo_kernels.model.named_configs import NAMED_CONFIGS
 from flamingo_kernels.nn.cross_attention import GATES
 from flamingo_kernels.nn.layers import FEED_FORWARDS
 from flamingo_kernels.ops.spans import ATTEND_MODES
 from flamingo_kernels.vision.config import (
-    NFNET_VARIANTS,
     FeaturesConfig,
     HuggingFaceVisionConfig,
     ModuleVisionConfig,
@@ -52,7 +59,7 @@ class ResamplerConfig:
         check_types(self)
         check_positive(self, "dim", "depth", "heads", "head_dim", "num_latents", "ff_mult")
         check_positive(self, "max_num_frames", "input_dim")
-        _require_known(self, "activation", FEED_FORWARDS)
+        check_known(self, "activation", FEED_FORWARDS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +84,9 @@ class CrossAttentionConfig:
         check_types(self)
         check_positive(self, "every", "heads", "head_dim", "ff_mult")
         check_positive(self, "ff_dim", "rms_norm_eps")
-        _require_known(self, "activation", FEED_FORWARDS)
-        _require_known(self, "gate", GATES)
-        _require_known(self, "attend", ATTEND_MODES)
+        check_known(self, "activation", FEED_FORWARDS)
+        check_known(self, "gate", GATES)
+        check_known(self, "attend", ATTEND_MODES)
         if not 0 <= self.offset < self.every:
             raise ValueError(
                 f"cross_attention.offset must be in 0..every-1 = 0..{self.every - 1}, "
@@ -132,25 +139,57 @@ class FlamingoConfig:
         placement = self.cross_attention
         return tuple(range(placement.offset, self.language.depth, placement.every))
 
+    @property
+    def uses_byte_tokenizer(self) -> bool:
+        """Whether the model's text is bytes, as :class:`ByteTokenizer` encodes them."""
+        is_own = self.language.kind == "decoder"
+        return is_own and self.image_token_id == ByteTokenizer().image_token_id
+
     @classmethod
     def from_name(cls, name: str) -> FlamingoConfig:
-        """A named configuration; ValueError listing the known names otherwise."""
-        if name not in _NAMED:
-            raise ValueError(f"unknown config {name!r}; known: {', '.join(_NAMED)}")
-        return _NAMED[name](name)
+        """Return a named configuration; ValueError lists the known names for another one."""
+        if name not in NAMED_CONFIGS:
+            raise ValueError(f"unknown config {name!r}; known: {', '.join(NAMED_CONFIGS)}")
+        return cls.from_dict({"name": name, **NAMED_CONFIGS[name]})
+
+    @classmethod
+    def from_name_or_file(cls, name: str) -> FlamingoConfig:
+        """Return the configuration in a file if ``name`` ends in ``.json``, else the named one.
+
+        Raises
+        ------
+        FileNotFoundError
+            No such file.
+        ValueError
+            The file holds no configuration, or the name is unknown.
+        """
+        if not name.endswith(".json"):
+            return cls.from_name(name)
+        try:
+            return cls.from_dict(json.loads(Path(name).read_bytes()))
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"the config in {name} is not one of flamingo_kernels: {error}"
+            ) from error
 
     @staticmethod
     def names() -> tuple[str, ...]:
-        """The names that :meth:`from_name` knows."""
-        return tuple(_NAMED)
+        """Return the names that :meth:`from_name` knows."""
+        return tuple(NAMED_CONFIGS)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-serialisable nested dict; inverse of :meth:`from_dict`."""
+        """Return a nested dict of JSON types (and tuples); inverse of :meth:`from_dict`."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlamingoConfig:
-        """Inverse of :meth:`to_dict`; ValueError names unknown, missing or wrong fields."""
+        """Return the configuration of :meth:`to_dict`'s values.
+
+        Raises
+        ------
+        ValueError
+            A field is unknown, missing or wrong; the message names it.
+        """
         values = dict(values)
         for part, known in (("vision", VISION_CONFIGS), ("language", LANGUAGE_CONFIGS)):
             fields = dict(_section(values, part))
@@ -174,175 +213,7 @@ def _section(values: dict[str, Any], part: str) -> dict[str, Any]:
 
 
 def _build(config_class: type, fields: dict[str, Any], part: str) -> Any:
-    known = {f.name: f for f in dataclasses.fields(config_class) if f.init}
-    unknown = sorted(set(fields) - set(known))
-    missing = sorted(
-        name
-        for name, f in known.items()
-        if name not in fields
-        and f.default is dataclasses.MISSING
-        and f.default_factory is dataclasses.MISSING
-    )
+    unknown, missing = map(sorted, unknown_and_missing(config_class, fields))
     if unknown or missing:
         raise ValueError(f"{part}: unknown fields {unknown}, missing fields {missing}")
-    # JSON has no tuples.
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    try:
-        return config_class(**values)
-    except TypeError as error:
-        raise ValueError(str(error).replace(f"{config_class.__name__}.", f"{part}.", 1)) from None
-
-
-def _require_known(config: Any, name: str, known: tuple[str, ...]) -> None:
-    if getattr(config, name) not in known:
-        raise ValueError(
-            f"{type(config).__name__}.{name}: unknown {getattr(config, name)!r}; "
-            f"known: {', '.join(known)}"
-        )
-
-
-def _tiny(name: str) -> FlamingoConfig:
-    vision = NFNetConfig(
-        image_size=32, widths=(32, 64), depths=(1, 1), stem_width=16, group_width=16
-    )
-    tokens = ByteTokenizer()
-    return FlamingoConfig(
-        name=name,
-        vision=vision,
-        language=DecoderConfig(vocab_size=tokens.vocab_size, dim=64, depth=4, heads=4, head_dim=16),
-        resampler=ResamplerConfig(
-            dim=64, depth=2, heads=4, head_dim=16, num_latents=16, input_dim=vision.output_dim
-        ),
-        cross_attention=CrossAttentionConfig(every=2, heads=4, head_dim=16),
-        image_token_id=tokens.image_token_id,
-        end_of_chunk_token_id=tokens.end_of_chunk_token_id,
-        bos_token_id=tokens.bos_token_id,
-        eos_token_id=tokens.eos_token_id,
-        pad_token_id=tokens.pad_token_id,
-    )
-
-
-def _flamingo(dim: int, depth: int, heads: int, every: int) -> Callable[[str], FlamingoConfig]:
-    """The paper's models (tables 4 and 5, B.1.1); the 9B has the 32 layers its counts fit."""
-    text_vocab = 32_000
-
-    def build(name: str) -> FlamingoConfig:
-        widths, depths = NFNET_VARIANTS["F6"].widths, NFNET_VARIANTS["F6"].depths
-        vision = NFNetConfig(image_size=320, widths=widths, depths=depths)
-        return FlamingoConfig(
-            name=name,
-            vision=vision,
-            # <image> and <EOC> take the last two rows of a vocabulary rounded up to 64.
-            language=DecoderConfig(
-                vocab_size=text_vocab + 64, dim=dim, depth=depth, heads=heads, head_dim=128
-            ),
-            resampler=ResamplerConfig(
-                dim=1536, heads=16, head_dim=128, input_dim=vision.output_dim
-            ),
-            cross_attention=CrossAttentionConfig(every=every, heads=heads, head_dim=128),
-            image_token_id=text_vocab,
-            end_of_chunk_token_id=text_vocab + 1,
-            bos_token_id=1,
-            eos_token_id=2,
-            pad_token_id=0,
-        )
-
-    return build
-
-
-def _open_flamingo(
-    language: HuggingFaceLanguageConfig, every: int, image_token_id: int
-) -> Callable[[str], FlamingoConfig]:
-    """OpenFlamingo v2: CLIP ViT-L/14, 8 x 64 heads, insertion at the end of each group."""
-    clip = HuggingFaceVisionConfig(
-        model_type="clip_vision_model",
-        options={
-            "hidden_size": 1024,
-            "intermediate_size": 4096,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 16,
-            "patch_size": 14,
-            "image_size": 224,
-            "projection_dim": 768,
-        },
-        image_size=224,
-        output_dim=1024,
-        drop_class_token=True,
-    )
-
-    def build(name: str) -> FlamingoConfig:
-        return FlamingoConfig(
-            name=name,
-            vision=clip,
-            language=language,
-            resampler=ResamplerConfig(
-                dim=1024,
-                heads=8,
-                head_dim=64,
-                activation="gelu",
-                max_num_frames=None,
-                final_norm=True,
-            ),
-            cross_attention=CrossAttentionConfig(
-                every=every,
-                offset=every - 1,
-                heads=8,
-                head_dim=64,
-                activation="gelu",
-                media_norm=False,
-            ),
-            image_token_id=image_token_id,
-            end_of_chunk_token_id=image_token_id - 1,
-            eos_token_id=0,
-            pad_token_id=image_token_id + 1,
-        )
-
-    return build
-
-
-def _mpt(dim: int, depth: int, heads: int) -> HuggingFaceLanguageConfig:
-    vocab_size = 50_280
-    return HuggingFaceLanguageConfig(
-        model_type="mpt",
-        options={
-            "d_model": dim,
-            "n_layers": depth,
-            "n_heads": heads,
-            "vocab_size": vocab_size,
-            "max_seq_len": 2048,
-        },
-        dim=dim,
-        depth=depth,
-        vocab_size=vocab_size,
-    )
-
-
-def _gpt_neox_3b() -> HuggingFaceLanguageConfig:
-    """RedPajama-INCITE 3B."""
-    dim, depth, vocab_size = 2560, 32, 50_280
-    return HuggingFaceLanguageConfig(
-        model_type="gpt_neox",
-        options={
-            "hidden_size": dim,
-            "num_hidden_layers": depth,
-            "num_attention_heads": 32,
-            "intermediate_size": 4 * dim,
-            "vocab_size": vocab_size,
-            "rotary_pct": 1.0,
-            "use_parallel_residual": False,
-        },
-        dim=dim,
-        depth=depth,
-        vocab_size=vocab_size,
-    )
-
-
-_NAMED: dict[str, Callable[[str], FlamingoConfig]] = {
-    "tiny": _tiny,
-    "flamingo-3b": _flamingo(2048, 24, 16, 1),
-    "flamingo-9b": _flamingo(4096, 32, 32, 4),
-    "flamingo-80b": _flamingo(8192, 80, 64, 7),
-    "open-flamingo-3b": _open_flamingo(_mpt(2048, 24, 16), 1, 50_278),
-    "open-flamingo-4b": _open_flamingo(_gpt_neox_3b(), 2, 50_278),
-    "open-flamingo-9b": _open_flamingo(_mpt(4096, 32, 32), 4, 50_278),
-}
+    return build(config_class, fields, f"{part}.")

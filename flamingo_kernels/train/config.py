@@ -7,16 +7,23 @@ import math
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_type_hints
 
 from flamingo_kernels.data.formats import PARSERS
 from flamingo_kernels.data.images import FITS
-from flamingo_kernels.fields import check_positive, check_types
+from flamingo_kernels.fields import (
+    build,
+    check_known,
+    check_positive,
+    check_types,
+    unknown_and_missing,
+)
 from flamingo_kernels.ops.dispatch import KERNELS
 
+T = TypeVar("T")
 COMPUTE_DTYPES = ("float32", "bfloat16")
 STRATEGIES = ("ddp", "fsdp")
-_FLOATS = ("float", "float | None", "tuple[float, ...]")
+_FLOATS = (float, float | None, tuple[float, ...])
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -39,8 +46,8 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _one_of(self, "compute", COMPUTE_DTYPES)
-        _one_of(self, "kernel", ("auto", *KERNELS))
+        check_known(self, "compute", COMPUTE_DTYPES)
+        check_known(self, "kernel", ("auto", *KERNELS))
         given = [self.config, self.pretrained, self.language_model]
         if given == [None, None, None]:
             raise ValueError("ModelSection.config is missing: or give pretrained or language_model")
@@ -76,8 +83,8 @@ class DatasetSection:
 
     def __post_init__(self) -> None:
         check_types(self)
-        _one_of(self, "kind", tuple(PARSERS))
-        _one_of(self, "fit", FITS)
+        check_known(self, "kind", tuple(PARSERS))
+        check_known(self, "fit", FITS)
         check_positive(
             self, "batch_size", "weight", "max_tokens", "max_images", "frames", "shuffle"
         )
@@ -139,7 +146,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_types(self)
         check_positive(self, "steps", "log_every", "save_every", "keep")
-        _one_of(self, "distributed", STRATEGIES)
+        check_known(self, "distributed", STRATEGIES)
         _in_range(self, "seed", 0, _LARGEST_SEED)
         names = [dataset.name for dataset in self.datasets]
         if not names:
@@ -196,48 +203,31 @@ def _mapping(values: Any, where: str) -> dict[str, Any]:
     return values
 
 
-def _build(section: type, values: Any, where: str) -> Any:
+def _build(section: type[T], values: Any, where: str) -> T:
     if isinstance(values, section):
         return values
     prefix = f"{where}." if where else ""
-    fields = {field.name: field for field in dataclasses.fields(section)}
-    arguments = {}
-    for key, value in _mapping(values, where).items():
-        if key not in fields:
-            raise ValueError(
-                f"{prefix}{key}: unknown key, given {value!r}; known: {', '.join(fields)}"
-            )
-        if isinstance(value, list):
-            value = tuple(value)
-        if fields[key].type in _FLOATS:
-            value = _numbers(value)  # YAML 1.1 reads 1e-4 as text
-        arguments[key] = value
-    for name, field in fields.items():
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and name not in arguments:
-            raise ValueError(f"{prefix}{name} is missing")
-    try:
-        return section(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ValueError(str(error).replace(f"{section.__name__}.", prefix, 1)) from None
+    unknown, missing = unknown_and_missing(section, _mapping(values, where))
+    if unknown:
+        known = ", ".join(field.name for field in dataclasses.fields(section))
+        key = unknown[0]
+        raise ValueError(f"{prefix}{key}: unknown key, given {values[key]!r}; known: {known}")
+    if missing:
+        raise ValueError(f"{prefix}{missing[0]} is missing")
+    hints = get_type_hints(section)
+    # YAML 1.1 reads 1e-4 as text.
+    values = {k: _numbers(v) if hints[k] in _FLOATS else v for k, v in values.items()}
+    return build(section, values, prefix)
 
 
 def _numbers(value: Any) -> Any:
-    """Texts as the numbers that they write; anything else as it is."""
-    if isinstance(value, tuple):
+    """Return the number that a text writes, also inside of a list; anything else as it is."""
+    if isinstance(value, (list, tuple)):
         return tuple(map(_numbers, value))
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
         return value
-
-
-def _one_of(config: Any, name: str, known: tuple[str, ...]) -> None:
-    value = getattr(config, name)
-    if value not in known:
-        raise ValueError(
-            f"{type(config).__name__}.{name}: unknown {value!r}; known: {', '.join(known)}"
-        )
 
 
 def _in_range(config: Any, name: str, low: float, high: float | None) -> None:

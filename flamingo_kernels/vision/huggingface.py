@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flamingo_kernels.fields import plain_options
+from flamingo_kernels.huggingface import plain_options
 from flamingo_kernels.vision.config import HuggingFaceVisionConfig, ModuleVisionConfig
 from flamingo_kernels.vision.protocol import Channels, VisionEncoder, check_images
 

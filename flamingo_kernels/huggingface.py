@@ -1,0 +1,77 @@
+"""Configurations and folders of transformers, as ``language``, ``vision`` and ``train`` use them.
+
+transformers is imported when a folder is read.
+"""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+from typing import Any
+
+# Of transformers' configurations: what it writes about itself, and labels of classifiers.
+_NOT_OPTIONS = {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "id2label",
+    "label2id",
+    "model_type",
+    "torch_dtype",
+    "transformers_version",
+}
+_KINDS = {
+    "AutoModel": "a vision encoder",
+    "AutoModelForCausalLM": "a language model",
+    "AutoTokenizer": "a tokenizer",
+}
+_LONGEST_REASON = 300  # characters; transformers lists all architectures that it knows
+
+
+def plain_options(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a configuration as JSON gives them back, without bookkeeping."""
+
+    def kept(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: kept(v) for k, v in value.items() if k not in _NOT_OPTIONS}
+
+    return json.loads(json.dumps(kept(values)))
+
+
+def read_folder(auto_class: str, folder: Path) -> Any:
+    """Return what a folder of transformers' files holds; no code in it is run.
+
+    Parameters
+    ----------
+    auto_class : {"AutoModel", "AutoModelForCausalLM", "AutoTokenizer"}
+        The class of transformers that reads it. Weights are read from safetensors alone.
+    folder : Path
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such folder.
+    ImportError
+        transformers is not installed.
+    ValueError
+        The folder cannot be read.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {folder}")
+    what = _KINDS[auto_class]
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f'reading {what} needs transformers: pip install "flamingo_kernels[hf]"'
+        ) from error
+    options = {"local_files_only": True, "trust_remote_code": False}
+    if auto_class != "AutoTokenizer":
+        options["use_safetensors"] = True
+    try:
+        return getattr(transformers, auto_class).from_pretrained(folder, **options)
+    except Exception as error:  # damaged files raise whatever their parsers raise
+        reason = textwrap.shorten(str(error), _LONGEST_REASON, placeholder=" ...")
+        raise ValueError(f"cannot load {what} from {folder}: {reason}") from error
