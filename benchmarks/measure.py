@@ -19,6 +19,7 @@ from torch import Tensor
 
 from benchmarks.peers import Implementation
 from benchmarks.problems import Problem
+from flamingo_kernels import saved_tensors
 
 MIN_ROUNDS = 3
 SHORT = 50e-6  # calls below this are timed several at a time
@@ -309,21 +310,9 @@ def saved_bytes(problem: Problem, implementation: Implementation) -> int:
     """Bytes of distinct storages kept for the backward, besides inputs and parameters."""
     given = [*problem.leaves.values(), *implementation.leaves.values()]
     given += [t for t in problem.fixed.values() if isinstance(t, Tensor)]
-    known = {t.untyped_storage().data_ptr() for t in given}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     if implementation.before:
         implementation.before()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = implementation.forward()
-    del out
-    return sum(kept.values())
+    return saved_tensors.saved_bytes(implementation.forward, given)
 
 
 def peak_bytes(variant: Variant) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from flamingo_kernels.cli.convert import read_config
-from flamingo_kernels.train.plan import Workload, plan_lines
+from flamingo_kernels.train.memory_estimate import Workload, report
 
 
 def run(
@@ -27,6 +27,6 @@ def run(
         dtype=getattr(torch, compute),
         activation_checkpointing=not keep_activations,
     )
-    for line in plan_lines(read_config(config), gpus, memory, work):
+    for line in report(read_config(config), gpus, memory, work):
         print(line)
     return 0

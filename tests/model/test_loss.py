@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flamingo_kernels.model import loss as losses
 from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidden
-from flamingo_kernels.train.plan import kept_bytes
+from flamingo_kernels.saved_tensors import saved_bytes
 from testing.backbones import LANGUAGE_OPTIONS, VOCAB, language_model
 from testing.budgets import assert_close_to_reference, assert_within_budget
 from testing.tiny_model import make_model, ragged_batch
@@ -97,9 +97,12 @@ def test_logits_are_not_kept() -> None:
     hidden, _, _, labels = case()
     head = nn.Linear(DIM, CLASSES, bias=False).double().requires_grad_(False)
     hidden.requires_grad_()
-    kept = kept_bytes(head, lambda: next_token_loss_of_hidden(hidden, head.weight, None, labels))
+    kept = saved_bytes(
+        lambda: next_token_loss_of_hidden(hidden, head.weight, None, labels), head.parameters()
+    )
     logits = B * T * CLASSES * 8
-    assert kept < logits / 2 < kept_bytes(head, lambda: next_token_loss(head(hidden), labels))
+    whole = saved_bytes(lambda: next_token_loss(head(hidden), labels), head.parameters())
+    assert kept < logits / 2 < whole
 
 
 def test_a_model_without_logits_has_the_same_loss_and_gradients() -> None:

@@ -6,6 +6,8 @@ are those of real models; that real tensors give the same count is checked at a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flamingo_kernels.nn import GatedCrossAttentionBlock
 from flamingo_kernels.ops import MediaSpans, dispatch, plan_media_attention
+from flamingo_kernels.saved_tensors import saved_bytes
 from testing.peers import open_flamingo_helpers
 
 IMAGES, LATENTS, MEDIA_DIM = 8, 64, 1024
@@ -22,21 +25,15 @@ CPP = dispatch.unsupported_reasons(
 SMALL = {"dim": 32, "tokens": 96, "dtype": torch.float32}
 
 
-def kept_bytes(block: nn.Module, run) -> int:
+def kept_bytes(block: nn.Module, run: Callable[[], Tensor]) -> int:
     """Bytes of the distinct storages that ``run()`` saves, the parameters of ``block`` left out."""
-    parameters = {p.untyped_storage()._cdata for p in block.parameters()}
-    kept: dict[int, Tensor] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in parameters:
-            kept[storage] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def trained() -> Tensor:
         out = run()
-    assert out.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        assert out.requires_grad
+        return out
+
+    return saved_bytes(trained, block.parameters())
 
 
 def block_bytes(kind: type[nn.Module], dim: int, tokens: int, dtype: torch.dtype, **options) -> int:

@@ -31,7 +31,7 @@ from flamingo_kernels.train import (
     distributed,
     sharding,
 )
-from flamingo_kernels.train.plan import shard_sizes
+from flamingo_kernels.train.memory_estimate import shard_sizes
 from flamingo_kernels.vision import build_vision_encoder
 from testing.backbones import language_model
 from testing.budgets import assert_close_to_reference
@@ -276,7 +276,7 @@ def test_two_processes_are_one(case: Case, tmp_path: Path, capsys) -> None:
         assert_close_to_reference(values[:, 0], wanted, dtype, "losses")
         gates = torch.tensor(list(alone.gates().values()))
         assert_close_to_reference(of_rank["gates"], gates, dtype, "gates")
-        if case == Case("fsdp", activation_checkpointing=True):  # plan knows that model
+        if case == Case("fsdp", activation_checkpointing=True):  # the estimate knows that model
             frozen, trainable = shard_sizes(TINY, 2)
             assert of_rank["held"] == frozen * dtype.itemsize + trainable * 4
     if case.distributed == "ddp":

@@ -1,4 +1,4 @@
-"""Memory plans: counted parameters, and activations as real tensors keep them."""
+"""Memory estimates: counted parameters, and activations as real tensors keep them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.language import build_language_model
 from flamingo_kernels.model.loss import next_token_loss_of_hidden
-from flamingo_kernels.train import plan as planning
+from flamingo_kernels.saved_tensors import saved_bytes
+from flamingo_kernels.train import memory_estimate
 from flamingo_kernels.train.config import STRATEGIES
-from flamingo_kernels.train.plan import Workload
+from flamingo_kernels.train.memory_estimate import Workload
 
 TINY = FlamingoConfig.from_name("tiny")
 
@@ -23,7 +24,7 @@ def test_bytes_of_parameters_by_hand() -> None:
     model = FlamingoModel(TINY)
     trainable = sum(p.numel() for p in model.trainable_parameters().values())
     frozen = sum(p.numel() for p in model.parameters()) - trainable
-    ddp, fsdp = planning.plan(TINY, 1, Workload()).values()
+    ddp, fsdp = memory_estimate.estimate(TINY, 1, Workload()).values()
     assert ddp.parameters == 2 * frozen + 6 * trainable
     assert ddp.gradients == 8 * trainable and ddp.optimizer == 8 * trainable
     language = model.language_model
@@ -43,15 +44,15 @@ def test_bytes_of_parameters_by_hand() -> None:
 
 def test_shares_are_as_long_as_the_longest() -> None:
     """Over three GPUs 64 rows take 22, one takes one, and a gate of one value is on all."""
-    frozen, trainable = planning.shard_sizes(TINY, 3)
+    frozen, trainable = memory_estimate.shard_sizes(TINY, 3)
     rows = {name: -(-len(p) // 3) * p[0].numel() for name, p in trainable_of(TINY).items()}
     assert trainable == sum(rows.values())
     assert rows["gated_cross_attn_layers.0.attn_gate"] == 1
-    assert planning.shard_sizes(TINY, 1) == (
-        planning.parameter_sizes(TINY).frozen,
-        planning.parameter_sizes(TINY).trainable,
+    assert memory_estimate.shard_sizes(TINY, 1) == (
+        memory_estimate.parameter_sizes(TINY).frozen,
+        memory_estimate.parameter_sizes(TINY).trainable,
     )
-    assert frozen > planning.parameter_sizes(TINY).frozen / 3
+    assert frozen > memory_estimate.parameter_sizes(TINY).frozen / 3
 
 
 def trainable_of(config: FlamingoConfig) -> dict[str, torch.Tensor]:
@@ -61,7 +62,7 @@ def trainable_of(config: FlamingoConfig) -> dict[str, torch.Tensor]:
 def test_keys_and_values_by_hand() -> None:
     work = Workload(batch_size=3, images=5)
     # 2 layers, 16 latents, keys and values of 4 heads of 16, 2 bytes.
-    assert planning.media_bytes(TINY, work) == 2 * 3 * 5 * 16 * 2 * 64 * 2
+    assert memory_estimate.media_bytes(TINY, work) == 2 * 3 * 5 * 16 * 2 * 64 * 2
 
 
 def test_fake_tensors_keep_what_real_ones_do() -> None:
@@ -77,8 +78,8 @@ def test_fake_tensors_keep_what_real_ones_do() -> None:
             head=partial(next_token_loss_of_hidden, labels=ids),
         ).head_output
 
-    real = planning.kept_bytes(model, run)
-    block, head = planning.language_bytes(TINY.language, 2, 24, torch.float32)
+    real = saved_bytes(run, model.parameters())
+    block, head = memory_estimate.language_bytes(TINY.language, 2, 24, torch.float32)
     in_the_backward = 4 * hidden.nbytes
     kept = 2 * 23 * (config.dim * 4 + 8 + 1)  # hidden states, targets, and which are counted
     assert real == 2 * block + head - in_the_backward + kept
@@ -86,10 +87,10 @@ def test_fake_tensors_keep_what_real_ones_do() -> None:
 
 def test_checkpointing_and_sharding_save_memory() -> None:
     config = FlamingoConfig.from_name("flamingo-3b")
-    kept = planning.activation_bytes(config, Workload(activation_checkpointing=False))
-    checkpointed = planning.activation_bytes(config, Workload())
+    kept = memory_estimate.activation_bytes(config, Workload(activation_checkpointing=False))
+    checkpointed = memory_estimate.activation_bytes(config, Workload())
     assert checkpointed < kept / 2
-    ddp, fsdp = planning.plan(config, 8, Workload()).values()
+    ddp, fsdp = memory_estimate.estimate(config, 8, Workload()).values()
     assert fsdp.total < ddp.total
 
 

@@ -1,16 +1,18 @@
-"""Memory that training a configuration needs on each GPU, without allocating any of it.
+"""Estimate the memory that training a configuration needs on each GPU, without allocating it.
 
 Parameters are counted on the meta device, in the units that ``sharding`` gathers. What autograd
-keeps is counted with fake tensors, of one language model block at a time, and by the shapes that a
-cross-attention block keeps. The loss is that of torch 2.13, which makes no whole logits. Left out:
-the vision encoder's working memory (it builds no graph), fragments and the CUDA context.
+saves is counted with fake tensors for one block of the language model and for the resampler, and
+from shapes for a cross-attention block. The loss is that of torch 2.13, which does not materialise
+all logits. The vision encoder's working memory (it builds no graph), fragmentation and the CUDA
+context are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -21,19 +23,19 @@ from flamingo_kernels.fields import check_positive
 from flamingo_kernels.language import DecoderConfig, build_language_model
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
 from flamingo_kernels.model.flamingo import build_resampler
-from flamingo_kernels.train.config import STRATEGIES
+from flamingo_kernels.saved_tensors import saved_bytes
 from flamingo_kernels.train.sharding import units
 
 GIB = 2**30
-_MASTER, _MOMENTS = 4, 8  # bytes of a trainable value: float32, and AdamW's two
-# Of a unit that computes FSDP2 has the parameters and, until the next one is there, the buffer they
-# were gathered in; then the buffer of the next.
+_MASTER, _MOMENTS = 4, 8  # bytes of a trainable value: its float32 master, AdamW's two moments
+# FSDP2 holds the parameters of the unit that computes, the buffer that they were gathered in, and
+# the buffer of the next unit.
 _GATHERED_UNITS = 3
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One GPU's batch: rows of ``tokens`` with ``images`` of ``frames`` each."""
+    """One GPU's batch: rows of ``tokens``, each with ``images`` of ``frames``."""
 
     batch_size: int = 8
     tokens: int = 256
@@ -46,9 +48,9 @@ class Workload:
         check_positive(self, "batch_size", "tokens", "images", "frames")
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU. ``media`` is what the keys and values of all images take, in all layers."""
+@dataclass(frozen=True, kw_only=True)
+class MemoryEstimate:
+    """Bytes on one GPU; ``media`` is the keys and values of all images in all layers."""
 
     parameters: int
     gradients: int
@@ -63,10 +65,15 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Values in a model's parameters, tied ones once.
+    """Numbers of values in a model's parameters; tied parameters count once.
 
-    ``resident``: those that FSDP gathers once per step; ``largest_unit`` and
-    ``largest_trainable_unit``: of the parts that it gathers as they run.
+    Attributes
+    ----------
+    frozen, trainable : int
+    resident : int
+        Values that FSDP gathers once per step and keeps.
+    largest_unit, largest_trainable_unit : int
+        Values of the largest unit that FSDP gathers as it runs.
     """
 
     frozen: int
@@ -77,7 +84,7 @@ class Sizes:
 
 
 def parameter_sizes(config: FlamingoConfig) -> Sizes:
-    """Counted on the meta device."""
+    """Return the sizes of the model's parameters, counted on the meta device."""
     model = _on_meta(config)
     trainable = _numel(model.trainable_parameters().values())
     everything = _numel(model.parameters())
@@ -96,9 +103,9 @@ def parameter_sizes(config: FlamingoConfig) -> Sizes:
 
 
 def shard_sizes(config: FlamingoConfig, gpus: int) -> tuple[int, int]:
-    """Frozen and trainable values that FSDP keeps on each GPU.
+    """Return the numbers of frozen and of trainable values that FSDP keeps on each GPU.
 
-    Parameters are divided along their first dimension, and all shares are as long as the longest.
+    Parameters are divided along their first dimension, and every shard is as long as the longest.
     """
     model = _on_meta(config)
     shares = {True: 0, False: 0}
@@ -109,55 +116,58 @@ def shard_sizes(config: FlamingoConfig, gpus: int) -> tuple[int, int]:
     return shares[False], shares[True]
 
 
-def plan(config: FlamingoConfig, gpus: int, work: Workload) -> dict[str, Memory]:
-    """Memory per GPU under each strategy, by the names that a configuration of training has.
+def estimate(config: FlamingoConfig, gpus: int, work: Workload) -> dict[str, MemoryEstimate]:
+    """Return the memory per GPU under each strategy, by the names of ``TrainConfig.distributed``.
 
     Raises
     ------
     ValueError
-        No GPU, or a language model that is not the package's own decoder.
+        ``gpus`` is below 1, or the language model is not the package's own decoder.
     """
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
     if not isinstance(config.language, DecoderConfig):
         raise ValueError(
-            f"{config.name} has a language model of kind {config.language.kind!r}: plan counts "
-            "what the package's own decoder keeps"
+            f"{config.name} has a language model of kind {config.language.kind!r}: memory is "
+            "estimated for the package's own decoder"
         )
     sizes = parameter_sizes(config)
+    frozen, trainable = shard_sizes(config, gpus)
     narrow = work.dtype.itemsize
     copy = 0 if work.dtype == torch.float32 else narrow  # beside the float32 masters
     activations, media = activation_bytes(config, work), media_bytes(config, work)
-    frozen, trainable = shard_sizes(config, gpus)
-    strategies = (
-        (
-            sizes.frozen * narrow + sizes.trainable * (_MASTER + copy),
-            # The masters', the model's own where it has any, and DDP's buckets.
-            sizes.trainable * (_MASTER + copy + narrow),
-            sizes.trainable * _MOMENTS,
-        ),
-        (
-            frozen * narrow
-            + trainable * _MASTER
-            + (sizes.resident + _GATHERED_UNITS * sizes.largest_unit) * narrow,
-            # The masters' shares, a unit's own, and the float32 in which those are averaged.
-            trainable * _MASTER + sizes.largest_trainable_unit * (narrow + _MASTER),
-            trainable * _MOMENTS,
-        ),
-    )
+    gathered = sizes.resident + _GATHERED_UNITS * sizes.largest_unit
     return {
-        name: Memory(*of_parameters, activations, media)
-        for name, of_parameters in zip(STRATEGIES, strategies, strict=True)
+        "ddp": MemoryEstimate(
+            parameters=sizes.frozen * narrow + sizes.trainable * (_MASTER + copy),
+            # The masters', the model's own where it has any, and DDP's buckets.
+            gradients=sizes.trainable * (_MASTER + copy + narrow),
+            optimizer=sizes.trainable * _MOMENTS,
+            activations=activations,
+            media=media,
+        ),
+        "fsdp": MemoryEstimate(
+            parameters=(frozen + gathered) * narrow + trainable * _MASTER,
+            # The masters' shards, one unit's own, and the float32 in which those are averaged.
+            gradients=trainable * _MASTER + sizes.largest_trainable_unit * (narrow + _MASTER),
+            optimizer=trainable * _MOMENTS,
+            activations=activations,
+            media=media,
+        ),
     }
 
 
-def plan_lines(
-    config: FlamingoConfig, gpus: int, memory_gib: float, work: Workload
-) -> Iterator[str]:
-    """A table of :func:`plan`, and which strategies fit into ``memory_gib`` on each GPU."""
+def report(config: FlamingoConfig, gpus: int, memory_gib: float, work: Workload) -> Iterator[str]:
+    """Yield the lines of a table of :func:`estimate`, and what fits ``memory_gib`` on each GPU.
+
+    Raises
+    ------
+    ValueError
+        As :func:`estimate`, or ``memory_gib`` is not positive and finite.
+    """
     if not 0 < memory_gib < math.inf:
         raise ValueError(f"memory must be GiB of each GPU, got {memory_gib:g}")
-    memories = plan(config, gpus, work)
+    estimates = estimate(config, gpus, work)
     sizes = parameter_sizes(config)
     yield (
         f"{config.name} on {gpus} GPU(s) of {memory_gib:g} GiB: {sizes.frozen / 1e9:.2f}B frozen "
@@ -168,16 +178,16 @@ def plan_lines(
         f"{str(work.dtype).removeprefix('torch.')}, activations "
         f"{'checkpointed' if work.activation_checkpointing else 'kept'}; GiB per GPU"
     )
-    columns = [field.name for field in dataclasses.fields(Memory)]
+    columns = [field.name for field in dataclasses.fields(MemoryEstimate)]
     yield f"{'distributed':<12}" + "".join(f"{name:>13}" for name in (*columns, "total")) + "  fits"
-    for name, memory in memories.items():
+    for name, memory in estimates.items():
         values = (*dataclasses.astuple(memory), memory.total)
         fits = "yes" if memory.total <= memory_gib * GIB else "no"
         yield f"{name:<12}" + "".join(f"{v / GIB:>13.1f}" for v in values) + f"  {fits}"
 
 
 def media_bytes(config: FlamingoConfig, work: Workload) -> int:
-    """Keys and values of every image in every cross-attention layer, kept for the backward."""
+    """Return the bytes of all images' keys and values in all cross-attention layers."""
     latents = work.batch_size * work.images * config.resampler.num_latents
     cross = config.cross_attention
     layers = len(config.cross_attention_blocks)
@@ -185,7 +195,10 @@ def media_bytes(config: FlamingoConfig, work: Workload) -> int:
 
 
 def activation_bytes(config: FlamingoConfig, work: Workload) -> int:
-    """What autograd keeps of one batch, or of one block at a time and all blocks' inputs."""
+    """Return the bytes that autograd saves of a batch.
+
+    With activation checkpointing that is the input of every block, and one block at a time.
+    """
     block, head = language_bytes(config.language, work.batch_size, work.tokens, work.dtype)
     cross = cross_attention_bytes(config, work)
     blocks, layers = config.language.depth, len(config.cross_attention_blocks)
@@ -197,10 +210,10 @@ def activation_bytes(config: FlamingoConfig, work: Workload) -> int:
 
 
 def cross_attention_bytes(config: FlamingoConfig, work: Workload) -> int:
-    """Of one layer, keys and values left out.
+    """Return the bytes that one cross-attention layer saves, without keys and values.
 
-    The inputs of both halves, the queries, the attention's output and the hidden layer; the media's
-    latents behind their norm.
+    It saves the inputs of both halves, the queries, the attention's output, the hidden layer, and
+    the normalised latents of the media.
     """
     cross, dim = config.cross_attention, config.language.dim
     text = 2 * dim + 2 * cross.heads * cross.head_dim + (cross.ff_dim or cross.ff_mult * dim)
@@ -211,13 +224,13 @@ def cross_attention_bytes(config: FlamingoConfig, work: Workload) -> int:
 def language_bytes(
     config: DecoderConfig, batch_size: int, tokens: int, dtype: torch.dtype
 ) -> tuple[int, int]:
-    """Of one frozen block, and of embeddings, last norm and loss.
+    """Return the bytes that one frozen block saves, and those of embeddings, last norm and loss.
 
-    The loss keeps the hidden states. In the backward it has their gradient beside a chunk of the
-    logits, which is chosen to have no more values than they: in float32 and in their dtype.
+    The loss saves the hidden states. Its backward holds their gradient and a chunk of the logits,
+    in float32 and in their dtype; the chunk has at most as many values as the hidden states.
     """
     one, two = (
-        _kept_by_decoder(dataclasses.replace(config, depth=depth), batch_size, tokens, dtype)
+        _decoder_bytes(dataclasses.replace(config, depth=depth), batch_size, tokens, dtype)
         for depth in (1, 2)
     )
     hidden = batch_size * tokens * config.dim
@@ -225,7 +238,7 @@ def language_bytes(
 
 
 def resampler_bytes(config: FlamingoConfig, work: Workload) -> int:
-    """Of the resampler, with the features it reads."""
+    """Return the bytes that the resampler saves, with the features that it reads."""
     vision = config.vision
     # NFNet halves the side in the stem twice and in every stage but the first.
     side = math.ceil(vision.image_size / 2 ** (1 + len(vision.depths)))
@@ -233,56 +246,33 @@ def resampler_bytes(config: FlamingoConfig, work: Workload) -> int:
         module = build_resampler(config.resampler, kernel="torch")
         shape = (work.batch_size, work.images, work.frames, side * side, vision.output_dim)
         features = torch.empty(shape)
-        return kept_bytes(module, lambda: module(features))
+        return saved_bytes(lambda: module(features), module.parameters())
 
 
-def kept_bytes(module: nn.Module, run: Callable[[], Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves in ``run``, parameters left out."""
-    own = {p.untyped_storage()._cdata for p in module.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # an address is told apart only while its storage lives
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        alive.append(run())
-    return sum(kept.values())
-
-
-def _kept_by_decoder(
-    config: DecoderConfig, batch_size: int, tokens: int, dtype: torch.dtype
-) -> int:
+def _decoder_bytes(config: DecoderConfig, batch_size: int, tokens: int, dtype: torch.dtype) -> int:
     with FakeTensorMode(), _default_dtype(dtype):
         model = build_language_model(config).requires_grad_(False)
         ids = torch.zeros(batch_size, tokens, dtype=torch.int64)
 
         def trained(block: int, hidden: Tensor) -> Tensor:
-            """As behind a cross-attention layer: gradients flow through all blocks."""
+            """Behave as a cross-attention layer: gradients flow through all later blocks."""
             return hidden if hidden.requires_grad else hidden.detach().requires_grad_()
 
-        return kept_bytes(
-            model,
+        return saved_bytes(
             lambda: model(ids, before_block=trained, head=lambda hidden, *_: hidden).head_output,
+            model.parameters(),
         )
 
 
-class _default_dtype:  # noqa: N801
-    """Modules of fake tensors cannot be converted: they are made in their dtype."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __enter__(self) -> None:
-        self.before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *_: object) -> None:
-        torch.set_default_dtype(self.before)
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Build modules in ``dtype``: modules of fake tensors cannot be converted."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _on_meta(config: FlamingoConfig) -> FlamingoModel:
