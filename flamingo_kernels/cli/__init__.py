@@ -92,9 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
             return command.run(options.config)
         elif options.command == "export":
-            from flamingo_kernels.train import checkpoint
+            from flamingo_kernels.train.checkpoints.export import export
 
-            print(checkpoint.export(options.run, options.output))
+            print(export(options.run, options.output))
         elif options.command == "plan":
             from flamingo_kernels.cli import plan as command
 

@@ -6,7 +6,6 @@ import math
 import time
 from collections import Counter
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,18 +17,21 @@ from flamingo_kernels.data.samples import IGNORED_LABEL
 from flamingo_kernels.data.stream import BatchLoader
 from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.model.loss import ignore_text_before_first_image
-from flamingo_kernels.train import checkpoint, distributed, sharding
+from flamingo_kernels.train import distributed, sharding
+from flamingo_kernels.train.checkpoints.folder import is_sharded, list_checkpoints
+from flamingo_kernels.train.checkpoints.state import check_base_model, fingerprints, read_state
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
 from flamingo_kernels.train.log import RunLog
-from flamingo_kernels.train.optimizer import MasterWeights, build_optimizer, warm_up
+from flamingo_kernels.train.optimizer import build_optimizer, warm_up
+from flamingo_kernels.train.strategies import build_strategy
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on; the message says where it stopped and what is left."""
+    """Training cannot go on; the message says where it stopped and which checkpoint is good."""
 
 
 class _Totals(NamedTuple):
-    """Of one dataset's batches at all processes."""
+    """Sums and means over one dataset's batches at all processes."""
 
     loss: float
     tokens: int
@@ -37,26 +39,30 @@ class _Totals(NamedTuple):
 
 
 def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
-    """Name of a tensor, or share of one, that is not finite at any process; None if all are."""
+    """Return the name of a tensor that is not finite at any process; None if all are finite."""
     bad = [name for name, t in tensors.items() if not sharding.local(t).isfinite().all()]
     return next((name for names in distributed.gather(bad) for name in names), None)
 
 
 class Trainer:
-    """Trains a model's trainable parameters on the datasets of a configuration.
+    """Train a model's trainable parameters on the datasets of a configuration.
 
     Parameters
     ----------
     model : FlamingoModel
-        On the device to train on, or on the host if it is to be sharded (``config.distributed``),
-        which happens here, in place. Its frozen parts are cast to the compute dtype. In a process
-        group every process gives one, and the frozen parts must be the same.
-    loaders : for every dataset of ``config``, by name.
+        On the device to train on, or on the host to be sharded (``config.distributed``), which
+        happens here, in place. Its frozen parts are cast to the compute dtype. In a process group
+        every process gives a model, and their frozen parts must be the same.
+    loaders : dict of str to BatchLoader
+        A loader for every dataset of ``config``, by the dataset's name.
     config : TrainConfig
 
     Attributes
     ----------
-    step_number : updates done.
+    step_number : int
+        Updates done so far.
+    masters : MasterWeights
+        The float32 parameters that ``optimizer`` updates.
 
     Raises
     ------
@@ -71,38 +77,20 @@ class Trainer:
         self.loaders = loaders
         self.config = config
         self.output = Path(config.output)
-        self.base_model = checkpoint.fingerprints(model)
+        self.step_number = 0
+        self.base_model = fingerprints(model)
         for other, found in enumerate(distributed.gather(self.base_model)):
             if found != self.base_model:
                 raise ValueError(f"process {other} has another base model than this one")
-        self.step_number = 0
-        dtype = getattr(torch, config.model.compute)
+        compute = getattr(torch, config.model.compute)
         for part in (model.vision_encoder, model.language_model):
-            frozen = {n: p for n, p in part.named_parameters() if not p.requires_grad}
-            for parameter in frozen.values():
-                parameter.data = parameter.data.to(dtype)
+            for parameter in part.parameters():
+                if not parameter.requires_grad:
+                    parameter.data = parameter.data.to(compute)
         if config.model.activation_checkpointing:
             model.gradient_checkpointing_enable()
-        trainable = model.trainable_parameters()
-        # How checkpoints are written and read.
-        self._files: ModuleType = checkpoint
-        if config.distributed == "fsdp":
-            if not distributed.active():
-                raise ValueError("distributed: fsdp shards over the processes that torchrun starts")
-            from flamingo_kernels.train import sharded_checkpoint
-
-            self._files = sharded_checkpoint
-            for parameter in trainable.values():
-                parameter.data = parameter.data.to(torch.float32)
-            distributed.broadcast(trainable.values())
-            sharding.shard(model, dtype)
-            self.masters = MasterWeights(model.trainable_parameters(), torch.float32)
-            self._parallel = model
-        else:
-            self.masters = MasterWeights(trainable, dtype)
-            distributed.broadcast(self.masters.parameters.values())
-            self.masters.publish()
-            self._parallel = distributed.wrap(model)
+        self._strategy = build_strategy(config.distributed)
+        self.masters, self._network = self._strategy.prepare(model, compute)
         self.optimizer = build_optimizer(self.masters.parameters, config.optimizer)
 
     @property
@@ -110,14 +98,14 @@ class Trainer:
         return self.model.perceiver.latents.device
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint in the output folder; False if there is none.
+        """Continue from the newest checkpoint in the output folder; return whether there is one.
 
         Raises
         ------
         ValueError
             The checkpoint is damaged, of another base model or of other datasets.
         """
-        found = checkpoint.list_checkpoints(self.output)
+        found = list_checkpoints(self.output)
         if not found:
             return False
         try:
@@ -127,7 +115,8 @@ class Trainer:
         return True
 
     def _restore(self, folder: Path) -> None:
-        state = checkpoint.load_state(folder, self.base_model)
+        state = read_state(folder)
+        check_base_model(folder, state, self.base_model)
         positions = state["data"]
         if len(positions) != distributed.world_size():
             raise ValueError(
@@ -140,25 +129,25 @@ class Trainer:
                 f"{folder} was trained on the datasets {sorted(position)}, the "
                 f"configuration has {sorted(self.loaders)}"
             )
-        if checkpoint.is_sharded(folder) != (self.config.distributed == "fsdp"):
+        if is_sharded(folder) != (self.config.distributed == "fsdp"):
             raise ValueError(
                 f"{folder} was saved with another value of distributed: continue with that, or "
-                "start anew from what flamingo-kernels export makes of it"
+                "start a new run from what flamingo-kernels export writes"
             )
-        self._files.load(folder, self.model, self.masters, self.optimizer)
+        self._strategy.load(folder, self.model, self.masters, self.optimizer)
         for name, data in position.items():
             self.loaders[name].load_state_dict(data)
         self.step_number = state["step"]
 
     def save(self) -> Path:
-        """Write a checkpoint of this moment. To be called by all processes of a group.
+        """Write a checkpoint, and return its folder. All processes of a group must call it.
 
         Raises
         ------
         OSError
             It cannot be written.
         TrainingError
-            A parameter is not finite; what was saved before stays the last good checkpoint.
+            A parameter is not finite; the checkpoint before stays the last good one.
         """
         bad = _first_not_finite(self.masters.parameters)
         if bad is not None:
@@ -169,12 +158,17 @@ class Trainer:
             "base_model": self.base_model,
             "data": distributed.gather(position),
         }
-        return self._files.save(
+        return self._strategy.save(
             self.output, self.model, self.masters, self.optimizer, state, keep=self.config.keep
         )
 
     def step(self) -> dict[str, Any]:
-        """One update from one batch of every dataset; what a line of the log says of it.
+        """Make one update from one batch of every dataset.
+
+        Returns
+        -------
+        dict
+            The fields of a line of the log, and ``tokens`` and ``images`` of all processes.
 
         Raises
         ------
@@ -187,7 +181,7 @@ class Trainer:
         for section in self.config.datasets:
             loader = self.loaders[section.name]
             batch = self._prepare(next(loader), section)
-            loss = self._parallel(**batch, return_logits=False).loss
+            loss = self._network(**batch, return_logits=False).loss
             share, totals = self._share(loss, batch)
             losses[section.name] = totals.loss
             if not math.isfinite(totals.loss):
@@ -226,7 +220,7 @@ class Trainer:
         }
 
     def run(self) -> None:
-        """Train up to ``config.steps``, log and save; ``resume`` first to continue.
+        """Train up to ``config.steps``, log and save; call :meth:`resume` before to continue.
 
         Raises
         ------
@@ -261,9 +255,9 @@ class Trainer:
                 log.close()
 
     def gates(self) -> dict[str, float]:
-        """tanh of every layer's gates, by layer; the mean magnitude of vector gates.
+        """Return tanh of every layer's gates, by layer; the mean magnitude of vector gates.
 
-        To be called by all processes of a group.
+        All processes of a group must call it.
         """
         values = {
             f"{kind}.{layer}": sharding.whole(getattr(module, kind).detach()).float().tanh()
@@ -273,7 +267,10 @@ class Trainer:
         return {n: (v.abs().mean() if len(v) > 1 else v).item() for n, v in values.items()}
 
     def skipped(self) -> dict[str, int]:
-        """Shards, records and images skipped so far by all processes, by dataset and reason."""
+        """Return the numbers of shards, records and images that were skipped so far.
+
+        They are sums over all processes, by dataset and reason.
+        """
         own = Counter(
             {
                 f"{name}: {reason}": count
@@ -284,9 +281,10 @@ class Trainer:
         return dict(sorted(sum(distributed.gather(own), Counter()).items()))
 
     def _share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[float, _Totals]:
-        """What to multiply this process's mean loss with, and figures of all processes.
+        """Return the factor of this process's mean loss, and the totals of all processes.
 
-        Gradients are averaged over processes; the loss is a mean over the tokens of all of them.
+        The loss is the mean over the tokens of all processes, but gradients are averaged over
+        processes: the factor corrects for their different numbers of tokens.
         """
         tokens = int(batch["attention_mask"].sum())
         images = int(batch["num_images"].sum())
@@ -314,9 +312,9 @@ class Trainer:
         }
 
     def _unused_slot(self, rows: int) -> dict[str, Tensor]:
-        """Media of a batch without images: one slot that no row fills.
+        """Return the media of a batch without images: one slot that no row fills.
 
-        All processes run all modules, so that none waits for the others' shares or gradients.
+        All processes run all modules, so that none waits for the others' shards or gradients.
         """
         encoder = self.model.vision_encoder
         size = encoder.image_size
@@ -326,7 +324,7 @@ class Trainer:
 
     def _failure(self, what: str) -> TrainingError:
         self.optimizer.zero_grad(set_to_none=True)
-        found = checkpoint.list_checkpoints(self.output)
+        found = list_checkpoints(self.output)
         left = (
             f"the last good checkpoint is {found[-1]}" if found else "no checkpoint was saved yet"
         )

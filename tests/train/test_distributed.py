@@ -27,10 +27,10 @@ from flamingo_kernels.train import (
     TrainConfig,
     Trainer,
     TrainingError,
-    checkpoint,
     distributed,
     sharding,
 )
+from flamingo_kernels.train.checkpoints import whole as whole_checkpoints
 from flamingo_kernels.train.memory_estimate import shard_sizes
 from flamingo_kernels.vision import build_vision_encoder
 from testing.backbones import language_model
@@ -189,7 +189,7 @@ def train_save_resume(rank: int, folder: str, case: Case) -> None:
 def assert_stays_good_on_a_full_disk(trainer: Trainer, saved: Path, rank: int) -> None:
     """On the disk of the process that writes, and of the last one where all do."""
     whole = trainer.config.distributed == "ddp"
-    target = (checkpoint, "save_file") if whole else (FileSystem, "create_stream")
+    target = (whole_checkpoints, "save_file") if whole else (FileSystem, "create_stream")
     broken = mock.patch.object(*target, side_effect=OSError(errno.ENOSPC, "No space left"))
     message = rf"cannot write .*step_00000002: .*No space.*; the last good one is {saved}"
     with broken if rank == (0 if whole else 1) else nullcontext():

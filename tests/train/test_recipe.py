@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flamingo_kernels.train import TrainingError
-from flamingo_kernels.train.checkpoint import list_checkpoints
+from flamingo_kernels.train.checkpoints.folder import list_checkpoints
 from flamingo_kernels.train.config import OptimizerSection
 from flamingo_kernels.train.optimizer import build_optimizer, warm_up
 from testing.budgets import assert_close_to_reference, unit

@@ -20,7 +20,11 @@ from safetensors.torch import load_file
 
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli import main
-from flamingo_kernels.train import TrainingError, checkpoint
+from flamingo_kernels.train import TrainingError
+from flamingo_kernels.train.checkpoints import folder as folders
+from flamingo_kernels.train.checkpoints import whole
+from flamingo_kernels.train.checkpoints.folder import list_checkpoints
+from flamingo_kernels.train.checkpoints.state import fingerprints
 from flamingo_kernels.train.log import LOG_FILE
 from testing.tiny_run import make_trainer
 
@@ -90,7 +94,7 @@ def test_only_the_newest_are_kept_and_incomplete_ones_are_no_checkpoints(values)
     for leftover in (".step_00000002.incomplete", ".step_00000001.removed", "step_00000099"):
         (trainer.output / leftover).mkdir()  # as left by a kill, but for the last
     trainer.run()
-    names = [path.name for path in checkpoint.list_checkpoints(trainer.output)]
+    names = [path.name for path in list_checkpoints(trainer.output)]
     assert names == ["step_00000008", "step_00000009"]
     assert not list(trainer.output.glob(".step*"))
     again = make_trainer({**values, "steps": 9})
@@ -109,10 +113,10 @@ def test_a_full_disk_leaves_the_previous_checkpoint_good(where: str, values, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {
-        "model": (checkpoint.weights, "save_file"),
-        "optimizer": (checkpoint, "save_file"),
-        "state": (checkpoint.Path, "write_text"),
-        "rename": (checkpoint.os, "fsync"),
+        "model": (whole.weights, "save_file"),
+        "optimizer": (whole, "save_file"),
+        "state": (folders.Path, "write_text"),
+        "rename": (folders.os, "fsync"),
     }[where]
     monkeypatch.setattr(*target, full)
     with pytest.raises(OSError, match=rf"cannot write .*step_00000002: .*No space.*is {good}"):
@@ -147,7 +151,7 @@ def test_another_base_model_is_refused(values) -> None:
     other = make_trainer(values)
     with torch.no_grad():
         next(other.model.language_model.parameters()).view(-1)[5] += 1e-3
-    other.base_model = checkpoint.fingerprints(other.model)
+    other.base_model = fingerprints(other.model)
     with pytest.raises(ValueError, match="was trained on another language_model: resume with"):
         other.resume()
     with pytest.raises(ValueError, match="another vision_encoder and another language_model"):
@@ -155,7 +159,7 @@ def test_another_base_model_is_refused(values) -> None:
     other = make_trainer(values)
     attention = replace(other.model.config.cross_attention, attend="previous")
     other.model.config = replace(other.model.config, cross_attention=attention)
-    other.base_model = checkpoint.fingerprints(other.model)
+    other.base_model = fingerprints(other.model)
     with pytest.raises(ValueError, match="was trained on another configuration: resume with"):
         other.resume()
     values["datasets"] = values["datasets"][:1]
@@ -199,7 +203,7 @@ def test_what_is_not_finite_is_not_saved(values) -> None:
         TrainingError, match=r"perceiver\.latents is not finite after step 2; .*step_00000001"
     ):
         trainer.save()
-    assert checkpoint.list_checkpoints(trainer.output) == [good]
+    assert list_checkpoints(trainer.output) == [good]
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])

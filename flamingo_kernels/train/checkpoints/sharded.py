@@ -1,0 +1,135 @@
+"""Checkpoints to which every process writes its shards, by torch.distributed.checkpoint.
+
+Each process writes one safetensors file, whose header says where its shards belong. The default
+format of torch.distributed.checkpoint is not used: it pickles its metadata.
+"""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from flamingo_kernels.model import FlamingoModel
+from flamingo_kernels.train import distributed
+from flamingo_kernels.train.checkpoints import contents
+from flamingo_kernels.train.checkpoints.folder import begin, failed, finish
+from flamingo_kernels.train.optimizer import MasterWeights
+
+try:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+except ImportError as error:
+    raise ImportError(
+        f"sharded checkpoints are safetensors, which torch {torch.__version__} cannot write: "
+        "install one that has torch.distributed.checkpoint.HuggingFaceStorageWriter (2.9)"
+    ) from error
+
+
+def save(
+    output: Path,
+    model: FlamingoModel,
+    masters: MasterWeights,
+    optimizer: Optimizer,
+    state: dict[str, Any],
+    *,
+    keep: int,
+) -> Path:
+    """Write the checkpoint of ``state["step"]``, as ``whole.save`` does; all processes call it.
+
+    Raises
+    ------
+    OSError
+        On all processes: one of them could not write. Earlier checkpoints are untouched.
+    """
+    tensors = {
+        **contents.trained_tensors(model, masters),
+        **contents.moments(masters, optimizer),
+        **_of_this_rank(contents.random_states()),
+    }
+    temporary = distributed.on_first_rank(lambda: begin(output, state["step"]))
+    why = None
+    try:
+        writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
+        dcp.save(tensors, storage_writer=writer)
+    except CheckpointException as error:  # raised on all if one fails
+        why = _first_failure(error)
+
+    def complete() -> Path:
+        if why is not None:
+            raise failed(temporary, why)
+        return finish(temporary, {**state, "config": model.config.to_dict()}, keep)
+
+    return distributed.on_first_rank(complete)
+
+
+def load(folder: Path, model: FlamingoModel, masters: MasterWeights, optimizer: Optimizer) -> None:
+    """Set everything to a checkpoint, as ``whole.load`` does; each process reads its shards."""
+    stored = _metadata(folder)
+    masters.check(
+        {
+            name: tensor.size
+            for name, tensor in stored.items()
+            if contents.is_trained_tensor(name) and name not in model.saved_frozen
+        }
+    )
+    moments: dict[str, Tensor] = {}
+    for name, tensor in stored.items():
+        if (owner := contents.owner_of_moment(name, masters)) is not None:
+            # AdamW keeps its count of steps on the host, and every process the whole of it.
+            moments[name] = (
+                torch.zeros(tensor.size)
+                if name.endswith("/step")
+                else torch.zeros_like(masters.parameters[owner]).detach()
+            )
+    random_states = contents.random_states()
+    parameters = {name: parameter.detach() for name, parameter in masters.parameters.items()}
+    _read(folder, {**parameters, **moments, **_of_this_rank(random_states)})
+    contents.set_moments(masters, optimizer, moments)
+    contents.set_random_states(random_states)
+
+
+def whole_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return the trained tensors of a checkpoint, put together by this process alone."""
+    tensors = {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
+        for name, tensor in _metadata(folder).items()
+        if contents.is_trained_tensor(name)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        _read(folder, tensors, no_dist=True)
+    return tensors
+
+
+def _of_this_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors`` with this process's rank appended to each name."""
+    return {f"{name}.{distributed.rank()}": tensor for name, tensor in tensors.items()}
+
+
+def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Return the sizes and dtypes of all tensors, from the headers of all files."""
+    try:
+        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
+
+
+def _read(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
+    """Fill ``tensors`` with the values of their names."""
+    try:
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), **options)
+    except CheckpointException as error:
+        raise ValueError(f"cannot read the checkpoint {folder}: {_first_failure(error)}") from error
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (reason, _) = min(error.failures.items(), key=lambda failure: failure[0])
+    return f"process {rank}: {reason}"

@@ -1,0 +1,78 @@
+"""``state.json`` of a checkpoint, and the fingerprints that tie it to its base model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flamingo_kernels.model.flamingo import FROZEN_PARTS, FlamingoModel
+from flamingo_kernels.train.checkpoints.folder import FORMAT, SHARDS, STATE_FILE
+
+# Values of a frozen tensor that its fingerprint reads; smaller tensors are read whole.
+_FINGERPRINT_VALUES = 65_536
+
+
+def read_state(folder: Path, *more: str) -> dict[str, Any]:
+    """Return ``state.json``, with its own fields and the mappings ``more`` checked.
+
+    Raises
+    ------
+    ValueError
+        It is damaged or of another version, or shards are missing.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
+    if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
+        raise ValueError(f"{folder} was written by another version of flamingo_kernels")
+    kinds = {"step": int, "base_model": dict, "data": list, **dict.fromkeys(more, dict)}
+    for name, kind in kinds.items():
+        if not isinstance(state.get(name), kind):
+            raise ValueError(
+                f"cannot read the checkpoint {folder}: {name} in {STATE_FILE} is "
+                f"{state.get(name)!r}"
+            )
+    shards, writers = len(list(folder.glob(SHARDS))), len(state["data"])
+    if shards not in (0, writers):
+        raise ValueError(f"cannot read the checkpoint {folder}: {shards} of {writers} shards")
+    return state
+
+
+def fingerprints(model: FlamingoModel) -> dict[str, str]:
+    """Return the SHA-256 of the configuration and of each frozen part.
+
+    A part's digest is over names, shapes, dtypes and evenly spread values of its frozen tensors.
+    The configuration has one of its own: models may differ although their tensors agree, as in
+    their numbers of heads.
+    """
+    trainable = model.trainable_parameters()
+    described = {key: value for key, value in model.config.to_dict().items() if key != "name"}
+    text = json.dumps(described, sort_keys=True)
+    result = {"configuration": hashlib.sha256(text.encode()).hexdigest()}
+    for part in FROZEN_PARTS:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(getattr(model, part).state_dict().items()):
+            if f"{part}.{name}" in trainable:
+                continue
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
+            flat = tensor.detach().flatten()
+            flat = flat[:: max(1, flat.numel() // _FINGERPRINT_VALUES)].cpu().contiguous()
+            digest.update(flat.view(torch.uint8).numpy().tobytes())
+        result[part] = digest.hexdigest()
+    return result
+
+
+def check_base_model(folder: Path, state: dict[str, Any], base_model: dict[str, str]) -> None:
+    """Raise ValueError unless ``state`` of ``folder`` was trained on these fingerprints."""
+    trained_on = state["base_model"]
+    wrong = [part for part, digest in base_model.items() if trained_on.get(part) != digest]
+    if wrong:
+        raise ValueError(
+            f"{folder} was trained on another {' and another '.join(wrong)}: resume with the base "
+            "model it was trained with, or train into another output folder"
+        )
