@@ -1,4 +1,7 @@
-"""Two gloo processes against one: gradients, a rank without images, checkpoints of both."""
+"""Both strategies, DDP and sharded: two gloo processes against one.
+
+Gradients, a rank without images, checkpoints, and what stops or refuses to continue.
+"""
 
 from __future__ import annotations
 
