@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from flamingo_kernels import FlamingoConfig, FlamingoModel
-from flamingo_kernels.cli.loading import text_encoding
 from flamingo_kernels.train import TrainConfig, Trainer
-from flamingo_kernels.train.datasets import build_loader
+from flamingo_kernels.train.datasets import build_loaders
 from testing.shard_files import numbered_pairs, picture_bytes, write_lines
 
 
@@ -59,9 +58,4 @@ def make_trainer(values: dict[str, Any], model_seed: int = 0) -> Trainer:
     config = TrainConfig.from_dict(values)
     torch.manual_seed(model_seed)
     model = FlamingoModel(FlamingoConfig.from_name("tiny"))
-    encoding = text_encoding(None, model.config)
-    loaders = {
-        section.name: build_loader(section, encoding, model.vision_encoder, seed=config.seed)
-        for section in config.datasets
-    }
-    return Trainer(model, loaders, config)
+    return Trainer(model, build_loaders(config, model), config)

@@ -1,35 +1,33 @@
-"""Other projects' checkpoints to ``model.safetensors``."""
+"""Convert another project's checkpoint to safetensors."""
 
 from __future__ import annotations
 
-import sys
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 from flamingo_kernels import FlamingoConfig
+from flamingo_kernels.cli.loading import progress
 from flamingo_kernels.convert import convert_open_flamingo_file, load_idefics
-from flamingo_kernels.convert.files import read_json
 
 
-def run(layout: str, checkpoint: Path, output: Path, config: str | None) -> int:
-    """Convert and say in one line what was used; 0."""
-    print(f"reading {checkpoint}", file=sys.stderr, flush=True)
-    if layout == "idefics":
-        if config is not None:
+def add(parser: ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("layout", choices=("open-flamingo", "idefics"))
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT")
+    parser.add_argument("output", type=Path, metavar="OUT", help="folder")
+    parser.add_argument("--config", help="name or JSON file; default: recognised by the sizes")
+
+
+def run(options: Namespace) -> int:
+    """Convert, and print in one line what was used; return 0."""
+    progress(f"reading {options.checkpoint}")
+    if options.layout == "idefics":
+        if options.config is not None:
             raise ValueError("an IDEFICS checkpoint has its own config.json: leave --config out")
-        load_idefics(checkpoint).save_pretrained(output, include_frozen=True)
-        print(f"{output}: the whole model")
+        load_idefics(options.checkpoint).save_pretrained(options.output, include_frozen=True)
+        print(f"{options.output}: the whole model")
         return 0
-    chosen = None if config is None else read_config(config)
-    report = convert_open_flamingo_file(checkpoint, output, chosen).report
-    print(f"{output}: {report}; load it with the backbones it was trained with")
+    config = None if options.config is None else FlamingoConfig.from_name_or_file(options.config)
+    report = convert_open_flamingo_file(options.checkpoint, options.output, config).report
+    print(f"{options.output}: {report}; load it with the backbones it was trained with")
     return 0
-
-
-def read_config(name: str) -> FlamingoConfig:
-    """A named configuration, or one in a JSON file."""
-    if not name.endswith(".json"):
-        return FlamingoConfig.from_name(name)
-    try:
-        return FlamingoConfig.from_dict(read_json(name))
-    except (AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"the config in {name} is not one of flamingo_kernels: {error}") from error

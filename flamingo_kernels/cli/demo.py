@@ -1,4 +1,4 @@
-"""New pictures named from examples by the shipped model: the best kernel beside the reference."""
+"""Name new pictures from examples with the shipped model, beside the reference."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import gc
 import statistics
 import sys
 import time
+from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -27,23 +28,27 @@ from flamingo_kernels.shipped import FAST_BINDING, FAST_BINDING_GLYPHS
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Made up, and none of those that the model was trained on.
+# Invented names, none of which the model was trained on.
 NAMES = ("kip", "zov")
 QUERIES = 8
 ROUNDS = 5
-# Largest error against the reference in fp64, over that of the reference in fp32.
+# Bounds of the error against the reference in fp64, over the error of the reference in fp32.
 BOUNDS = {"loss": 2, "logits": 2, "gradients": 3}
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The same examples before each of several pictures that are asked about.
+    """Prompts with the same examples before each of several pictures to name.
 
     Attributes
     ----------
-    examples, queries : pictures.
-    right : name of each query.
-    input_ids, pixel_values : [queries, T] and [queries, examples + 1, 1, 3, H, W].
+    examples, queries : list of PIL.Image.Image
+    right : list of str
+        The right name of each query.
+    input_ids : Tensor
+        int64 [queries, T].
+    pixel_values : Tensor
+        fp32 [queries, examples + 1, 1, 3, H, W].
     """
 
     examples: list[Image]
@@ -55,7 +60,7 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Run:
-    """What one implementation computed, its median time and its peak memory over the inputs."""
+    """What one implementation computed, its median time, and its peak memory over the inputs."""
 
     loss: Tensor
     logits: Tensor
@@ -64,8 +69,18 @@ class Run:
     peak_bytes: int | None
 
 
-def run(kernel: str, shots: int, output: Path) -> int:
-    """Run the demo; 0 if the package agrees with the reference, 1 otherwise."""
+def add(parser: ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--kernel", default="auto", help="auto, triton, cpp or torch")
+    parser.add_argument("--shots", type=int, default=2, help="examples in the prompt")
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo_output"), help="folder for the PNG"
+    )
+
+
+def run(options: Namespace) -> int:
+    """Run the demo; return 0 if the package agrees with the reference, 1 otherwise."""
+    kernel, shots = options.kernel, options.shots
     if not 1 <= shots <= 32:
         raise ValueError(f"--shots must be in 1..32, got {shots}")
     dispatch.check_kernel_name(kernel)
@@ -90,7 +105,7 @@ def run(kernel: str, shots: int, output: Path) -> int:
 
     oracle = _reference(model, device)
     _heading("Names")
-    same = _name(model, oracle, prompts, tokenizer, output / "names.png")
+    same = _name(model, oracle, prompts, tokenizer, options.output / "names.png")
 
     _heading("Forward and backward")
     ours = _measure("flamingo_kernels", model, model.trainable_parameters(), prompts, device)
@@ -149,7 +164,7 @@ def _kernel_lines(kernel: str, device_type: str) -> Iterator[str]:
 
 
 def _reference(model: FlamingoModel, device: torch.device) -> torch.nn.Module | None:
-    """The oracle with the model's weights; it ships with the repository, not with the package."""
+    """Return the reference with the model's weights; None where the repository is not there."""
     if find_spec("reference") is None:
         print("  reference/ is not here: run the demo from a checkout to compare with it")
         return None
@@ -167,7 +182,7 @@ def _name(
     tokenizer: ByteTokenizer,
     picture: Path,
 ) -> bool:
-    """Print what each picture is called; whether package and reference say the same."""
+    """Print the name of each picture; return whether package and reference agree on them."""
     longest = max(map(len, NAMES))
 
     def by_package() -> Tensor:
@@ -206,7 +221,7 @@ def _measure(
     prompts: Prompts,
     device: torch.device,
 ) -> Run:
-    """Loss, logits and gradients of a model, and its cost with the backward pass."""
+    """Compute loss, logits and gradients of a model; measure forward and backward together."""
 
     def step() -> object:
         for parameter in parameters.values():
@@ -247,7 +262,7 @@ def _measure(
 def _agrees_with(
     oracle: torch.nn.Module, prompts: Prompts, ours: Run, device: torch.device
 ) -> bool:
-    """Whether the package is as close to the reference in fp64 as that in fp32, within BOUNDS."""
+    """Return whether the error of the package is within BOUNDS."""
     named = {name: p for name, p in oracle.named_parameters() if p.requires_grad}
     theirs = _measure("reference", oracle, named, prompts, device)
     print(f"  the package takes {ours.seconds / theirs.seconds:.2f} x the reference's time")
@@ -266,7 +281,7 @@ def _agrees_with(
 
 
 def _exact(oracle: torch.nn.Module, prompts: Prompts) -> Run:
-    """What the reference computes in fp64."""
+    """Return what the reference computes in fp64."""
     wide = copy.deepcopy(oracle).double()
     out = wide(prompts.input_ids, prompts.pixel_values.double(), labels=prompts.input_ids)
     wide.zero_grad()
@@ -276,7 +291,7 @@ def _exact(oracle: torch.nn.Module, prompts: Prompts) -> Run:
 
 
 def _errors(run: Run, exact: Run) -> tuple[float, float, float]:
-    """Of loss, logits and gradients, each against its largest value."""
+    """Return the errors of loss, logits and gradients, each over its largest value."""
     return (
         _relative_error(run.loss, exact.loss),
         _relative_error(run.logits, exact.logits),
@@ -290,7 +305,7 @@ def _relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def _reset_peak(device: torch.device) -> int | None:
-    """Forget the peak of memory use so far; what is in use now, in bytes. None: not known here."""
+    """Reset the peak of memory use; return the bytes in use now, or None if not known here."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -315,7 +330,7 @@ def _peak(device: torch.device) -> int | None:
 
 
 def _draw(prompts: Prompts, said: list[str], file: Path) -> None:
-    """Examples with the names they were given, queries with those that the model gave them."""
+    """Draw the examples with their names, and the queries with the names the model gave them."""
     import matplotlib
 
     matplotlib.use("Agg")

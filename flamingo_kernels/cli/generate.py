@@ -1,65 +1,87 @@
-"""Text for a prompt with images, by a saved model."""
+"""Generate text for a prompt with images, by a saved model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from flamingo_kernels import FlamingoModel
-from flamingo_kernels.cli.loading import MARKER, frozen_part, progress, text_coding
-from flamingo_kernels.data.images import load_image, stack_media, to_pixel_values
+from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.cli.loading import progress, read_backbone
+from flamingo_kernels.data.images import FITS, load_image, stack_media, to_pixel_values
+from flamingo_kernels.huggingface import read_folder
+from flamingo_kernels.language import ByteTokenizer
+from flamingo_kernels.shipped import FAST_BINDING
+
+MARKER = "<image>"
 
 
-def run(
-    model_path: Path,
-    images: Sequence[Path],
-    text: str,
-    *,
-    language_model: Path | None,
-    vision_encoder: Path | None,
-    tokenizer_path: Path | None,
-    kernel: str,
-    max_new_tokens: int,
-    num_beams: int,
-    fit: str,
-) -> int:
-    """Print the continuation of ``text``; 0."""
-    text = mark_images(text, len(images))
-    pictures = [load_image(path) for path in images]
-    progress(f"loading {model_path}")
+def add(parser: ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "--model", type=Path, default=FAST_BINDING, help="folder; default: the shipped model"
+    )
+    parser.add_argument("--image", type=Path, action="append", default=[], help="repeatable")
+    parser.add_argument("--text", required=True, help="prompt; <image> marks each image's place")
+    parser.add_argument("--language-model", type=Path, help="folder, if the checkpoint has none")
+    parser.add_argument("--vision-encoder", type=Path, help="folder, if the checkpoint has none")
+    parser.add_argument("--tokenizer", type=Path, help="folder; default: the language model's")
+    parser.add_argument("--kernel", default="auto", help="auto, triton, cpp or torch")
+    parser.add_argument("--max-new-tokens", type=int, default=20)
+    parser.add_argument("--num-beams", type=int, default=1)
+    parser.add_argument("--fit", choices=FITS, default="pad", help="pad, or crop as CLIP does")
+
+
+def run(options: Namespace) -> int:
+    """Print the continuation of the prompt; return 0."""
+    text = mark_images(options.text, len(options.image))
+    pictures = [load_image(path) for path in options.image]
+    progress(f"loading {options.model}")
     model = FlamingoModel.from_pretrained(
-        model_path,
-        kernel,
-        vision_encoder=frozen_part("AutoModel", vision_encoder),
-        language_model=frozen_part("AutoModelForCausalLM", language_model),
+        options.model,
+        options.kernel,
+        vision_encoder=read_backbone("AutoModel", options.vision_encoder),
+        language_model=read_backbone("AutoModelForCausalLM", options.language_model),
     )
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     device = model.perceiver.latents.device
-    encode, decode = text_coding(tokenizer_path or language_model or model_path, model.config)
+    folder = options.tokenizer or options.language_model or options.model
+    encode, decode = _text_coding(folder, model.config)
     ids = torch.tensor([encode(text)], device=device)
     encoder = model.vision_encoder
     media = {}
     if pictures:
         if encoder.image_size is None:
             raise ValueError("this model takes features, not images")
-        constants = {"mean": encoder.image_mean, "std": encoder.image_std}
-        values = [to_pixel_values(p, encoder.image_size, fit=fit, **constants) for p in pictures]
+        values = [
+            to_pixel_values(
+                picture,
+                encoder.image_size,
+                mean=encoder.image_mean,
+                std=encoder.image_std,
+                fit=options.fit,
+            )
+            for picture in pictures
+        ]
         media = {name: tensor.to(device) for name, tensor in stack_media([values]).items()}
-    progress(f"{ids.shape[1]} tokens, {len(images)} image(s), {device}")
-    out = model.generate(ids, **media, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    progress(f"{ids.shape[1]} tokens, {len(pictures)} image(s), {device}")
+    out = model.generate(
+        ids, **media, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams
+    )
     print(decode(out[0, ids.shape[1] :]))
     return 0
 
 
 def mark_images(text: str, images: int) -> str:
-    """``text`` with one marker per image; without any, all of them come first.
+    """Return ``text`` with one marker per image; without any marker, all images come first.
 
     Raises
     ------
     ValueError
-        Another number of markers than images.
+        The text has some markers, but not as many as there are images.
     """
     markers = text.count(MARKER)
     if not markers:
@@ -67,3 +89,24 @@ def mark_images(text: str, images: int) -> str:
     if markers != images:
         raise ValueError(f"the text has {markers} {MARKER} marker(s), but {images} image(s) given")
     return text
+
+
+def _text_coding(
+    folder: Path, config: FlamingoConfig
+) -> tuple[Callable[[str], list[int]], Callable[[Tensor], str]]:
+    """Return the functions text -> ids and ids -> text, by the tokenizer in ``folder``."""
+    if config.uses_byte_tokenizer:
+        own = ByteTokenizer()
+        return lambda text: own.encode(text, add_bos=True), own.decode
+    tokenizer = read_folder("AutoTokenizer", folder)
+    added = {token: name for name, token in tokenizer.get_added_vocab().items()}
+    marker = added.get(config.image_token_id)
+    if marker is None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no token for images with id {config.image_token_id}, "
+            "which the model has: save the one that language.add_media_tokens was given"
+        )
+    return (
+        lambda text: tokenizer.encode(text.replace(MARKER, marker)),
+        lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
+    )

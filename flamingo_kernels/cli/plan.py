@@ -1,32 +1,38 @@
-"""Memory per GPU of training a configuration, and which strategies fit."""
+"""Estimate the memory per GPU of training a configuration, and list what fits."""
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+
 import torch
 
-from flamingo_kernels.cli.convert import read_config
+from flamingo_kernels import FlamingoConfig
+from flamingo_kernels.train.config import COMPUTE_DTYPES
 from flamingo_kernels.train.memory_estimate import Workload, report
 
 
-def run(
-    config: str,
-    gpus: int,
-    memory: float,
-    *,
-    batch_size: int,
-    tokens: int,
-    images: int,
-    compute: str,
-    keep_activations: bool,
-) -> int:
-    """Print the table; 0."""
+def add(parser: ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("--config", required=True, help="name or JSON file")
+    parser.add_argument("--gpus", type=int, required=True)
+    parser.add_argument("--memory", type=float, required=True, help="GiB of each GPU")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per GPU")
+    parser.add_argument("--tokens", type=int, default=256, help="of a row")
+    parser.add_argument("--images", type=int, default=5, help="of a row")
+    parser.add_argument("--compute", choices=COMPUTE_DTYPES, default="bfloat16")
+    parser.add_argument("--keep-activations", action="store_true", help="do not checkpoint them")
+
+
+def run(options: Namespace) -> int:
+    """Print the table; return 0."""
     work = Workload(
-        batch_size=batch_size,
-        tokens=tokens,
-        images=images,
-        dtype=getattr(torch, compute),
-        activation_checkpointing=not keep_activations,
+        batch_size=options.batch_size,
+        tokens=options.tokens,
+        images=options.images,
+        dtype=getattr(torch, options.compute),
+        activation_checkpointing=not options.keep_activations,
     )
-    for line in report(read_config(config), gpus, memory, work):
+    config = FlamingoConfig.from_name_or_file(options.config)
+    for line in report(config, options.gpus, options.memory, work):
         print(line)
     return 0

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
 import torch
 
-from flamingo_kernels import FlamingoModel
-from flamingo_kernels.cli.convert import read_config
-from flamingo_kernels.cli.loading import frozen_part, progress, text_encoding
+from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.cli.loading import progress, read_backbone
 from flamingo_kernels.train import TrainConfig, Trainer, distributed
 from flamingo_kernels.train.config import ModelSection
-from flamingo_kernels.train.datasets import build_loader
+from flamingo_kernels.train.datasets import build_loaders
 
 
-def run(path: Path) -> int:
-    """Train to the end; 0."""
-    config = TrainConfig.from_yaml(path)
+def add(parser: ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see README.md")
+
+
+def run(options: Namespace) -> int:
+    """Train to the end; return 0."""
+    config = TrainConfig.from_yaml(options.config)
     device = distributed.start()
     try:
         _train(config, device)
@@ -27,23 +32,10 @@ def run(path: Path) -> int:
 
 def _train(config: TrainConfig, device: torch.device) -> None:
     torch.manual_seed(config.seed)
-    model = build_model(config.model)
+    model = _build_model(config.model)
     if config.distributed == "ddp":
         model.to(device)
-    tokenizer = config.model.tokenizer or config.model.language_model or config.model.pretrained
-    encoding = text_encoding(None if tokenizer is None else Path(tokenizer), model.config)
-    loaders = {
-        section.name: build_loader(
-            section,
-            encoding,
-            model.vision_encoder,
-            seed=config.seed,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-        )
-        for section in config.datasets
-    }
-    trainer = Trainer(model, loaders, config)
+    trainer = Trainer(model, build_loaders(config, model), config)
     trainable = sum(p.numel() for p in trainer.masters.parameters.values())
     resumed = trainer.resume()
     first = distributed.rank() == 0
@@ -61,23 +53,17 @@ def _train(config: TrainConfig, device: torch.device) -> None:
         print(f"{config.output}: {trainer.step_number} steps")
 
 
-def build_model(section: ModelSection) -> FlamingoModel:
-    """The model that a configuration names, with fresh weights where none are given."""
-    parts = {
-        "vision_encoder": frozen_part("AutoModel", _path(section.vision_encoder)),
-        "language_model": frozen_part("AutoModelForCausalLM", _path(section.language_model)),
-    }
+def _build_model(section: ModelSection) -> FlamingoModel:
+    """Return the model of a configuration, with new weights where it names none."""
+    vision = read_backbone("AutoModel", section.vision_encoder)
+    language = read_backbone("AutoModelForCausalLM", section.language_model)
     if section.pretrained is not None:
-        return FlamingoModel.from_pretrained(section.pretrained, section.kernel, **parts)
-    config = None if section.config is None else read_config(section.config)
-    if parts["language_model"] is not None and parts["vision_encoder"] is not None:
-        return FlamingoModel.from_backbones(
-            parts["vision_encoder"], parts["language_model"], config, section.kernel
+        return FlamingoModel.from_pretrained(
+            section.pretrained, section.kernel, vision_encoder=vision, language_model=language
         )
-    if any(part is not None for part in parts.values()) or config is None:
+    config = None if section.config is None else FlamingoConfig.from_name_or_file(section.config)
+    if vision is not None and language is not None:
+        return FlamingoModel.from_backbones(vision, language, config, section.kernel)
+    if vision is not None or language is not None or config is None:
         raise ValueError("model: give both language_model and vision_encoder, or neither")
     return FlamingoModel(config, section.kernel)
-
-
-def _path(folder: str | None) -> Path | None:
-    return None if folder is None else Path(folder)

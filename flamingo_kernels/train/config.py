@@ -54,6 +54,12 @@ class ModelSection:
         if self.config is not None and self.pretrained is not None:
             raise ValueError("ModelSection.pretrained has a config of its own: leave config out")
 
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """The folder of the tokenizer: ``tokenizer``, or else where the language model is."""
+        folder = self.tokenizer or self.language_model or self.pretrained
+        return None if folder is None else Path(folder)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetSection:

@@ -1,4 +1,4 @@
-"""Loaders of a configuration's datasets."""
+"""From a configuration's datasets to loaders: text encoding, shards, pictures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,66 @@ from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.samples import SampleBuilder, TextEncoding
 from flamingo_kernels.data.shards import find_shards
 from flamingo_kernels.data.stream import BatchLoader, SampleStream
-from flamingo_kernels.train.config import DatasetSection
+from flamingo_kernels.huggingface import read_folder
+from flamingo_kernels.language import ByteTokenizer
+from flamingo_kernels.model import FlamingoConfig, FlamingoModel
+from flamingo_kernels.train import distributed
+from flamingo_kernels.train.config import DatasetSection, TrainConfig
 from flamingo_kernels.vision import VisionEncoder
+
+
+def build_loaders(config: TrainConfig, model: FlamingoModel) -> dict[str, BatchLoader]:
+    """Return this process's loader of every dataset of ``config``, by the dataset's name.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        As :func:`text_encoding` and :func:`build_loader`.
+    """
+    encoding = text_encoding(config.model.tokenizer_folder, model.config)
+    return {
+        section.name: build_loader(
+            section,
+            encoding,
+            model.vision_encoder,
+            seed=config.seed,
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
+        )
+        for section in config.datasets
+    }
+
+
+def text_encoding(tokenizer: Path | None, config: FlamingoConfig) -> TextEncoding:
+    """Return how training text becomes ids.
+
+    Parameters
+    ----------
+    tokenizer : Path or None
+        Folder of the language model's tokenizer; not used by a model whose text is bytes.
+    config : FlamingoConfig
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        The model needs a tokenizer, and there is none that can be read.
+    """
+    if config.uses_byte_tokenizer:
+        encode = ByteTokenizer().encode
+    elif tokenizer is None:
+        raise ValueError("model.tokenizer is missing: this language model needs one")
+    else:
+        encode = functools.partial(
+            read_folder("AutoTokenizer", tokenizer).encode, add_special_tokens=False
+        )
+    return TextEncoding(
+        encode,
+        config.image_token_id,
+        config.end_of_chunk_token_id,
+        config.bos_token_id,
+        config.eos_token_id,
+        config.pad_token_id,
+    )
 
 
 def build_loader(
@@ -22,12 +80,12 @@ def build_loader(
     rank: int = 0,
     world_size: int = 1,
 ) -> BatchLoader:
-    """Batches of one dataset for this rank, pictures prepared as ``encoder`` wants them.
+    """Return a loader of one dataset for this rank, with pictures prepared for ``encoder``.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        No shard matches, there are fewer than readers, or the encoder takes no pictures.
+        No shard matches, there are fewer shards than readers, or the encoder takes no pictures.
     """
     if encoder.image_size is None:
         raise ValueError(f"datasets.{section.name} holds pictures, but this model takes features")

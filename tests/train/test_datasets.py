@@ -1,0 +1,34 @@
+"""Loaders of a configuration: what they refuse before training starts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.train import TrainConfig
+from flamingo_kernels.train.datasets import build_loaders, text_encoding
+from flamingo_kernels.vision.config import FeaturesConfig
+
+TINY = FlamingoConfig.from_name("tiny")
+
+
+def test_a_model_without_pictures_is_refused(values) -> None:
+    vision = FeaturesConfig(output_dim=TINY.vision.output_dim)
+    model = FlamingoModel(replace(TINY, vision=vision))
+    message = r"datasets\.pages holds pictures, but this model takes features"
+    with pytest.raises(ValueError, match=message):
+        build_loaders(TrainConfig.from_dict(values), model)
+
+
+def test_another_vocabulary_needs_a_tokenizer(tmp_path) -> None:
+    other = replace(TINY, image_token_id=TINY.image_token_id - 9)
+    assert TINY.uses_byte_tokenizer and not other.uses_byte_tokenizer
+    with pytest.raises(ValueError, match=r"model\.tokenizer is missing"):
+        text_encoding(None, other)
+    pytest.importorskip("transformers")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        text_encoding(tmp_path / "none", other)
+    with pytest.raises(ValueError, match="cannot load a tokenizer from"):
+        text_encoding(tmp_path, other)
