@@ -1,4 +1,4 @@
-"""Availability of kernels, and parameter counts of configurations."""
+"""Reports: which kernels are available, and how many parameters a configuration has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAPER_COUNTS = {
     "flamingo-9b": (7_100, 435, 1_600, 194),
     "flamingo-80b": (70_000, 435, 10_000, 194),
 }
-# A difference above this is explained in the report.
+# Relative differences above this are explained in the report.
 EXPLAIN_ABOVE = 0.02
 _WHY = {
     "language_model": (
@@ -45,7 +45,7 @@ _RESAMPLER_REMARK = (
 
 
 def kernel_lines() -> Iterator[str]:
-    """One line per op and kernel: available, or the reasons why not, for fp32 on this machine."""
+    """Yield a line per op and kernel: that it runs fp32 on this machine, or why it does not."""
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
     python = platform.python_version()
     yield f"flamingo_kernels {__version__}, Python {python}, torch {torch.__version__}"
@@ -79,14 +79,20 @@ def kernel_lines() -> Iterator[str]:
 
 
 def parameter_counts(config: FlamingoConfig) -> dict[str, int]:
-    """Parameters per component of the model, built on the meta device; tied ones count once."""
+    """Return the parameters of each component; tied ones count once.
+
+    The model is built on the meta device.
+    """
     with torch.device("meta"):
         model = FlamingoModel(config)
     return {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in COMPONENTS}
 
 
 def config_lines(name: str) -> Iterator[str]:
-    """Counts of config ``name`` beside table 5 of the paper, differences over 2 % explained."""
+    """Yield the counts of a named configuration beside those of table 5 of the paper.
+
+    Differences above ``EXPLAIN_ABOVE`` are explained.
+    """
     config = FlamingoConfig.from_name(name)
     counts = parameter_counts(config)
     paper = dict(zip(COMPONENTS, PAPER_COUNTS.get(name, ()), strict=False))

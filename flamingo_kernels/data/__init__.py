@@ -1,1 +1,1 @@
-"""Images and text to model inputs."""
+"""From images and text, in files or shards, to the inputs of a model."""

@@ -1,4 +1,4 @@
-"""Pictures to pixel values, with the paper's augmentation: flips and colour."""
+"""From pictures to pixel values, with the paper's augmentation: flips and colour."""
 
 from __future__ import annotations
 
@@ -18,11 +18,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """How pictures become pixel values; ``size``, ``mean`` and ``std`` are the encoder's.
+    """How pictures become pixel values.
 
-    ``flip``: probability of a left-right flip. ``colour``: brightness, contrast and saturation are
-    scaled by factors in [1 - colour, 1 + colour]. The paper has both without figures (appendix
-    B.1.2).
+    The paper flips pictures and changes their colours without giving figures (appendix B.1.2).
+
+    Attributes
+    ----------
+    size : int
+        Pixels on a side; the encoder's ``image_size``.
+    mean, std : three floats, or None
+        The encoder's ``image_mean`` and ``image_std``; None: those of ImageNet.
+    fit : {"pad", "crop"}
+        See :func:`flamingo_kernels.data.images.to_pixel_values`.
+    flip : float
+        Probability of a left-right flip.
+    colour : float
+        Brightness, contrast and saturation are scaled by factors in [1 - colour, 1 + colour].
     """
 
     size: int
@@ -33,7 +44,10 @@ class ImagePreparation:
     colour: float = 0.0
 
     def __call__(self, frames: Sequence[Image], generator: np.random.Generator) -> Tensor:
-        """Frames of one clip, all changed alike -> fp32 [F, 3, size, size]."""
+        """Return the pixel values of one clip, fp32 [F, 3, size, size].
+
+        All frames are flipped and coloured in the same way.
+        """
         from PIL import ImageEnhance, ImageOps
 
         # Drawn whether used or not, so that one option does not move the draws of another.

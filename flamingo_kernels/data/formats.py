@@ -1,4 +1,4 @@
-"""Records of known layouts to documents: text and references to pictures, in order."""
+"""From records of known layouts to documents: text and references to pictures, in order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flamingo_kernels.data.shards import IMAGE_SUFFIXES, Record
 
 
 class SkipRecordError(Exception):
-    """A record that gives no sample; ``reason`` is what skipped records are counted by."""
+    """A record gives no sample; skipped records are counted by ``reason``."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
@@ -27,7 +27,15 @@ NO_IMAGE, NO_TEXT = "no image", "no text"
 
 @dataclass(frozen=True)
 class Media:
-    """A picture, an animated picture, or the frames of a clip: files as bytes, or their paths."""
+    """A picture, an animated picture, or the frames of a clip.
+
+    Attributes
+    ----------
+    name : str
+        What errors call it.
+    sources : tuple of bytes or Path
+        The contents of files, or their paths.
+    """
 
     name: str
     sources: tuple[bytes | Path, ...]
@@ -41,19 +49,20 @@ class Document:
 
 
 def parse_interleaved(record: Record, image_root: Path | None = None) -> Document:
-    """A web page with its images.
+    """Return a web page with its images.
 
-    Two layouts of JSON are told by their keys. OBELICS: ``texts`` and ``images``, lists of one
-    length, of which one has a value at each place. MMC4: ``text_list``, and ``image_info`` with
-    ``matched_text_index``, the sentence that the image precedes.
+    Two layouts of JSON are recognised by their keys. OBELICS has ``texts`` and ``images``, lists of
+    equal length; at each place one of the two has a value. MMC4 has ``text_list`` and
+    ``image_info``, whose ``matched_text_index`` is the sentence that the image precedes.
 
-    An image is the name of a file, relative to the folder of the shard or ``image_root``; in a tar
-    shard the name of a member of the record, or its extension; for MMC4 ``image_base64`` too.
+    An image is the name of a file, relative to ``image_root`` or else to the folder of the shard.
+    In a tar shard it may be a member of the record, by its name or extension. MMC4 may also hold
+    the image itself, as ``image_base64``.
 
     Raises
     ------
     SkipRecordError
-        The record is neither, or fields are not of these types.
+        The record has neither layout, or its fields have other types.
     """
     values = _json(record)
     if "texts" in values and "images" in values:
@@ -85,10 +94,15 @@ def parse_interleaved(record: Record, image_root: Path | None = None) -> Documen
 
 
 def parse_pair(record: Record, image_root: Path | None = None) -> Document:
-    """An image with its text.
+    """Return an image with its text.
 
-    Tar: one picture beside ``txt``, or ``json`` with ``caption`` or ``text``. JSON lines: the same
-    keys and ``image``.
+    A record of a tar shard has one picture beside ``txt``, or beside ``json`` with ``caption`` or
+    ``text``. A JSON line has the same keys, and ``image``.
+
+    Raises
+    ------
+    SkipRecordError
+        The record lacks an image or a text, or its fields have other types.
     """
     values = _json(record) if "json" in record.fields else {}
     pictures = [e for e in record.fields if e.rpartition(".")[2] in IMAGE_SUFFIXES]
@@ -99,10 +113,16 @@ def parse_pair(record: Record, image_root: Path | None = None) -> Document:
 
 
 def parse_video(record: Record, image_root: Path | None = None) -> Document:
-    """A clip with its text, as a pair.
+    """Return a clip with its text; the text is as in :func:`parse_pair`.
 
-    Tar: numbered pictures (``0.jpg``, ``1.jpg``, ...) are frames, one alone is a still or animated.
-    JSON lines: ``frames`` (a list of names) or ``video`` (one animated picture).
+    In a tar shard, numbered pictures (``0.jpg``, ``1.jpg``, ...) are frames, and a single picture
+    is a still or animated. A JSON line has ``frames`` (a list of names) or ``video`` (one animated
+    picture).
+
+    Raises
+    ------
+    SkipRecordError
+        As :func:`parse_pair`.
     """
     values = _json(record) if "json" in record.fields else {}
     if "frames" in values:

@@ -1,4 +1,4 @@
-"""Pictures and clips to normalised pixel values, and ragged rows of them to one batch."""
+"""From pictures and clips to normalised pixel values, and from ragged rows to one batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Channels = tuple[float, float, float]
 
-# Statistics of ImageNet, with which the published NFNets were trained.
+# Statistics of ImageNet, which the published NFNets were trained with.
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)
 FITS = ("pad", "crop")
@@ -24,14 +24,14 @@ _LONGEST_STRIP = 16  # the longer side over the shorter
 
 
 def load_image(path: str | PathLike) -> Image:
-    """The picture in a file, in RGB, turned as its EXIF data say.
+    """Return the picture in a file, in RGB, turned as its EXIF data say.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        There is no such file.
     ValueError
-        If Pillow cannot decode it, truncated files included; grey of more than 16 bits.
+        Pillow cannot decode it (it may be truncated), or it is grey of more than 16 bits.
     """
     return load_frames(path, 1)[0]
 
@@ -39,13 +39,16 @@ def load_image(path: str | PathLike) -> Image:
 def load_frames(
     source: str | PathLike | bytes, frames: int, name: str | None = None
 ) -> list[Image]:
-    """``frames`` pictures in RGB, spread over an animated one, or a still repeated.
+    """Return ``frames`` pictures in RGB, spread over an animated picture, or a still repeated.
 
     Parameters
     ----------
-    source : a path, or the bytes of a file.
-    frames : how many; see :func:`sample_frames`.
-    name : what errors call the picture; default: the path.
+    source : path or bytes
+        A file, or its contents.
+    frames : int
+        Number of pictures; see :func:`sample_frames`.
+    name : str or None
+        What errors call the picture; None: its path.
 
     Raises
     ------
@@ -76,20 +79,20 @@ def to_pixel_values(
     std: Channels | None = IMAGE_STD,
     fit: str = "pad",
 ) -> Tensor:
-    """A Pillow image of any size -> fp32 [3, size, size].
+    """Return a Pillow image of any size as pixel values, fp32 [3, size, size].
 
     Parameters
     ----------
     image : Image
-        Of any mode; of 16-bit grey the upper 8 bits count.
+        Of any mode. The upper 8 bits of 16-bit grey are used.
     size : int
         Pixels on a side; an encoder's ``image_size``.
-    mean, std : three floats
+    mean, std : three floats, or None
         An encoder's ``image_mean`` and ``image_std``; None: those of ImageNet.
     fit : {"pad", "crop"}
-        ``pad``: the longer side fits and the rest is padded with the mean, 0 after normalisation
-        (Flamingo, appendix B.1.2). ``crop``: the shorter side fits, bicubic, and the centre is cut
-        out (CLIP and OpenFlamingo).
+        ``pad`` fits the longer side, and pads with the mean, which is 0 after normalisation
+        (Flamingo, appendix B.1.2). ``crop`` fits the shorter side, bicubic, and cuts out the centre
+        (CLIP and OpenFlamingo).
 
     Raises
     ------
@@ -102,7 +105,7 @@ def to_pixel_values(
         raise ValueError(f"the image has no pixels: its size is {image.size}")
     side = max(image.size) if fit == "pad" else min(image.size)
     if fit == "crop" and max(image.size) > _LONGEST_STRIP * side:
-        # Only the middle is kept: the rest of a long strip is not worth resizing.
+        # Only the middle is kept, so the rest of a long strip need not be resized.
         width, height = (min(length, _LONGEST_STRIP * side) for length in image.size)
         left, top = (image.width - width) // 2, (image.height - height) // 2
         image = image.crop((left, top, left + width, top + height))
@@ -121,7 +124,7 @@ def to_pixel_values(
 
 
 def _rgb(image: Image) -> Image:
-    """In 8 bits per channel: Pillow's own conversion clips 16-bit grey to white."""
+    """Convert to 8 bits per channel. Pillow's own conversion clips 16-bit grey to white."""
     if image.mode == "F":
         raise ValueError("the image is of mode F, floats of unknown range: convert it to L first")
     if image.mode == "I" or image.mode.startswith("I;16"):
@@ -138,9 +141,10 @@ def _rgb(image: Image) -> Image:
 
 
 def sample_frames(available: int, frames: int) -> list[int]:
-    """Indices of ``frames`` frames, spread evenly over a clip of ``available`` ones.
+    """Return the indices of ``frames`` frames, spread evenly over ``available`` ones.
 
-    The middle of each of ``frames`` equal stretches; a short clip repeats frames.
+    The clip is divided into ``frames`` equal stretches, and the middle of each is taken. A short
+    clip repeats frames.
     """
     if available < 1 or frames < 1:
         raise ValueError(f"a clip needs frames: {available} available, {frames} wanted")
@@ -148,23 +152,23 @@ def sample_frames(available: int, frames: int) -> list[int]:
 
 
 def stack_media(rows: Sequence[Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Ragged rows of images and clips as arguments of ``FlamingoModel``.
+    """Pad ragged rows of images and clips into arguments of ``FlamingoModel``.
 
     Parameters
     ----------
-    rows : sequences of Tensor
-        For each row of the batch its images [3, H, W] and clips [F, 3, H, W], all of one size.
+    rows : sequence of sequences of Tensor
+        The images [3, H, W] and clips [F, 3, H, W] of each row of the batch, all of one size.
 
     Returns
     -------
     dict
-        ``pixel_values`` [B, I, F, 3, H, W], ``num_images`` int64 [B] and ``num_frames`` int64
-        [B, I]; what pads is zero. Empty if no row has an image.
+        ``pixel_values`` [B, I, F, 3, H, W], padded with zeros, ``num_images`` int64 [B] and
+        ``num_frames`` int64 [B, I]. Empty if no row has an image.
 
     Raises
     ------
     ValueError
-        Images of another shape, naming the row.
+        An image or clip has another shape; the message names its row.
     """
     clips = [[m[None] if m.ndim == 3 else m for m in row] for row in rows]
     every = [clip for row in clips for clip in row]

@@ -11,7 +11,14 @@ Fields = Mapping[str, str]
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """One task: ``query`` with named fields, and what separates it from the answer.
+    """The text of one task.
+
+    Attributes
+    ----------
+    query : str
+        A format string with named fields.
+    separator : str
+        Stands between the query and the answer.
 
     Examples
     --------
@@ -24,11 +31,17 @@ class PromptTemplate:
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names that a query must give; an example gives ``answer`` too."""
+        """The names that a query must give; an example gives ``answer`` too."""
         return tuple(name for _, name, _, _ in Formatter().parse(self.query) if name)
 
     def fill(self, values: Fields, answered: bool) -> str:
-        """The text of a query, or of an example with its answer."""
+        """Return the text of a query, or of an example with its answer.
+
+        Raises
+        ------
+        ValueError
+            A field is missing.
+        """
         wanted = (*self.fields, "answer") if answered else self.fields
         missing = [name for name in wanted if name not in values]
         if missing:
@@ -64,15 +77,22 @@ def build_prompt(
     end_of_chunk_token: str = "<|endofchunk|>",
     bos_token: str = "",
 ) -> str:
-    """Examples with answers, then the query without, each behind its ``<image>``.
+    """Return examples with answers, then the query without, each after its ``<image>``.
 
-    Zero-shot is two examples without images (``examples_have_images=False``): they show the form
-    of the answer; a single one is "highly detrimental" (appendix A.2).
+    The paper's zero-shot prompts have two examples without images
+    (``examples_have_images=False``), which show the form of the answer. A single one is "highly
+    detrimental" (appendix A.2).
 
     Parameters
     ----------
-    template : of the task.
-    examples, query : fields by name; images belong to them in this order.
+    template : PromptTemplate
+    examples : sequence of mappings of str to str
+        The fields of each example by name, and its ``answer``.
+    query : mapping of str to str
+        The fields of the query. The images belong to examples and query in this order.
+    examples_have_images : bool
+    image_token, end_of_chunk_token, bos_token : str
+        As the tokenizer writes them.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""RICES: examples whose images are most like the query's (Yang et al. 2022; appendix A.2)."""
+"""RICES: retrieve the examples whose images are most similar (Yang et al. 2022; appendix A.2)."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from torch import Tensor
 
 
 def pool_features(features: Tensor) -> Tensor:
-    """Features [N, S, D] of images -> unit vectors fp32 [N, D], the mean over positions."""
+    """Return the mean over positions of features [N, S, D], as unit vectors fp32 [N, D]."""
     if features.ndim != 3 or features.shape[1] == 0:
         raise ValueError(f"features must be [N, S, D], got shape {tuple(features.shape)}")
     return F.normalize(features.float().mean(1), dim=-1)
 
 
 def retrieve(support: Tensor, queries: Tensor, shots: int) -> Tensor:
-    """Which support images to show for each query, the most similar one last, next to the query.
+    """Return which support images to show for each query, by cosine similarity.
 
     Parameters
     ----------
     support, queries : Tensor
-        [N, D] and [Q, D]; see :func:`pool_features`. Similarity is their cosine.
+        [N, D] and [Q, D]; see :func:`pool_features`.
     shots : int
-        At most N.
+        Images per query, at most N.
 
     Returns
     -------
     Tensor
-        int64 [Q, shots]; of equally similar images the earlier one counts as more similar.
+        int64 [Q, shots]. The most similar image is last, next to the query. If two are equally
+        similar, the earlier one counts as more similar.
 
     Raises
     ------
@@ -51,7 +52,7 @@ def retrieve(support: Tensor, queries: Tensor, shots: int) -> Tensor:
 
 
 def random_orders(count: int, orders: int, generator: torch.Generator | None = None) -> Tensor:
-    """int64 [orders, count]: random orders of the examples, for ensembles over permutations."""
+    """Return random orders of the examples, int64 [orders, count], for ensembles over them."""
     if count < 0 or orders < 1:
         raise ValueError(f"orders must be at least 1 and count 0, got {orders} and {count}")
     return torch.stack([torch.randperm(count, generator=generator) for _ in range(orders)])

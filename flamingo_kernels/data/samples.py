@@ -1,4 +1,4 @@
-"""Documents to training samples (Flamingo, sections 2.4 and 3.2 of v1, appendix A.3)."""
+"""From documents to training samples (Flamingo, sections 2.4 and 3.2 of v1, appendix A.3)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """How text becomes ids: ``encode`` (without special tokens) and the ids that mark structure."""
+    """How text becomes ids.
+
+    Attributes
+    ----------
+    encode : callable
+        Text to ids, without special tokens.
+    image_token_id, end_of_chunk_token_id : int
+    bos_token_id, eos_token_id, pad_token_id : int or None
+        The ids that mark structure.
+    """
 
     encode: Callable[[str], list[int]]
     image_token_id: int
@@ -41,8 +50,14 @@ class TextEncoding:
     pad_token_id: int | None = None
 
     def text(self, text: str) -> list[int]:
-        """Ids of plain text; ids that it may not hold, as ``<image>`` written out, are left out."""
-        text.encode()  # what has no UTF-8 form is a ValueError here, whatever a tokenizer raises
+        """Return the ids of plain text, without ids of structure, such as a written ``<image>``.
+
+        Raises
+        ------
+        ValueError
+            The text has no UTF-8 form.
+        """
+        text.encode()  # raises the ValueError; tokenizers raise errors of other types
         structure = {self.image_token_id, self.end_of_chunk_token_id, self.bos_token_id}
         structure |= {self.eos_token_id, self.pad_token_id}
         return [token for token in self.encode(text) if token not in structure]
@@ -50,7 +65,18 @@ class TextEncoding:
 
 @dataclass(frozen=True)
 class Sample:
-    """One row of a batch: ids, its media [F, 3, H, W] in order, and what text is assigned to."""
+    """One row of a batch.
+
+    Attributes
+    ----------
+    key : str
+        The shard and record that it is from.
+    input_ids : list of int
+    media : list of Tensor
+        Each [F, 3, H, W], in the order of the ids.
+    assign : {"previous", "next"}
+        The image that text is assigned to.
+    """
 
     key: str
     input_ids: list[int]
@@ -59,10 +85,10 @@ class Sample:
 
 
 def encode_document(document: Document, encoding: TextEncoding) -> tuple[list[int], list[Media]]:
-    """Ids of a whole document, and its media in the order of their ``<image>`` tokens.
+    """Return the ids of a whole document, and its media in the order of their ``<image>`` tokens.
 
-    ``<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>``: the end of a chunk of text is marked
-    before an image and at the end of the document. Adjacent images have no chunk between them.
+    The ids are ``<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>``. ``<EOC>`` ends a chunk of
+    text before an image and at the end of the document. Adjacent images have no chunk between them.
     """
     ids = [] if encoding.bos_token_id is None else [encoding.bos_token_id]
     media: list[Media] = []
@@ -91,10 +117,10 @@ def choose_window(
     image_token_id: int,
     generator: np.random.Generator,
 ) -> tuple[int, int]:
-    """Bounds of a random window of at most ``max_tokens`` ids with at most ``max_images`` images.
+    """Return the bounds of a random window of at most ``max_tokens`` ids and ``max_images`` images.
 
-    Uniform over the starts. It ends before an image too many: the text after that one would be
-    taken to belong to the image before.
+    Its start is uniform. It ends before an image too many: the text after that image would be
+    assigned to the image before.
     """
     start = int(generator.integers(max(0, len(ids) - max_tokens) + 1))
     end = min(start + max_tokens, len(ids))
@@ -104,18 +130,27 @@ def choose_window(
 
 @dataclass(frozen=True)
 class SampleBuilder:
-    """Records of one dataset to samples.
+    """Build samples of the records of one dataset.
 
     Attributes
     ----------
-    kind : "interleaved", "pairs" or "video", a layout of ``data.formats``.
-    encoding, preparation : of text and pictures.
-    max_tokens : L, the longest sample (256; 32 or 64 for pairs in the paper).
-    max_images : N, images of an interleaved sample (5).
-    p_next : probability that the text of a document is assigned the next image (0.5, once each).
-    frames : frames of a clip (8).
-    leading_space : probability of a space before the text of a pair (0.5).
-    image_root : folder of image names; default: the shard's.
+    kind : {"interleaved", "pairs", "video"}
+        A layout of ``data.formats``.
+    encoding : TextEncoding
+    preparation : ImagePreparation
+    max_tokens : int
+        The longest sample, L in the paper (256; 32 or 64 for pairs).
+    max_images : int
+        Most images of an interleaved sample, N in the paper (5).
+    p_next : float
+        Probability that the text of a document is assigned to the next image, drawn once for each
+        document (0.5 in the paper).
+    frames : int
+        Frames of a clip (8 in the paper).
+    leading_space : float
+        Probability of a space before the text of a pair or clip (0.5 in the paper).
+    image_root : Path or None
+        Folder that image names are relative to; None: the shard's.
     """
 
     kind: str
@@ -131,23 +166,31 @@ class SampleBuilder:
     def __call__(
         self, record: Record, generator: np.random.Generator, skipped: Counter[str]
     ) -> Sample:
-        """The sample of a record; images left out of a document are counted in ``skipped``.
+        """Return the sample of a record.
+
+        Parameters
+        ----------
+        record : Record
+        generator : numpy.random.Generator
+            Of the random choices for this record.
+        skipped : Counter
+            Counts the images that are left out of a document because they cannot be decoded.
 
         Raises
         ------
         SkipRecordError
-            The record gives none: it cannot be read, or has no text or no image.
+            The record cannot be read, or has no text or no image.
         """
         document = PARSERS[self.kind](record, self.image_root)
         interleaved = self.kind == "interleaved"
-        # Drawn first and always, so that what a document holds does not move them.
+        # Drawn first and always, so that these draws do not depend on the document.
         assign = "next" if generator.random() < self.p_next and interleaved else "previous"
         if generator.random() < self.leading_space and not interleaved:
             document = Document((document.parts[0], " " + document.parts[1]))
         key = f"{record.shard}: {record.key}"
         try:
             ids, media = encode_document(document, self.encoding)
-        except ValueError as error:  # text that has no UTF-8 form
+        except ValueError as error:  # text without UTF-8 form
             raise SkipRecordError(NO_TEXT, f"{key}: {error}") from error
         if not media:
             raise SkipRecordError(NO_IMAGE, key)
@@ -186,12 +229,12 @@ class SampleBuilder:
 def _without(
     ids: Sequence[int], broken: Sequence[bool], image_token_id: int, assign: str
 ) -> list[int]:
-    """Ids without broken images and the text that belongs to them.
+    """Return ``ids`` without broken images and without the text that is assigned to them.
 
-    That text would otherwise be taken to belong to the image before (or after).
+    That text would otherwise be assigned to the image before (or after).
     """
     kept: list[int] = []
-    text_from = 0  # where in kept the text since the last image begins
+    text_from = 0  # index in kept of the text since the last image
     dropped = False
     images = iter(broken)
     for token in ids:
@@ -209,21 +252,21 @@ def _without(
 
 
 def log_first(skipped: Counter[str], reason: str, detail: str) -> None:
-    """Count what is skipped, and warn of the first of each reason."""
+    """Count what is skipped, and warn at the first of each reason."""
     if not skipped[reason]:
         logger.warning("skipped, %s: %s (later ones are counted)", reason, detail)
     skipped[reason] += 1
 
 
 def collate(samples: Sequence[Sample], pad_token_id: int) -> dict[str, Tensor | list[str]]:
-    """Samples of any lengths as arguments of ``FlamingoModel.forward``, padded on the right.
+    """Pad samples on the right into arguments of ``FlamingoModel.forward``.
 
     Returns
     -------
     dict
-        ``input_ids``, ``attention_mask`` and ``labels`` int64 [B, T], labels -100 at padding;
-        ``assign``, a word per row; and what :func:`~flamingo_kernels.data.images.stack_media`
-        gives, nothing if there is no image.
+        ``input_ids``, ``attention_mask`` and ``labels``, int64 [B, T], with labels -100 at padding;
+        ``assign``, a word per row; and the arguments that
+        :func:`flamingo_kernels.data.images.stack_media` gives.
     """
     longest = max(len(sample.input_ids) for sample in samples)
     input_ids = torch.full((len(samples), longest), pad_token_id)

@@ -1,4 +1,4 @@
-"""Records of WebDataset tar shards and JSON-lines files, read as streams from any place."""
+"""Records of WebDataset tar shards and JSON-lines files, read as streams from any record on."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from typing import BinaryIO
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
-# Members of a tar shard that are read. Others are passed over: pickles (.pyd, .pth) among them.
+# Members of a tar shard that are read. Others, such as pickles (.pyd, .pth), are passed over.
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 READ_SUFFIXES = ("json", "txt", *IMAGE_SUFFIXES)
 
-
-# What reading as many bytes as a damaged header says may raise.
+# Raised when as many bytes are read as a damaged header says.
 _OF_DAMAGED_SIZES = (ValueError, OverflowError, MemoryError)
 
 
 class BrokenShardError(Exception):
-    """The rest of a shard cannot be read."""
+    """A shard cannot be read from some record on."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +31,15 @@ class Record:
 
     Attributes
     ----------
-    shard : path of the file.
-    key : name of the record inside it.
-    offset, end : where it starts, and where the next one does, in bytes of the (unpacked) file.
-    fields : bytes by extension, as ``{"json": ..., "0.jpg": ...}``; a line of a JSON-lines file is
-        ``json``.
+    shard : str
+        Path of the file.
+    key : str
+        Name of the record in the file.
+    offset, end : int
+        Where this record and the next one start, in bytes of the uncompressed file.
+    fields : dict of str to bytes
+        Contents by extension, such as ``{"json": ..., "0.jpg": ...}``. A line of a JSON-lines file
+        is ``json``.
     """
 
     shard: str
@@ -47,14 +50,14 @@ class Record:
 
 
 def find_shards(patterns: Sequence[str]) -> list[str]:
-    """Paths of the shards that file names and glob patterns match, sorted, each file once.
+    """Return the paths that file names and glob patterns match, sorted, each file once.
 
     Raises
     ------
     FileNotFoundError
-        A pattern that matches no file.
+        A pattern matches no file.
     ValueError
-        A file that is neither a tar nor a JSON-lines file by its name.
+        A file is neither a tar nor a JSON-lines file by its name.
     """
     found: dict[Path, str] = {}
     for pattern in patterns:
@@ -73,12 +76,12 @@ def find_shards(patterns: Sequence[str]) -> list[str]:
 
 
 def read_shard(path: str, offset: int = 0) -> Iterator[Record]:
-    """Records of a shard from the one at byte ``offset`` on.
+    """Yield the records of a shard from the one at byte ``offset`` on.
 
     Raises
     ------
     BrokenShardError
-        The file cannot be opened, is truncated or is not what its name says.
+        The file cannot be opened, is truncated, or is not of the kind that its name says.
     """
     read = _read_tar if path.endswith(TAR_SUFFIXES) else _read_lines
     try:
@@ -103,9 +106,9 @@ def _read_lines(path: str, file: BinaryIO) -> Iterator[Record]:
 
 
 def _read_tar(path: str, file: BinaryIO) -> Iterator[Record]:
-    """Members whose names agree up to the first dot of the file name are one record.
+    """Yield records of the members whose names agree up to the first dot of the file name.
 
-    A second member of one name begins the next record.
+    A member whose extension the record already has begins the next record.
     """
     start = key = None
     fields: dict[str, bytes] = {}
@@ -130,7 +133,7 @@ def _read_tar(path: str, file: BinaryIO) -> Iterator[Record]:
         end = archive.offset
     if key is not None:
         yield Record(path, "/".join(key).lstrip("/"), start, end, fields)
-    # tarfile takes a damaged header for the end of the archive, which is a block of zeros.
+    # tarfile takes a damaged header for the end of the archive, but the end is a block of zeros.
     file.seek(end)
     if (block := file.read(tarfile.BLOCKSIZE)).strip(b"\0"):
         raise tarfile.ReadError(f"damaged header at byte {end}: {block[:16]!r}")

@@ -22,24 +22,34 @@ Builder = Callable[[Record, np.random.Generator, Counter], Sample]
 
 
 class SampleStream:
-    """Samples of one reader's share of the shards, epoch after epoch.
+    """Samples of one reader's part of the shards, epoch after epoch.
 
-    Each epoch visits the shards in another order and every record of them once. All that is random
-    is drawn from the seed and a position, so that the position is the whole state: records that
-    wait in the shuffle buffer are named by shard and byte, and read again on resuming.
+    Each epoch visits the shards in another order, and every record once. All random draws are
+    functions of the seed and a position, so the position is the whole state. Records that wait in
+    the shuffle buffer are named by shard and byte, and are read again on resuming.
 
     Parameters
     ----------
-    shards : paths, the same for every reader.
-    build : record -> sample, as ``data.samples.SampleBuilder``.
-    seed : of all draws.
-    shuffle : records in the buffer that the next one is drawn from; 1 keeps the order of a shard.
-    part, parts : this reader's number and how many there are (ranks x workers).
+    shards : sequence of str
+        Paths, the same for every reader.
+    build : callable
+        Makes a sample of a record, as ``data.samples.SampleBuilder`` does.
+    seed : int
+        Of all draws.
+    shuffle : int
+        Records in the buffer that the next one is drawn from; 1 keeps the order of a shard.
+    part, parts : int
+        This reader's number, and the number of readers (ranks x workers).
+
+    Attributes
+    ----------
+    skipped : Counter
+        Shards, records and images that were skipped so far, by reason.
 
     Raises
     ------
     ValueError
-        Fewer shards than readers; or, from ``next``, an epoch without a usable sample.
+        There are fewer shards than readers; or, from ``next``, no shard has a usable sample.
     """
 
     def __init__(
@@ -72,7 +82,7 @@ class SampleStream:
         self._reader: Iterator[Record] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, of JSON types."""
+        """Return the position, of JSON types."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -86,7 +96,7 @@ class SampleStream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken.
+        """Continue from the position ``state``.
 
         Raises
         ------
@@ -145,7 +155,7 @@ class SampleStream:
             return sample
 
     def _next_epoch(self) -> None:
-        # Every epoch gives this reader other shards: broken ones may be all that one brings.
+        # Every epoch gives this reader other shards, and all of one epoch may be broken.
         self._fruitless = set() if self._made else self._fruitless.union(self._order())
         if len(self._fruitless) == len(self.shards):
             raise ValueError(
@@ -156,14 +166,14 @@ class SampleStream:
         self._position = self._offset = self._made = 0
 
     def _order(self) -> list[int]:
-        """This reader's shards in this epoch."""
+        """Return the indices of this reader's shards in this epoch."""
         if self._ordered[0] != self._epoch:
             order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self.shards))
             self._ordered = (self._epoch, order[self.part :: self.parts].tolist())
         return self._ordered[1]
 
     def _read(self) -> tuple[int, Record] | None:
-        """The next record of the epoch, None after the last."""
+        """Return the index of a shard and its next record; None after the epoch's last."""
         order = self._order()
         while self._position < len(order):
             shard = order[self._position]
@@ -184,7 +194,7 @@ class SampleStream:
 
 
 def _fingerprint(shards: Sequence[str]) -> str:
-    """How many shards there are, and a digest of their names and sizes."""
+    """Return the number of shards and a digest of their names and sizes."""
     digest = hashlib.sha256()
     for path in map(Path, shards):
         size = path.stat().st_size if path.exists() else None
@@ -194,7 +204,7 @@ def _fingerprint(shards: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class _Batches(IterableDataset):
-    """What a worker runs: batches, each with the worker's number and its state after it."""
+    """Batches that a worker makes, each with its keys, the worker, and the worker's state after."""
 
     make: Callable[[int, int], SampleStream]
     batch_size: int
@@ -207,7 +217,7 @@ class _Batches(IterableDataset):
 
     def __iter__(self) -> Iterator[tuple[dict[str, Any], list[str], int, dict[str, Any]]]:
         info = get_worker_info()
-        # A DataLoader begins with its worker 0: that one takes the place of the next in turn.
+        # A DataLoader begins with its worker 0, which takes the place of the next one in turn.
         worker = (self.first_worker + (info.id if info else 0)) % self.workers
         stream = self.make(self.first_part + worker, self.parts)
         if self.states[worker] is not None:
@@ -219,15 +229,25 @@ class _Batches(IterableDataset):
 
 
 class BatchLoader:
-    """Collated batches of a dataset, prepared by worker processes where asked for.
+    """Collated batches of a dataset, prepared in this process or by workers.
 
     Parameters
     ----------
-    make : (part, parts) -> SampleStream.
-    batch_size : rows of a batch.
-    pad_token_id : fills short rows.
-    rank, world_size : of this process; every reader of every rank gets its own shards.
-    workers : processes; 0 prepares batches in this one.
+    make : callable
+        Makes the ``SampleStream`` of a reader from ``part`` and ``parts``.
+    batch_size : int
+        Rows of a batch.
+    pad_token_id : int
+        Fills short rows.
+    rank, world_size : int
+        Of this process; every reader of every rank gets its own shards.
+    workers : int
+        Worker processes; 0 prepares batches in this one.
+
+    Attributes
+    ----------
+    keys : list of str
+        The shards and records of the last batch's samples.
     """
 
     def __init__(
@@ -250,11 +270,17 @@ class BatchLoader:
         self._batches: Iterator[Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the last batch that was returned, of JSON types."""
+        """Return the position after the last batch that was returned, of JSON types."""
         return {"next_worker": self._next_worker, "workers": list(self._states)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue there; ValueError for a state of another number of workers."""
+        """Continue from the position ``state``.
+
+        Raises
+        ------
+        ValueError
+            The state is of another number of workers.
+        """
         if len(state["workers"]) != len(self._states):
             raise ValueError(
                 f"the position was saved with {len(state['workers'])} worker(s), now "
@@ -265,7 +291,7 @@ class BatchLoader:
 
     @property
     def skipped(self) -> Counter[str]:
-        """How many shards, records and images were skipped so far, by reason."""
+        """Numbers of shards, records and images that were skipped so far, by reason."""
         states = [state for state in self._states if state is not None]
         return sum((Counter(state["skipped"]) for state in states), Counter())
 
@@ -285,7 +311,7 @@ class BatchLoader:
                 self._next_worker,
                 tuple(self._states),
             )
-            # With a generator of its own a DataLoader leaves the global random state alone.
+            # A DataLoader without its own generator would draw from the global one.
             self._batches = iter(
                 DataLoader(
                     batches,
@@ -300,7 +326,7 @@ class BatchLoader:
         except ValueError as error:
             if not self.workers:
                 raise
-            # A DataLoader hands on the worker's traceback as the message.
+            # A DataLoader raises the worker's whole traceback as the message.
             raise ValueError(str(error).strip().rpartition("\n")[2]) from error
         self._states[worker] = state
         self._next_worker = (worker + 1) % len(self._states)

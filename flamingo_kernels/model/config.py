@@ -41,7 +41,7 @@ LANGUAGE_CONFIGS = {c.kind: c for c in (DecoderConfig, HuggingFaceLanguageConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ResamplerConfig:
-    """Perceiver Resampler; see :class:`flamingo_kernels.nn.PerceiverResampler`."""
+    """A Perceiver Resampler; see :class:`flamingo_kernels.nn.PerceiverResampler`."""
 
     dim: int
     depth: int = 6
@@ -64,7 +64,10 @@ class ResamplerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossAttentionConfig:
-    """Gated cross-attention; inserted before LM block i when ``i % every == offset``."""
+    """Gated cross-attention, inserted before language model block i if ``i % every == offset``.
+
+    See :class:`flamingo_kernels.nn.GatedCrossAttentionBlock` for the other options.
+    """
 
     every: int
     offset: int = 0
@@ -96,9 +99,9 @@ class CrossAttentionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FlamingoConfig:
-    """Everything that fixes the shape of a :class:`FlamingoModel`.
+    """Everything that determines the architecture of a :class:`FlamingoModel`.
 
-    Without a ``pad_token_id`` padding is told by the attention mask alone, and every label counts.
+    Without ``pad_token_id`` only the attention mask marks padding, and every label counts.
     """
 
     name: str
@@ -135,7 +138,7 @@ class FlamingoConfig:
 
     @property
     def cross_attention_blocks(self) -> tuple[int, ...]:
-        """Indices of the LM blocks that have a cross-attention block before them."""
+        """Indices of the language model blocks that have a cross-attention block before them."""
         placement = self.cross_attention
         return tuple(range(placement.offset, self.language.depth, placement.every))
 

@@ -1,4 +1,4 @@
-"""Training: configuration, recipe, checkpoints of the trainable tensors, the loop."""
+"""Training: configuration, datasets, optimiser, strategies, checkpoints, the loop."""
 
 from flamingo_kernels.train.config import TrainConfig
 from flamingo_kernels.train.loop import Trainer, TrainingError

@@ -1,4 +1,4 @@
-"""The configuration of a training run, from YAML; every error names the key and its value."""
+"""Configuration of a training run, from YAML; every error names the key and its value."""
 
 from __future__ import annotations
 
@@ -29,10 +29,21 @@ _LARGEST_SEED = 2**63 - 1
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSection:
-    """What to train: ``config`` (a name, or a JSON file) or ``pretrained`` (a folder).
+    """The model to train.
 
-    ``language_model``, ``vision_encoder`` and ``tokenizer`` are folders of transformers' files.
-    ``compute``: dtype of activations, gradients and frozen parts; masters are always float32.
+    Attributes
+    ----------
+    config : str or None
+        Name of a configuration, or a JSON file.
+    pretrained : str or None
+        Folder of a checkpoint, in place of ``config``.
+    language_model, vision_encoder, tokenizer : str or None
+        Folders of transformers' files.
+    kernel : str
+        ``auto``, ``triton``, ``cpp`` or ``torch``.
+    compute : {"float32", "bfloat16"}
+        Dtype of activations, gradients and frozen parts; master weights are always float32.
+    activation_checkpointing : bool
     """
 
     config: str | None = None
@@ -65,8 +76,24 @@ class ModelSection:
 class DatasetSection:
     """One dataset; see ``data.samples.SampleBuilder`` for the options of its samples.
 
-    ``weight`` is the lambda of its loss (1.0 for M3W, 0.2 for image-text pairs, 0.03 for video).
-    ``loss_before_first_image=False`` leaves such text out of the loss, as OpenFlamingo does.
+    Attributes
+    ----------
+    name : str
+        What log lines, checkpoints and errors call it.
+    shards : tuple of str
+        File names and glob patterns.
+    batch_size : int
+        Rows per process.
+    weight : float
+        The lambda of its loss (1.0 for M3W, 0.2 for image-text pairs, 0.03 for video).
+    fit, flip, colour : str, float, float
+        See ``data.augment.ImagePreparation``.
+    shuffle : int
+        Records in the buffer that the next one is drawn from.
+    workers : int
+        Processes that prepare batches; 0 prepares them in the training process.
+    loss_before_first_image : bool
+        Whether text before the first image counts in the loss; OpenFlamingo leaves it out.
     """
 
     name: str
@@ -103,12 +130,24 @@ class DatasetSection:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
-    """AdamW; the defaults are the paper's (appendix B.1.2), which gives no betas and no eps.
+    """Options of AdamW; the defaults are the paper's (appendix B.1.2).
 
-    The learning rate grows linearly to ``lr`` over ``warmup_steps`` and stays. Gradients are
-    clipped to a global norm of ``clip``. The resampler has no weight decay. ``gate_lr`` is the
-    rate of the gates where it is another one: what is behind a closed gate has next to no gradient,
-    of which Adam makes steps as large as any, so that a gate that opens late finds noise.
+    The paper gives no betas and no eps.
+
+    Attributes
+    ----------
+    lr : float
+        Peak learning rate. The rate grows linearly to it over ``warmup_steps``, and stays.
+    gate_lr : float or None
+        Peak rate of the gates; None: ``lr``. Behind a closed gate gradients are tiny, but Adam
+        normalises them to full-size steps, so layers behind slow-opening gates drift to noise. A
+        higher rate opens the gates earlier.
+    warmup_steps : int
+    weight_decay : float
+        Of all parameters but the resampler's, which have none.
+    betas, eps : tuple of two floats, float
+    clip : float
+        Global norm that gradients are clipped to.
     """
 
     lr: float = 1e-4
@@ -132,10 +171,24 @@ class OptimizerSection:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run. ``output`` gets ``log.jsonl`` and the checkpoints ``step_00001000`` ...
+    """A training run.
 
-    ``distributed``: what the processes of ``torchrun`` hold, a whole model each (``ddp``) or a
-    share of one (``fsdp``).
+    Attributes
+    ----------
+    model, datasets, optimizer
+        The sections.
+    steps : int
+        Updates to make.
+    output : str
+        Folder that gets ``log.jsonl`` and the checkpoints ``step_00001000`` and so on.
+    distributed : {"ddp", "fsdp"}
+        What each process of ``torchrun`` holds: a whole model (``ddp``) or shards of it (``fsdp``).
+    seed : int
+        Seed of new weights and of all draws from the data.
+    log_every, save_every : int
+        Steps between lines of the log, and between checkpoints.
+    keep : int
+        The newest checkpoints that are kept.
     """
 
     model: ModelSection
@@ -162,7 +215,13 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
-        """From nested dicts and lists; ValueError naming the key and value that are wrong."""
+        """Return the configuration of nested dicts and lists.
+
+        Raises
+        ------
+        ValueError
+            A key or value is wrong; the message names it.
+        """
         values = dict(_mapping(values, "the configuration"))
         datasets = values.get("datasets", ())
         if not isinstance(datasets, (list, tuple)):
@@ -178,7 +237,9 @@ class TrainConfig:
 
     @classmethod
     def from_yaml(cls, path: str | PathLike) -> TrainConfig:
-        """From a YAML file; relative paths in it are relative to the working directory.
+        """Return the configuration in a YAML file.
+
+        Relative paths in it are relative to the working directory.
 
         Raises
         ------

@@ -1,6 +1,6 @@
-"""Processes started by torchrun: ranks, sums, and what they share.
+"""The group of processes that torchrun starts: ranks, sums, exchange.
 
-Without a process group everything here is the trivial case of one process.
+Without a process group every function acts as for a group of one process.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _meshes: list[DeviceMesh] = []
 
 
 def start() -> torch.device:
-    """Join the group if torchrun started this process; the device to train on."""
+    """Join the group if torchrun started this process; return the device to train on."""
     if dist.is_available() and dist.is_torchelastic_launched():
         if torch.cuda.is_available():
             own = torch.device("cuda", dist.get_node_local_rank(0))
@@ -41,14 +41,14 @@ def start() -> torch.device:
 
 
 def device() -> torch.device:
-    """Where this process trains: on the device that the group communicates from."""
+    """Return the device that this process trains on, and that the group communicates from."""
     if torch.cuda.is_available() and not (active() and dist.get_backend() == "gloo"):
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def mesh() -> DeviceMesh:
-    """All processes of the group in a row."""
+    """Return a one-dimensional mesh of all processes of the group."""
     from torch.distributed.device_mesh import init_device_mesh
 
     _meshes.append(init_device_mesh(device().type, (world_size(),)))
@@ -58,9 +58,10 @@ def mesh() -> DeviceMesh:
 def stop() -> None:
     """Leave the group, if there is one, and end its threads.
 
-    A thread of gloo that lets go of its last tensor while the interpreter ends aborts the process.
-    The threads end with the group, which lives on in meshes, and those in caches of DTensor's. What
-    still refers to a sharded model, as the traceback of an error, keeps them.
+    A gloo thread that releases its last tensor while the interpreter exits aborts the process. The
+    threads end with the group, but meshes refer to the group, and caches of DTensor refer to
+    meshes. Whatever still refers to a sharded model, such as an error's traceback, keeps the
+    threads.
     """
     if active():
         dist.destroy_process_group()
@@ -70,19 +71,20 @@ def stop() -> None:
 
 
 def rank() -> int:
-    """Number of this process, 0 for one alone."""
+    """Return the number of this process in the group."""
     return dist.get_rank() if active() else 0
 
 
 def world_size() -> int:
-    """Processes in the group."""
+    """Return the number of processes in the group."""
     return dist.get_world_size() if active() else 1
 
 
 def wrap(model: FlamingoModel) -> nn.Module:
-    """``model`` with gradients averaged over the processes; itself for one process.
+    """Return ``model`` in a module that averages gradients over the processes.
 
-    Parameters are taken to be equal already, and all processes to use the same ones.
+    A single process gets ``model`` itself. The processes must start with equal parameters, and use
+    the same ones in every step.
     """
     if not active():
         return model
@@ -90,7 +92,7 @@ def wrap(model: FlamingoModel) -> nn.Module:
 
 
 def broadcast(parameters: Iterable[Tensor]) -> None:
-    """Give all processes the values of the first; the parameters may be on the host."""
+    """Give all processes the values of the first. The parameters may be on the host."""
     if active():
         for parameter in parameters:
             values = parameter.detach().to(device())
@@ -99,7 +101,7 @@ def broadcast(parameters: Iterable[Tensor]) -> None:
 
 
 def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """Element-wise sums; the values themselves for one process."""
+    """Return the sums over all processes of each of ``values``."""
     if not active():
         return values
     total = torch.tensor(values, dtype=torch.float64, device=device)
@@ -108,7 +110,7 @@ def sum_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 def gather(value: T) -> list[T]:
-    """``value`` of every process, in order of rank."""
+    """Return every process's ``value``, in order of rank."""
     values: list[Any] = [value] * world_size()
     if active():
         dist.all_gather_object(values, value)
@@ -116,7 +118,7 @@ def gather(value: T) -> list[T]:
 
 
 def on_first_rank(run: Callable[[], T]) -> T:
-    """What ``run`` returns on rank 0, on all; an OSError that it raises there is raised on all."""
+    """Call ``run`` on the first process; return its value, or raise its OSError, on all of them."""
     if not active():
         return run()
     outcome: list[Any] = [None]
@@ -132,5 +134,5 @@ def on_first_rank(run: Callable[[], T]) -> T:
 
 
 def active() -> bool:
-    """Whether this process is in a group."""
+    """Return whether this process is in a group."""
     return dist.is_available() and dist.is_initialized()

@@ -1,4 +1,4 @@
-"""What a run reports: JSON lines, TensorBoard where it is installed, and a progress bar."""
+"""Log of a run: JSON lines, TensorBoard where it is installed, and a progress bar."""
 
 from __future__ import annotations
 
@@ -16,9 +16,18 @@ _BAR = 20  # characters
 
 
 class RunLog:
-    """Appends to ``log.jsonl`` in ``output``, less the lines after ``step`` of a run that died.
+    """Append to ``log.jsonl``, and show progress on stderr.
 
-    On a terminal it keeps a progress bar; elsewhere every line of the log is one on stderr.
+    On a terminal it draws a progress bar; elsewhere it prints a line for every line of the log.
+
+    Parameters
+    ----------
+    output : Path
+        Folder of the log. Lines that it has after ``step``, from a run that died, are removed.
+    step : int
+        Updates done so far.
+    total : int
+        Updates of the whole run.
     """
 
     def __init__(self, output: Path, step: int, total: int) -> None:
@@ -35,7 +44,7 @@ class RunLog:
         self._tensorboard = _tensorboard(output, step)
 
     def write(self, values: dict[str, Any]) -> None:
-        """One line; numbers in it, nested ones too, become scalars of TensorBoard."""
+        """Write a line; the numbers in it, nested ones too, become scalars of TensorBoard."""
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._tensorboard is not None:
@@ -48,7 +57,7 @@ class RunLog:
             print(f"step {values['step']}/{self.total}  {self._figures}", file=sys.stderr)
 
     def show(self, step: int) -> None:
-        """Move the bar to ``step``, with the figures of the last line; nothing off a terminal."""
+        """Move the bar to ``step``, with the figures of the last line; only on a terminal."""
         if not sys.stderr.isatty():
             return
         filled = _BAR * step // self.total
@@ -60,7 +69,7 @@ class RunLog:
         print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """End the bar's line and close the files."""
+        """End the bar's line, and close the files."""
         if sys.stderr.isatty():
             print(file=sys.stderr)
         self._file.close()
@@ -85,7 +94,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _step_of(line: str) -> float:
-    """Step of a line; infinity for one that was cut off."""
+    """Return the step of a line; infinity for a line that was cut off."""
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):

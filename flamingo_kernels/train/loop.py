@@ -1,4 +1,4 @@
-"""The training loop: one batch per dataset, gradients accumulated, one update."""
+"""The training loop: one batch of every dataset, accumulated gradients, one update."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ class Trainer:
             loader = self.loaders[section.name]
             batch = self._prepare(next(loader), section)
             loss = self._network(**batch, return_logits=False).loss
-            share, totals = self._share(loss, batch)
+            factor, totals = self._loss_factor(loss, batch)
             losses[section.name] = totals.loss
             if not math.isfinite(totals.loss):
                 where = distributed.gather(None if math.isfinite(loss.item()) else loader.keys)
@@ -192,7 +192,7 @@ class Trainer:
                     f"the loss of {section.name} is {totals.loss} at step {number}, process "
                     f"{process}, samples {', '.join(keys[:3])}{', ...' if keys[3:] else ''}"
                 )
-            (section.weight * share * loss).backward()
+            (section.weight * factor * loss).backward()
             self.masters.collect_gradients()
             tokens += totals.tokens
             images += totals.images
@@ -203,9 +203,9 @@ class Trainer:
             bad = _first_not_finite(gradients)
             raise self._failure(f"the gradient of {bad} is not finite at step {number}")
         clip_grads_with_norm_(parameters.values(), self.config.optimizer.clip, norm)
-        share = warm_up(self.config.optimizer, number)
+        rate = warm_up(self.config.optimizer, number)
         for group in self.optimizer.param_groups:
-            group["lr"] = share * group["peak_lr"]
+            group["lr"] = rate * group["peak_lr"]
         self.optimizer.step()
         self.masters.publish()
         self.step_number = number
@@ -213,7 +213,7 @@ class Trainer:
             "step": number,
             "loss": sum(s.weight * losses[s.name] for s in self.config.datasets),
             "losses": losses,
-            "learning_rate": share * self.config.optimizer.lr,
+            "learning_rate": rate * self.config.optimizer.lr,
             "gradient_norm": norm.item(),
             "tokens": tokens,
             "images": images,
@@ -280,7 +280,7 @@ class Trainer:
         )
         return dict(sorted(sum(distributed.gather(own), Counter()).items()))
 
-    def _share(self, loss: Tensor, batch: dict[str, Any]) -> tuple[float, _Totals]:
+    def _loss_factor(self, loss: Tensor, batch: dict[str, Any]) -> tuple[float, _Totals]:
         """Return the factor of this process's mean loss, and the totals of all processes.
 
         The loss is the mean over the tokens of all processes, but gradients are averaged over

@@ -108,12 +108,12 @@ def shard_sizes(config: FlamingoConfig, gpus: int) -> tuple[int, int]:
     Parameters are divided along their first dimension, and every shard is as long as the longest.
     """
     model = _on_meta(config)
-    shares = {True: 0, False: 0}
+    values = {True: 0, False: 0}
     for parameter in model.parameters():
         rows = parameter.shape[0] if parameter.ndim else 1
-        share = math.ceil(rows / gpus) * (parameter.numel() // rows)
-        shares[parameter.requires_grad] += share
-    return shares[False], shares[True]
+        shard = math.ceil(rows / gpus) * (parameter.numel() // rows)
+        values[parameter.requires_grad] += shard
+    return values[False], values[True]
 
 
 def estimate(config: FlamingoConfig, gpus: int, work: Workload) -> dict[str, MemoryEstimate]:

@@ -1,4 +1,4 @@
-"""AdamW over float32 masters of the trainable parameters, in the paper's groups."""
+"""AdamW over float32 master weights, in the paper's parameter groups."""
 
 from __future__ import annotations
 
@@ -12,11 +12,26 @@ _GATES = (".attn_gate", ".ff_gate")
 
 
 class MasterWeights:
-    """Float32 parameters that are optimised, and the model's own, which compute.
+    """Float32 parameters that are optimised, beside the model's own, which compute.
 
-    For float32 compute they are the same objects. For bfloat16 the model's parameters become
-    bfloat16 copies: activations and their gradients are narrow, sums of gradients and updates are
-    not (Flamingo, appendix B.1.2).
+    For float32 compute they are the same objects. For bfloat16 compute the model's parameters
+    become bfloat16 copies: activations and their gradients are bfloat16, while sums of gradients
+    and updates are float32 (Flamingo, appendix B.1.2).
+
+    Parameters
+    ----------
+    parameters : dict of str to Parameter
+        The model's trainable parameters by name, converted to ``compute`` in place.
+    compute : torch.dtype
+
+    Attributes
+    ----------
+    parameters : dict of str to Parameter
+        The masters, by the same names.
+    computing : dict of str to Parameter
+        The model's own.
+    shared : bool
+        Whether the two are the same objects.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], compute: torch.dtype) -> None:
@@ -33,7 +48,7 @@ class MasterWeights:
             parameter.data = parameter.data.to(compute)
 
     def collect_gradients(self) -> None:
-        """Add the model's gradients to the masters' and release them."""
+        """Add the model's gradients to those of the masters, and release them."""
         if self.shared:
             return
         for name, parameter in self.computing.items():
@@ -46,19 +61,19 @@ class MasterWeights:
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Give the model the masters' values."""
+        """Copy the masters' values to the model."""
         if not self.shared:
             for name, parameter in self.computing.items():
                 parameter.copy_(self.parameters[name])
 
     @torch.no_grad()
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Set the masters, which must be all of these names and shapes, and publish them.
+        """Set all masters by name, and publish them.
 
         Raises
         ------
         ValueError
-            Other names or shapes.
+            The names or shapes are not those of the masters.
         """
         self.check({name: tensor.shape for name, tensor in tensors.items()})
         for name, tensor in tensors.items():
@@ -79,9 +94,9 @@ class MasterWeights:
 def build_optimizer(
     parameters: dict[str, nn.Parameter], section: OptimizerSection
 ) -> torch.optim.AdamW:
-    """AdamW with weight decay on all but the resampler (appendix B.1.2).
+    """Return AdamW with weight decay on all parameters but the resampler's (appendix B.1.2).
 
-    A group's ``lr`` grows to its ``peak_lr``.
+    Each group has a ``peak_lr``, which the loop scales by :func:`warm_up` into ``lr``.
     """
     resampler, gates, others = [], [], []
     for name, parameter in parameters.items():
@@ -107,5 +122,8 @@ def build_optimizer(
 
 
 def warm_up(section: OptimizerSection, step: int) -> float:
-    """Share of the learning rate at update ``step``, counted from 1: linear to 1, then constant."""
+    """Return the factor of the learning rate at update ``step``, counted from 1.
+
+    It grows linearly to 1 over ``warmup_steps``, and stays.
+    """
     return min(1.0, step / max(1, section.warmup_steps))

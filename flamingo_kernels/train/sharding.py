@@ -1,4 +1,4 @@
-"""FSDP2: every process holds a share of each parameter, and gathers a unit while it runs."""
+"""FSDP2: every process holds a shard of each parameter, and gathers a unit while it runs."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from flamingo_kernels.train import distributed
 
 
 def units(model: FlamingoModel) -> list[list[nn.Module]]:
-    """Modules whose parameters are gathered together, as they run; the others stay gathered.
+    """Return the units: lists of modules whose parameters are gathered together, as they run.
 
-    A parameter belongs to the first unit that has it. The media's keys and values are projected for
-    all layers before any of them runs: what does that is a unit beside the rest of its layer. What
-    stays gathered are the language model's embeddings and last norm.
+    A parameter belongs to the first unit that has it. The keys and values of the media are
+    projected for all layers before any layer runs, so the projections of a layer are a unit apart
+    from its rest. The language model's embeddings and last norm are in no unit and stay gathered.
     """
     layers = model.gated_cross_attn_layers
     projections = [[a.norm_media, a.to_kv, a.norm_k] for a in (layer.attn for layer in layers)]
@@ -29,34 +29,38 @@ def units(model: FlamingoModel) -> list[list[nn.Module]]:
 def shard(model: FlamingoModel, compute: torch.dtype) -> None:
     """Shard ``model`` in place over all processes, on this process's device.
 
-    Its trainable parameters must be float32 and the same everywhere. They stay float32 where they
-    are optimised, are gathered in ``compute``, and their gradients are averaged in float32.
+    Its trainable parameters must be float32, with equal values in all processes. FSDP2 keeps
+    float32 master shards, gathers parameters in the ``compute`` dtype, and averages gradients in
+    float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     device, mesh = distributed.device(), distributed.mesh()
     scalars = {p for p in model.parameters() if p.ndim == 0 and not p.requires_grad}
-    for parameter in scalars:  # FSDP takes none: each process keeps its own
+    for parameter in scalars:  # FSDP does not shard scalars: each process keeps its own
         parameter.data = parameter.data.to(device)
     for unit in [*units(model), [model]]:
-        # The features come in the dtype of the parameters that are optimised; what follows them
-        # is given what it would be without sharding.
+        # The vision features have the dtype of the masters, so the resampler casts its inputs. The
+        # units behind it get the inputs that they would get without sharding.
         cast = unit == [model.perceiver]
         policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=cast)
         modules = unit[0] if len(unit) == 1 else unit
         fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=scalars)
-    # By default the backward of a unit gathers the one that ran before it: here the vision
-    # encoder, which has no backward. The whole model's own parameters are there already.
+    # By default the backward of a unit gathers the unit that ran before it. For the resampler that
+    # is the vision encoder, which has no backward. The model's own parameters are gathered already.
     model.perceiver.set_modules_to_backward_prefetch([model])
-    # The resampler's output, to which nothing writes.
+    # The warning is about writes in place to the resampler's output; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share of a sharded tensor; any other as it is."""
+    """Return this process's shard of a sharded tensor; any other tensor as it is."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered from all processes, which must all ask for it; others as is."""
+    """Return a sharded tensor gathered from all processes; any other tensor as it is.
+
+    All processes of the group must call it.
+    """
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
