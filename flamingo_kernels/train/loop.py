@@ -18,6 +18,7 @@ from flamingo_kernels.data.stream import BatchLoader
 from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.model.loss import ignore_text_before_first_image
 from flamingo_kernels.train import distributed, sharding
+from flamingo_kernels.train.checkpoints.contents import Trained
 from flamingo_kernels.train.checkpoints.folder import is_sharded, list_checkpoints
 from flamingo_kernels.train.checkpoints.state import check_base_model, fingerprints, read_state
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
@@ -92,6 +93,7 @@ class Trainer:
         self._strategy = build_strategy(config.distributed)
         self.masters, self._network = self._strategy.prepare(model, compute)
         self.optimizer = build_optimizer(self.masters.parameters, config.optimizer)
+        self._trained = Trained(model, self.masters, self.optimizer)
 
     @property
     def device(self) -> torch.device:
@@ -134,7 +136,7 @@ class Trainer:
                 f"{folder} was saved with another value of distributed: continue with that, or "
                 "start a new run from what flamingo-kernels export writes"
             )
-        self._strategy.load(folder, self.model, self.masters, self.optimizer)
+        self._strategy.load(folder, self._trained)
         for name, data in position.items():
             self.loaders[name].load_state_dict(data)
         self.step_number = state["step"]
@@ -158,9 +160,7 @@ class Trainer:
             "base_model": self.base_model,
             "data": distributed.gather(position),
         }
-        return self._strategy.save(
-            self.output, self.model, self.masters, self.optimizer, state, keep=self.config.keep
-        )
+        return self._strategy.save(self.output, self._trained, state, keep=self.config.keep)
 
     def step(self) -> dict[str, Any]:
         """Make one update from one batch of every dataset.

@@ -1,4 +1,4 @@
-"""How processes share the work: what ``TrainConfig.distributed`` chooses between."""
+"""How processes divide the model: the choices of ``TrainConfig.distributed``."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
 
 from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.train import distributed, sharding
 from flamingo_kernels.train.checkpoints import whole
+from flamingo_kernels.train.checkpoints.contents import Trained
 from flamingo_kernels.train.optimizer import MasterWeights
 
 
 class Strategy(Protocol):
-    """What depends on how the processes share the work; all of them call each method."""
+    """How a model is prepared, saved and loaded; all processes call each method."""
 
     def prepare(
         self, model: FlamingoModel, compute: torch.dtype
@@ -29,21 +29,10 @@ class Strategy(Protocol):
             The float32 parameters to optimise, and the module to call for the loss.
         """
 
-    def save(
-        self,
-        output: Path,
-        model: FlamingoModel,
-        masters: MasterWeights,
-        optimizer: Optimizer,
-        state: dict[str, Any],
-        *,
-        keep: int,
-    ) -> Path:
+    def save(self, output: Path, trained: Trained, state: dict[str, Any], *, keep: int) -> Path:
         """Write a checkpoint; see :func:`flamingo_kernels.train.checkpoints.whole.save`."""
 
-    def load(
-        self, folder: Path, model: FlamingoModel, masters: MasterWeights, optimizer: Optimizer
-    ) -> None:
+    def load(self, folder: Path, trained: Trained) -> None:
         """Read a checkpoint; see :func:`flamingo_kernels.train.checkpoints.whole.load`."""
 
 

@@ -6,6 +6,8 @@ A trained tensor has its name in the model's state dict, a moment of the optimis
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -16,12 +18,21 @@ from flamingo_kernels.train.optimizer import MasterWeights
 _RANDOM = "/random/"
 
 
-def trained_tensors(model: FlamingoModel, masters: MasterWeights) -> dict[str, Tensor]:
+class Trained(NamedTuple):
+    """What a checkpoint saves of a run and gives back to it."""
+
+    model: FlamingoModel
+    masters: MasterWeights
+    optimizer: Optimizer
+
+
+def trained_tensors(trained: Trained) -> dict[str, Tensor]:
     """Return the masters, and the frozen tensors that the model's own checkpoint held."""
+    model = trained.model
     frozen = model.state_dict() if model.saved_frozen else {}
     return {
         **{name: frozen[name] for name in sorted(model.saved_frozen)},
-        **{name: parameter.detach() for name, parameter in masters.parameters.items()},
+        **{name: parameter.detach() for name, parameter in trained.masters.parameters.items()},
     }
 
 
@@ -36,21 +47,21 @@ def owner_of_moment(name: str, masters: MasterWeights) -> str | None:
     return owner if owner in masters.parameters else None
 
 
-def moments(masters: MasterWeights, optimizer: Optimizer) -> dict[str, Tensor]:
+def moments(trained: Trained) -> dict[str, Tensor]:
     """Return the optimiser's tensors by name."""
-    names = {id(parameter): name for name, parameter in masters.parameters.items()}
+    names = {id(parameter): name for name, parameter in trained.masters.parameters.items()}
     return {
         f"{names[id(parameter)]}/{key}": value.detach().contiguous()
-        for parameter, of_parameter in optimizer.state.items()
+        for parameter, of_parameter in trained.optimizer.state.items()
         for key, value in of_parameter.items()
     }
 
 
-def set_moments(masters: MasterWeights, optimizer: Optimizer, values: dict[str, Tensor]) -> None:
-    """Give the optimiser these tensors; undoes :func:`moments`."""
+def set_moments(trained: Trained, values: dict[str, Tensor]) -> None:
+    """Give the optimiser the tensors that :func:`moments` returned."""
     for name, value in values.items():
         owner, _, key = name.rpartition("/")
-        optimizer.state[masters.parameters[owner]][key] = value
+        trained.optimizer.state[trained.masters.parameters[owner]][key] = value
 
 
 def random_states() -> dict[str, Tensor]:
@@ -62,7 +73,7 @@ def random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
-    """Set the generators; undoes :func:`random_states`. Without a GPU, its state is ignored."""
+    """Set the generators to :func:`random_states`; without a GPU, its state is ignored."""
     torch.set_rng_state(states[f"{_RANDOM}cpu"])
     if f"{_RANDOM}cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states[f"{_RANDOM}cuda"])

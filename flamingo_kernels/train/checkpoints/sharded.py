@@ -16,13 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.optim import Optimizer
 
-from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.train import distributed
 from flamingo_kernels.train.checkpoints import contents
+from flamingo_kernels.train.checkpoints.contents import Trained
 from flamingo_kernels.train.checkpoints.folder import begin, failed, finish
-from flamingo_kernels.train.optimizer import MasterWeights
 
 try:
     from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -33,15 +31,7 @@ except ImportError as error:
     ) from error
 
 
-def save(
-    output: Path,
-    model: FlamingoModel,
-    masters: MasterWeights,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    *,
-    keep: int,
-) -> Path:
+def save(output: Path, trained: Trained, state: dict[str, Any], *, keep: int) -> Path:
     """Write the checkpoint of ``state["step"]``, as ``whole.save`` does; all processes call it.
 
     Raises
@@ -50,8 +40,8 @@ def save(
         On all processes: one of them could not write. Earlier checkpoints are untouched.
     """
     tensors = {
-        **contents.trained_tensors(model, masters),
-        **contents.moments(masters, optimizer),
+        **contents.trained_tensors(trained),
+        **contents.moments(trained),
         **_of_this_rank(contents.random_states()),
     }
     temporary = distributed.on_first_rank(lambda: begin(output, state["step"]))
@@ -65,19 +55,19 @@ def save(
     def complete() -> Path:
         if why is not None:
             raise failed(temporary, why)
-        return finish(temporary, {**state, "config": model.config.to_dict()}, keep)
+        return finish(temporary, {**state, "config": trained.model.config.to_dict()}, keep)
 
     return distributed.on_first_rank(complete)
 
 
-def load(folder: Path, model: FlamingoModel, masters: MasterWeights, optimizer: Optimizer) -> None:
+def load(folder: Path, trained: Trained) -> None:
     """Set everything to a checkpoint, as ``whole.load`` does; each process reads its shards."""
-    stored = _metadata(folder)
+    stored, masters = _metadata(folder), trained.masters
     masters.check(
         {
             name: tensor.size
             for name, tensor in stored.items()
-            if contents.is_trained_tensor(name) and name not in model.saved_frozen
+            if contents.is_trained_tensor(name) and name not in trained.model.saved_frozen
         }
     )
     moments: dict[str, Tensor] = {}
@@ -92,7 +82,7 @@ def load(folder: Path, model: FlamingoModel, masters: MasterWeights, optimizer: 
     random_states = contents.random_states()
     parameters = {name: parameter.detach() for name, parameter in masters.parameters.items()}
     _read(folder, {**parameters, **moments, **_of_this_rank(random_states)})
-    contents.set_moments(masters, optimizer, moments)
+    contents.set_moments(trained, moments)
     contents.set_random_states(random_states)
 
 

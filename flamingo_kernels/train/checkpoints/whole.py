@@ -8,27 +8,17 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.optim import Optimizer
 
-from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.model import checkpoint as weights
 from flamingo_kernels.train import distributed
 from flamingo_kernels.train.checkpoints import contents
+from flamingo_kernels.train.checkpoints.contents import Trained
 from flamingo_kernels.train.checkpoints.folder import begin, failed, finish
-from flamingo_kernels.train.optimizer import MasterWeights
 
 OPTIMIZER_FILE = "optimizer.safetensors"
 
 
-def save(
-    output: Path,
-    model: FlamingoModel,
-    masters: MasterWeights,
-    optimizer: Optimizer,
-    state: dict[str, Any],
-    *,
-    keep: int,
-) -> Path:
+def save(output: Path, trained: Trained, state: dict[str, Any], *, keep: int) -> Path:
     """Write the checkpoint of ``state["step"]``, then remove all but the newest ``keep``.
 
     All processes of a group must call it.
@@ -43,13 +33,13 @@ def save(
     OSError
         It could not be written, as on a full disk; earlier checkpoints are untouched.
     """
-    trained = contents.trained_tensors(model, masters)
-    rest = {**contents.moments(masters, optimizer), **contents.random_states()}
+    tensors = contents.trained_tensors(trained)
+    rest = {**contents.moments(trained), **contents.random_states()}
 
     def write() -> Path:
         temporary = begin(output, state["step"])
         try:
-            weights.write(trained, model.config, temporary)
+            weights.write(tensors, trained.model.config, temporary)
             save_file(rest, temporary / OPTIMIZER_FILE)
         except (OSError, SafetensorError) as error:
             raise failed(temporary, error) from error
@@ -58,7 +48,7 @@ def save(
     return distributed.on_first_rank(write)
 
 
-def load(folder: Path, model: FlamingoModel, masters: MasterWeights, optimizer: Optimizer) -> None:
+def load(folder: Path, trained: Trained) -> None:
     """Set the trainable tensors, the optimiser and the random states to those of a checkpoint.
 
     Raises
@@ -68,15 +58,16 @@ def load(folder: Path, model: FlamingoModel, masters: MasterWeights, optimizer: 
     """
     try:
         stored = load_file(folder / OPTIMIZER_FILE)
-        trained = load_file(folder / weights.WEIGHTS_FILE)
+        tensors = load_file(folder / weights.WEIGHTS_FILE)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
-    masters.load({n: t for n, t in trained.items() if n not in model.saved_frozen})
+    saved_frozen, masters = trained.model.saved_frozen, trained.masters
+    masters.load({name: t for name, t in tensors.items() if name not in saved_frozen})
     moments: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if (owner := contents.owner_of_moment(name, masters)) is not None:
             # AdamW keeps its count of steps on the host.
             where = "cpu" if name.endswith("/step") else masters.parameters[owner].device
             moments[name] = tensor.to(where, copy=True)
-    contents.set_moments(masters, optimizer, moments)
+    contents.set_moments(trained, moments)
     contents.set_random_states(stored)
