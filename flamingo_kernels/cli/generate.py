@@ -12,9 +12,9 @@ from torch import Tensor
 from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli.loading import progress, read_backbone
 from flamingo_kernels.data.images import FITS, load_image, stack_media, to_pixel_values
-from flamingo_kernels.huggingface import read_folder
 from flamingo_kernels.language import ByteTokenizer
 from flamingo_kernels.shipped import FAST_BINDING
+from flamingo_kernels.transformers_models import read_folder
 
 MARKER = "<image>"
 

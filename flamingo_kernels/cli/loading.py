@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from flamingo_kernels.huggingface import read_folder
+from flamingo_kernels.transformers_models import read_folder
 
 
 def progress(text: str) -> None:
@@ -18,7 +18,7 @@ def progress(text: str) -> None:
 def read_backbone(auto_class: str, folder: str | Path | None) -> nn.Module | None:
     """Return the backbone in a folder of transformers' files; None for no folder.
 
-    See :func:`flamingo_kernels.huggingface.read_folder` for ``auto_class`` and errors.
+    See :func:`flamingo_kernels.transformers_models.read_folder` for ``auto_class`` and errors.
     """
     if folder is None:
         return None

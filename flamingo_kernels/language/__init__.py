@@ -1,11 +1,10 @@
-"""Language models: tokens -> logits, with something run before each block."""
+"""Language models: tokens to logits, with an optional function before each block."""
 
 from __future__ import annotations
 
 from torch import nn
 
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
-from flamingo_kernels.language.checkpointing import checkpoint_blocks
 from flamingo_kernels.language.config import (
     DecoderConfig,
     HuggingFaceLanguageConfig,
@@ -15,14 +14,15 @@ from flamingo_kernels.language.decoder import Decoder, DecoderCache
 from flamingo_kernels.language.huggingface import HuggingFaceCache, HuggingFaceLanguageModel
 from flamingo_kernels.language.media_tokens import MediaTokens, add_media_tokens
 from flamingo_kernels.language.protocol import (
-    BeforeBlock,
+    BlockHook,
     LanguageModel,
     LanguageModelCache,
     LanguageModelOutput,
 )
+from flamingo_kernels.language.recompute import checkpoint_blocks
 
 __all__ = [
-    "BeforeBlock",
+    "BlockHook",
     "ByteTokenizer",
     "Decoder",
     "DecoderCache",
@@ -44,14 +44,19 @@ _BUILDERS = {"decoder": Decoder, "huggingface": HuggingFaceLanguageModel.from_co
 
 
 def build_language_model(config: LanguageConfig) -> nn.Module:
-    """The language model that `config` describes, with fresh weights; a `LanguageModel`.
+    """Build the language model that ``config`` describes, with random weights.
+
+    Returns
+    -------
+    nn.Module
+        A ``LanguageModel``.
 
     Raises
     ------
     ValueError
-        If `config.kind` is unknown.
+        ``config.kind`` is unknown.
     ImportError
-        If the kind needs a package that is not installed.
+        The kind needs a package that is not installed.
     """
     kind = getattr(config, "kind", None)
     if kind not in _BUILDERS:

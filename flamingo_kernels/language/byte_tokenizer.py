@@ -1,4 +1,4 @@
-"""Text as bytes, with Flamingo's special tokens; needs no download."""
+"""A tokenizer of UTF-8 bytes with Flamingo's special tokens; it needs no download."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VOCAB_MULTIPLE = 8
 class ByteTokenizer:
     """UTF-8 bytes as ids 0 to 255, then "<PAD>", "<BOS>", "<EOS>", "<image>" and "<EOC>".
 
-    The remaining ids up to `vocab_size` are unused; they stand for no text.
+    The remaining ids up to ``vocab_size`` are unused and stand for no text.
 
     Examples
     --------
@@ -37,12 +37,12 @@ class ByteTokenizer:
     end_of_chunk_token_id = _SPECIAL_TOKENS["<EOC>"]
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """Ids of `text`; the special tokens' names in it become their ids.
+        """Return the ids of ``text``; names of special tokens in it become their ids.
 
         Raises
         ------
         UnicodeEncodeError
-            If the text has no UTF-8 form (lone surrogates).
+            The text has no UTF-8 form (lone surrogates).
         """
         ids = [self.bos_token_id] if add_bos else []
         for part in _SPECIAL_PATTERN.split(text):
@@ -53,18 +53,20 @@ class ByteTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int] | Tensor, skip_special_tokens: bool = True) -> str:
-        """Text of `ids`; bytes that are not UTF-8 become U+FFFD.
+        """Return the text of ``ids``; bytes that are not UTF-8 become U+FFFD.
 
         Parameters
         ----------
-        ids : integers, or an integer vector.
-        skip_special_tokens : leave special and unused ids out; otherwise special ones are written
-            by name and unused ones as U+FFFD.
+        ids : iterable of int, or Tensor
+            Token ids; a tensor is an integer vector.
+        skip_special_tokens : bool
+            Leave out special and unused ids. False writes special ids by name and unused ids as
+            U+FFFD.
 
         Raises
         ------
         ValueError
-            If an id is not in the vocabulary.
+            An id is not in the vocabulary.
         """
         data = bytearray()
         for place, token in enumerate(ids.tolist() if isinstance(ids, Tensor) else ids):
@@ -80,21 +82,24 @@ class ByteTokenizer:
         return data.decode("utf-8", errors="replace")
 
     def pad(self, rows: Sequence[Sequence[int]], side: str = "right") -> tuple[Tensor, Tensor]:
-        """One batch of rows of different lengths.
+        """Make one batch of rows of different lengths.
 
         Parameters
         ----------
-        rows : ids of each row.
-        side : "left" or "right", where the padding goes.
+        rows : sequence of sequences of int
+            Token ids of each row.
+        side : {"left", "right"}
+            Where the padding goes.
 
         Returns
         -------
-        input_ids, attention_mask : int64 [B, longest]; the mask is 1 at the rows' own ids.
+        input_ids, attention_mask : Tensor
+            int64 [B, longest]; the mask is 1 at real tokens and 0 at padding.
 
         Raises
         ------
         ValueError
-            If `side` is neither, or an id is not in the vocabulary.
+            Another ``side``, or an id that is not in the vocabulary.
         """
         if side not in ("left", "right"):
             raise ValueError(f"side must be 'left' or 'right', got {side!r}")

@@ -1,4 +1,4 @@
-"""Configurations of the language models; plain values, so that they serialise as JSON."""
+"""Configurations of the language models: plain values that serialise as JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from flamingo_kernels.fields import check_positive, check_types
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """The Chinchilla-style decoder of `flamingo_kernels.language.decoder`.
+    """Configuration of the Chinchilla-style ``Decoder``.
 
     Attributes
     ----------
-    vocab_size, dim, depth, heads, head_dim : sizes; `head_dim` is even (rotary positions).
-    ff_mult : feed-forward width over `dim`.
-    rope_theta : base of the rotary frequencies.
-    norm_eps : added to the mean square in RMSNorm.
+    vocab_size, dim, depth, heads, head_dim : int
+        Sizes; ``head_dim`` is even (rotary positions).
+    ff_mult : int
+        Feed-forward width over ``dim``.
+    rope_theta : float
+        Base of the rotary frequencies.
+    norm_eps : float
+        Added to the mean square in RMSNorm.
     """
 
     kind: str = field(default="decoder", init=False)
@@ -40,13 +44,16 @@ class DecoderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceLanguageConfig:
-    """A causal language model that transformers builds from its `model_type` and options.
+    """Configuration of a causal language model that transformers builds.
 
     Attributes
     ----------
-    model_type : transformers' name of the architecture, such as "gpt_neox".
-    options : arguments of its configuration class.
-    dim, depth, vocab_size : what the built model must have; known here without building it.
+    model_type : str
+        Name of the architecture in transformers, such as ``"gpt_neox"``.
+    options : dict
+        Arguments of its configuration class.
+    dim, depth, vocab_size : int
+        Sizes of the model, stated here so that they are known without building it.
     """
 
     kind: str = field(default="huggingface", init=False)

@@ -2,8 +2,8 @@
 
 Hoffmann et al. 2022 (arXiv 2203.15556) after Rae et al. 2021 (Gopher, arXiv 2112.11446): pre-norm
 RMSNorm, GELU feed-forward of four times the width, tied embeddings. The relative positions of the
-original have no public weights; rotary ones stand in their place, which leaves out one
-dim x dim projection per block.
+original have no public weights; rotary positions replace them, which saves one dim x dim projection
+per block.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from flamingo_kernels.language.config import DecoderConfig
 from flamingo_kernels.language.protocol import (
-    BeforeBlock,
+    BlockHook,
     Head,
     LanguageModelOutput,
     check_inputs,
@@ -29,13 +29,15 @@ _INIT_STD = 0.02
 class DecoderCache:
     """Rotated keys and values of the tokens read so far, [B, H, length, D] for each block.
 
-    Buffers double when full, so that a step copies O(1) tokens on average. `length` moves only
-    when every block has been extended: a forward that fails midway leaves the cache as it was.
+    Buffers double when full, so a step copies O(1) tokens on average. ``length`` grows only after
+    every block has been extended: a forward that fails midway leaves the cache as it was.
 
     Attributes
     ----------
-    length : tokens held per row, padding included.
-    masked : an attention mask came with them.
+    length : int
+        Tokens held per row, padding included.
+    masked : bool
+        Whether an attention mask came with them.
     """
 
     def __init__(self, num_blocks: int) -> None:
@@ -48,18 +50,14 @@ class DecoderCache:
         """Rows held; None before the first token."""
         return self._blocks[-1][0].shape[0] if self.length else None
 
-    def get_seq_length(self) -> int:
-        """`length`, by transformers' name."""
-        return self.length
-
     def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Put `key` and `value` [B, H, T, D] after the held ones and return all of them."""
+        """Append ``key`` and ``value`` [B, H, T, D] to those of a block and return all of them."""
         held = self._blocks[block] if self.length else None
         if held is None:
             self._blocks[block] = (key, value)
             return key, value
         if key.requires_grad or value.requires_grad or held[0].requires_grad:
-            # Writing into a buffer that autograd has saved would spoil its backward.
+            # Writing into a buffer that autograd has saved would corrupt its backward.
             joined = tuple(
                 torch.cat((old[:, :, : self.length], new), dim=2)
                 for old, new in zip(held, (key, value), strict=True)
@@ -81,7 +79,7 @@ class DecoderCache:
         return grown
 
     def index_select(self, rows: Tensor) -> DecoderCache:
-        """A cache of its own whose row i is row `rows[i]` of this one, which stays as it is."""
+        """Return a separate cache whose row i is row ``rows[i]`` of this one."""
         selected = DecoderCache(len(self._blocks))
         selected.length = self.length
         selected.masked = self.masked
@@ -94,7 +92,7 @@ class DecoderCache:
 
 
 class RotaryAngles:
-    """Cosines and sines [B or 1, 1, T, D/2] of one forward's positions, shared by its blocks."""
+    """Cosines and sines [B or 1, 1, T, D/2] of the positions of one forward, for all blocks."""
 
     def __init__(self, position: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> None:
         exponent = torch.arange(0, head_dim, 2, device=position.device, dtype=dtype) / head_dim
@@ -172,11 +170,11 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The language model; a `LanguageModel`, see its `__call__` for arguments and errors.
+    """A decoder-only language model; see ``LanguageModel.__call__`` for arguments and errors.
 
-    Logits are in the parameters' dtype; softmax, norms and rotary angles are computed in at least
-    fp32. A padding token sees itself, so that its (meaningless) outputs are finite. A row's logits
-    depend on its own tokens and mask alone.
+    Logits are in the dtype of the parameters; softmax, norms and rotary angles are computed in at
+    least fp32. A padding token sees itself, which keeps its (meaningless) outputs finite. The
+    logits of a row depend on its own tokens and mask alone.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -191,9 +189,9 @@ class Decoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal of deviation 0.02, divided by sqrt(2 depth) where a block adds to the stream.
+        """Draw weights of deviation 0.02, over sqrt(2 depth) where a block adds to the stream.
 
-        The papers do not give their initialisation; this is GPT-2's, whose layout theirs follows.
+        The papers do not state their initialisation; this is GPT-2's, whose layout they follow.
         """
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -210,7 +208,7 @@ class Decoder(nn.Module):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: DecoderCache | None = None,
-        before_block: BeforeBlock | None = None,
+        before_block: BlockHook | None = None,
         use_cache: bool = False,
         head: Head | None = None,
     ) -> LanguageModelOutput:
@@ -249,7 +247,7 @@ class Decoder(nn.Module):
 
 
 def _visible_keys(index: Tensor, cached: int, attention_mask: Tensor | None) -> Tensor | None:
-    """[B or 1, 1, T, cached + T]: the keys each new token sees; None for plain causal order."""
+    """Return the keys that each new token sees, [B or 1, 1, T, cached + T]; None: causal order."""
     if attention_mask is None and cached == 0:
         return None
     query = index[cached:, None]

@@ -1,4 +1,4 @@
-"""The `<image>` and end-of-chunk tokens: one call for the tokenizer and for the embeddings."""
+"""Add the ``<image>`` and end-of-chunk tokens to a tokenizer and to the embeddings."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAD_TOKEN = "<PAD>"
 
 
 class MediaTokens(NamedTuple):
-    """Ids of the tokens, as `FlamingoConfig` takes them."""
+    """Ids of the tokens, as ``FlamingoConfig`` takes them."""
 
     image_token_id: int
     end_of_chunk_token_id: int
@@ -29,31 +29,40 @@ def add_media_tokens(
     image_token: str = IMAGE_TOKEN,
     end_of_chunk_token: str = END_OF_CHUNK_TOKEN,
 ) -> MediaTokens:
-    """Give a transformers tokenizer the tokens it lacks, and the embeddings their rows.
+    """Add the media tokens that a transformers tokenizer lacks, and their embeddings.
 
-    The defaults are OpenFlamingo's. Tokens that are there already keep their ids and are special
-    from now on: found in any text, also inside a word. Embeddings with rows to spare keep their
-    size. New rows are the mean of the old ones, so that doing it again to
-    the same model gives the same bits. The ids are noted in `language_model.config`, where
-    `FlamingoModel.from_backbones` finds them.
+    The default tokens are OpenFlamingo's. A token that exists keeps its id and becomes special:
+    the tokenizer finds it in any text, even inside a word. Embeddings that already have enough
+    rows keep their size. New rows are the mean of the old ones, so a repetition on the same model
+    gives the same bits. The ids are stored in ``language_model.config``, where
+    ``FlamingoModel.from_backbones`` reads them.
 
     Parameters
     ----------
-    tokenizer : a transformers tokenizer; gets a padding token too if it has none.
-    language_model : a transformers causal language model, or None to leave embeddings alone.
+    tokenizer : transformers tokenizer
+        Gets a padding token too if it has none.
+    language_model : nn.Module, optional
+        A transformers causal language model. None: no embeddings are changed.
+    image_token, end_of_chunk_token : str
+        The tokens.
+
+    Returns
+    -------
+    MediaTokens
+        Their ids.
 
     Raises
     ------
     ValueError
-        If the two tokens are one.
+        Both tokens are the same.
     ImportError
-        If transformers is not installed.
+        transformers is not installed.
     """
     from transformers import AddedToken
 
     if image_token == end_of_chunk_token:
         raise ValueError(f"image_token and end_of_chunk_token are both {image_token!r}")
-    # In OpenFlamingo's order, so that the ids are those of its checkpoints.
+    # OpenFlamingo's order gives the ids of its checkpoints.
     names = (end_of_chunk_token, image_token)
     tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in names], True)
     if tokenizer.pad_token is None:
@@ -74,7 +83,7 @@ def add_media_tokens(
 
 @torch.no_grad()
 def resize_embeddings(language_model: nn.Module, rows: int) -> None:
-    """`rows` input and output embeddings: the first of the old ones, new ones are their mean."""
+    """Resize input and output embeddings to ``rows``; new rows are the mean of the old ones."""
     old = language_model.get_input_embeddings().weight.shape[0]
     if rows == old:
         return

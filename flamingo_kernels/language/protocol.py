@@ -8,37 +8,40 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-BeforeBlock = Callable[[int, Tensor], Tensor]
-# (hidden [B, T, dim], weight [V, dim], bias [V] or None) -> what is wanted of them, such as a loss.
+# (block index, hidden [B, T, dim]) -> hidden, run just before the block.
+BlockHook = Callable[[int, Tensor], Tensor]
+# (hidden [B, T, dim], weight [V, dim], bias [V] or None) -> a result in place of logits: a loss.
 Head = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @runtime_checkable
 class LanguageModelCache(Protocol):
-    """What a language model keeps of the tokens it has read.
+    """What a language model keeps of the tokens that it has read.
 
     Attributes
     ----------
-    length : tokens held per row, padding included.
-    masked : an attention mask came with them, so that later calls must pass one too.
+    length : int
+        Tokens held per row, padding included.
+    masked : bool
+        Whether an attention mask came with them. Later calls must then pass one too.
     """
 
     length: int
     masked: bool
 
     def index_select(self, rows: Tensor) -> LanguageModelCache:
-        """A cache of its own whose row i is row `rows[i]` of this one, which stays as it is.
+        """Return a separate cache whose row i is row ``rows[i]`` of this one.
 
-        `rows` is an integer vector; it may repeat and leave out rows (beam search).
+        Parameters
+        ----------
+        rows : Tensor
+            Integer vector; it may repeat and leave out rows (beam search).
         """
         ...
 
 
 class LanguageModelOutput(NamedTuple):
-    """Logits [B, T, V], and the cache where one was asked for or given.
-
-    Or what `head` returned, in place of the logits.
-    """
+    """Logits [B, T, V], or the result of ``head`` in their place, and the cache if there is one."""
 
     logits: Tensor | None
     cache: LanguageModelCache | None
@@ -47,14 +50,18 @@ class LanguageModelOutput(NamedTuple):
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """A causal language model whose blocks can be preceded by something else.
+    """A causal language model that runs a function before each of its blocks.
 
     Attributes
     ----------
-    dim : width of the residual stream.
-    num_blocks : decoder blocks.
-    vocab_size : rows of the logits.
-    blocks : the decoder blocks, in order.
+    dim : int
+        Width of the residual stream.
+    num_blocks : int
+        Number of decoder blocks.
+    vocab_size : int
+        Size of the vocabulary, the last dimension of the logits.
+    blocks : nn.ModuleList
+        The decoder blocks, in order.
     """
 
     dim: int
@@ -67,32 +74,37 @@ class LanguageModel(Protocol):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: LanguageModelCache | None = None,
-        before_block: BeforeBlock | None = None,
+        before_block: BlockHook | None = None,
         use_cache: bool = False,
         head: Head | None = None,
     ) -> LanguageModelOutput:
-        """Logits of the tokens given.
+        """Compute the logits of new tokens.
 
         Parameters
         ----------
-        input_ids : integer [B, T], the tokens that `cache` does not hold yet.
-        attention_mask : [B, cached + T], nonzero where the token is real; padding may be on
-            either side. Positions count real tokens. None: no padding, cached tokens included.
-        cache : from an earlier call; extended in place and returned.
-        before_block : ``before_block(i, hidden [B, T, dim]) -> hidden``, called just before block
-            i. None and a function that returns its argument give the same bits.
-        use_cache : start a cache if none is given.
-        head : called with the last hidden states, weight and bias in place of the product that
-            gives the logits; only if that product is all that gives them, otherwise the output
-            holds logits all the same. A language model may do without this argument.
+        input_ids : Tensor
+            Integer [B, T], the tokens that ``cache`` does not hold yet.
+        attention_mask : Tensor, optional
+            [B, cached + T], nonzero at real tokens; padding may be on either side. Positions count
+            real tokens. None: neither the cached nor the new tokens are padding.
+        cache : LanguageModelCache, optional
+            Cache of an earlier call; it is extended in place and returned.
+        before_block : callable, optional
+            ``before_block(i, hidden [B, T, dim]) -> hidden``, called just before block i. None and
+            the identity function give the same bits.
+        use_cache : bool
+            Start a cache if none is given.
+        head : callable, optional
+            Called with the last hidden states and the weight and bias of the output product, in
+            place of that product. A model whose logits need more than the product returns logits
+            instead. A language model may leave out this argument.
 
         Raises
         ------
         ValueError
-            If shapes do not fit each other, or the cache was filled under a mask and none is
-            given.
+            Shapes do not fit each other, or the cache was filled under a mask and none is given.
         TypeError
-            If `input_ids` is not integer.
+            ``input_ids`` is not an integer tensor.
         """
         ...
 
@@ -100,7 +112,7 @@ class LanguageModel(Protocol):
 def check_inputs(
     input_ids: Tensor, attention_mask: Tensor | None, cache: LanguageModelCache | None
 ) -> None:
-    """Raise what `LanguageModel` promises for ill-fitting arguments."""
+    """Raise what ``LanguageModel`` promises for arguments that do not fit."""
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids must be [B, T], got shape {tuple(input_ids.shape)}")
     if input_ids.dtype not in (torch.int64, torch.int32):
@@ -122,5 +134,5 @@ def check_inputs(
 
 
 def positions(attention_mask: Tensor, count: int) -> Tensor:
-    """Positions [B, count] of the last `count` tokens: the real tokens before each, at least 0."""
+    """Return [B, count], the number of real tokens before each of the last ``count`` tokens."""
     return ((attention_mask != 0).cumsum(1) - 1).clamp(min=0)[:, attention_mask.shape[1] - count :]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from flamingo_kernels.language import BeforeBlock, build_language_model, checkpoint_blocks
+from flamingo_kernels.language import BlockHook as BeforeBlock
+from flamingo_kernels.language import build_language_model, checkpoint_blocks
 from flamingo_kernels.model import backbones, checkpoint, generation, scoring
 from flamingo_kernels.model.cache import FlamingoCache, append_media, writable
 from flamingo_kernels.model.config import FlamingoConfig, ResamplerConfig

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.language import HuggingFaceCache, HuggingFaceLanguageModel
-from flamingo_kernels.language.protocol import BeforeBlock
+from flamingo_kernels.language.protocol import BlockHook as BeforeBlock
 from flamingo_kernels.model.beams import Beams
 from flamingo_kernels.model.cache import FlamingoCache
 from flamingo_kernels.model.context import Context

@@ -9,11 +9,11 @@ from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.samples import SampleBuilder, TextEncoding
 from flamingo_kernels.data.shards import find_shards
 from flamingo_kernels.data.stream import BatchLoader, SampleStream
-from flamingo_kernels.huggingface import read_folder
 from flamingo_kernels.language import ByteTokenizer
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
 from flamingo_kernels.train import distributed
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
+from flamingo_kernels.transformers_models import read_folder
 from flamingo_kernels.vision import VisionEncoder
 
 

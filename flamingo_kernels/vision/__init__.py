@@ -1,4 +1,4 @@
-"""Vision encoders: images -> features."""
+"""Vision encoders: images to features."""
 
 from __future__ import annotations
 
@@ -42,14 +42,19 @@ _BUILDERS = {
 
 
 def build_vision_encoder(config: VisionConfig) -> nn.Module:
-    """The encoder that `config` describes, with fresh weights; a `VisionEncoder`.
+    """Build the encoder that ``config`` describes, with random weights.
+
+    Returns
+    -------
+    nn.Module
+        A ``VisionEncoder``.
 
     Raises
     ------
     ValueError
-        If `config.kind` is unknown, or an encoder that has to be given.
+        ``config.kind`` is unknown, or this package cannot build it.
     ImportError
-        If the kind needs a package that is not installed.
+        The kind needs a package that is not installed.
     """
     kind = getattr(config, "kind", None)
     if kind == "module":

@@ -1,4 +1,4 @@
-"""Configurations of the vision encoders; plain values, so that they serialise as JSON."""
+"""Configurations of the vision encoders: plain values that serialise as JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ ACTIVATION_GAINS = {
 
 
 class NFNetVariant(NamedTuple):
-    """What tells one NFNet-F apart from another (Brock et al. 2021, table 1).
+    """Sizes in which the NFNet-F models differ (Brock et al. 2021, table 1).
 
     Attributes
     ----------
-    depths : blocks in each stage.
-    train_size, test_size : pixels on a side of the images it was trained and evaluated on.
-    widths : channels of each stage.
+    depths : tuple of int
+        Blocks in each stage.
+    train_size, test_size : int
+        Side, in pixels, of the images of training and evaluation.
+    widths : tuple of int
+        Channels of each stage.
     """
 
     depths: tuple[int, ...]
@@ -48,16 +51,26 @@ class NFNetConfig:
 
     Attributes
     ----------
-    image_size : pixels on a side of the images the encoder is meant for; any size is computed.
-    widths, depths : channels and blocks of each stage, one to four stages.
-    stem_width : output channels of the four-convolution stem, a multiple of 8.
-    group_width : channels of a group in the 3x3 convolutions.
-    bottleneck_ratio : inner channels of a block over its width.
-    se_ratio : squeeze-excite channels over the width.
-    alpha : scale of each residual branch.
-    feature_multiplier : output channels over the last width.
-    stochastic_depth : drop rate of the last block, in [0, 1); earlier ones grow linearly up to it.
-    activation : "gelu", "relu" or "silu".
+    image_size : int
+        Side, in pixels, of the images that the encoder expects; it accepts any size.
+    widths, depths : tuple of int
+        Channels and blocks of each stage, one to four stages.
+    stem_width : int
+        Output channels of the four-convolution stem, a multiple of 8.
+    group_width : int
+        Channels of a group in the 3x3 convolutions.
+    bottleneck_ratio : float
+        Inner channels of a block over its width.
+    se_ratio : float
+        Squeeze-excite channels over the width.
+    alpha : float
+        Scale of each residual branch.
+    feature_multiplier : float
+        Output channels over the last width.
+    stochastic_depth : float
+        Drop rate of the last block, in [0, 1). The rates of earlier blocks grow linearly up to it.
+    activation : {"gelu", "relu", "silu"}
+        Activation function.
     """
 
     kind: str = field(default="nfnet", init=False)
@@ -109,17 +122,19 @@ class NFNetConfig:
 
     @classmethod
     def from_variant(cls, variant: str, **changes: Any) -> NFNetConfig:
-        """The configuration of NFNet-F0 to F6, at its training resolution unless `changes` say.
+        """Return the configuration of NFNet-F0 to F6, by default at its training resolution.
 
         Parameters
         ----------
-        variant : "F0" to "F6".
-        changes : attributes to replace, such as ``image_size=320``.
+        variant : str
+            ``"F0"`` to ``"F6"``.
+        changes
+            Attributes to replace, such as ``image_size=320``.
 
         Raises
         ------
         ValueError
-            If the variant is unknown.
+            The variant is unknown.
         """
         if variant not in NFNET_VARIANTS:
             raise ValueError(
@@ -132,14 +147,18 @@ class NFNetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HuggingFaceVisionConfig:
-    """A vision model that transformers builds from its `model_type` and options.
+    """Configuration of a vision model that transformers builds.
 
     Attributes
     ----------
-    model_type : transformers' name of the architecture, such as "clip_vision_model".
-    options : arguments of its configuration class.
-    image_size, output_dim : what the built model must have; known here without building it.
-    drop_class_token : leave out the first token of the output (CLIP's class token).
+    model_type : str
+        Name of the architecture in transformers, such as ``"clip_vision_model"``.
+    options : dict
+        Arguments of its configuration class.
+    image_size, output_dim : int
+        Sizes of the model, stated here so that they are known without building it.
+    drop_class_token : bool
+        Leave out the first token of the output (CLIP's class token).
     """
 
     kind: str = field(default="huggingface", init=False)
@@ -158,12 +177,14 @@ class HuggingFaceVisionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleVisionConfig:
-    """An encoder that this package cannot build: it has to be given.
+    """Sizes of an encoder that this package cannot build; the user passes the encoder.
 
     Attributes
     ----------
-    output_dim : channels of the features.
-    image_size : pixels on a side of the images it is meant for.
+    output_dim : int
+        Channels of the features.
+    image_size : int
+        Side, in pixels, of the images that it expects.
     """
 
     kind: str = field(default="module", init=False)
@@ -181,7 +202,8 @@ class FeaturesConfig:
 
     Attributes
     ----------
-    output_dim : channels of the features.
+    output_dim : int
+        Channels of the features.
     """
 
     kind: str = field(default="features", init=False)

@@ -1,4 +1,4 @@
-"""The place of a vision encoder in a model that is given features."""
+"""The vision encoder of a model that is given features in place of images."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from flamingo_kernels.vision.config import FeaturesConfig
 
 
 class PrecomputedFeatures(nn.Module):
-    """Refuses pixels; the model takes features [B, I, F, S, output_dim] in their place.
+    """Encodes nothing: the model takes features [B, I, F, S, output_dim] in place of pixels.
 
     Parameters
     ----------
-    config : FeaturesConfig, or the number of channels.
+    config : FeaturesConfig or int
+        Configuration, or the number of channels.
+
+    Raises
+    ------
+    ValueError
+        From ``forward``, always.
     """
 
     image_size = None

@@ -1,14 +1,14 @@
-"""Hugging Face vision models, and any module with their kind of output, as vision encoders."""
+"""Hugging Face vision models, and modules with the same kind of output, as vision encoders."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-from flamingo_kernels.huggingface import plain_options
+from flamingo_kernels.transformers_models import build_model, check_declared_sizes, plain_options
 from flamingo_kernels.vision.config import HuggingFaceVisionConfig, ModuleVisionConfig
 from flamingo_kernels.vision.protocol import Channels, VisionEncoder, check_images
 
-# Normalisation constants by model type; they live in transformers' processors, not in its models.
+# Normalisation constants by model type: transformers has them in its processors, not its models.
 _NORMALISATION: dict[str, tuple[Channels, Channels]] = {
     "clip_vision_model": (
         (0.48145466, 0.4578275, 0.40821073),
@@ -19,26 +19,29 @@ _NORMALISATION: dict[str, tuple[Channels, Channels]] = {
 
 
 class HuggingFaceVisionEncoder(nn.Module):
-    """Wraps a module that turns images into [N, S, D] tokens.
+    """A ``VisionEncoder`` over a module that turns images into [N, S, D] tokens.
 
-    The module may return the tensor itself or an object with `last_hidden_state`, as transformers'
-    vision models do. For CLIP that is the last layer's output without the post-LayerNorm, which
-    transformers applies to the pooled token only; with the class token dropped these are the patch
-    tokens OpenFlamingo reads.
+    The module may return the tensor itself or an object with ``last_hidden_state``, as the vision
+    models of transformers do. For CLIP that is the output of the last layer without the
+    post-LayerNorm, which transformers applies to the pooled token only. Without the class token
+    these are the patch tokens that OpenFlamingo reads.
 
     Parameters
     ----------
-    module : the vision model; it becomes the submodule `module`.
-    drop_class_token : leave out the first token.
-    output_dim, image_size : where `module.config` does not tell (`hidden_size`, `image_size`).
+    module : nn.Module
+        The vision model; it becomes the submodule ``module``.
+    drop_class_token : bool
+        Leave out the first token.
+    output_dim, image_size : int, optional
+        Sizes that ``module.config`` lacks (``hidden_size``, ``image_size``).
 
     Raises
     ------
     ValueError
-        If a size is neither given nor in `module.config`; from `forward`, if the images are not
-        [N, 3, H, W] or the output is not [N, S, output_dim].
+        A size is neither given nor in ``module.config``. From ``forward``: the images are not
+        [N, 3, H, W], or the output is not [N, S, output_dim].
     TypeError
-        From `forward`, if images are not floating or the module returns something else.
+        From ``forward``: the images are not floating, or the module returns something else.
     """
 
     def __init__(
@@ -59,36 +62,23 @@ class HuggingFaceVisionEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, config: HuggingFaceVisionConfig) -> HuggingFaceVisionEncoder:
-        """Build the model that `config` describes, with random weights (or on the meta device).
+        """Build the model that ``config`` describes, with random weights (or on the meta device).
 
         Raises
         ------
         ImportError
-            If transformers is not installed.
+            transformers is not installed.
         ValueError
-            If the model's sizes are not the ones `config` declares.
+            The model's sizes are not the ones that ``config`` declares.
         """
-        try:
-            from transformers import AutoConfig, AutoModel
-        except ImportError as error:
-            raise ImportError(
-                f"building a {config.model_type!r} vision encoder needs transformers: "
-                'pip install "flamingo_kernels[hf]"'
-            ) from error
-        options = AutoConfig.for_model(config.model_type, **config.options)
-        encoder = cls(AutoModel.from_config(options), config.drop_class_token)
-        for name in ("output_dim", "image_size"):
-            declared, built = getattr(config, name), getattr(encoder, name)
-            if declared != built:
-                raise ValueError(
-                    f"config declares {name}={declared}, but {config.model_type!r} with its "
-                    f"options has {built}"
-                )
+        model = build_model("AutoModel", "vision encoder", config)
+        encoder = cls(model, config.drop_class_token)
+        check_declared_sizes(config, output_dim=encoder.output_dim, image_size=encoder.image_size)
         return encoder
 
     @property
     def config(self) -> HuggingFaceVisionConfig | ModuleVisionConfig:
-        """What builds an encoder like this one, or says that it must be given."""
+        """What builds an encoder like this one; a ``ModuleVisionConfig`` if nothing can."""
         sizes = {"output_dim": self.output_dim, "image_size": self.image_size}
         config = getattr(self.module, "config", None)
         if getattr(config, "model_type", "") == "" or not hasattr(config, "to_diff_dict"):
@@ -120,19 +110,26 @@ class HuggingFaceVisionEncoder(nn.Module):
 def wrap_vision_encoder(
     module: nn.Module, output_dim: int | None = None, image_size: int | None = None
 ) -> nn.Module:
-    """A `VisionEncoder` over `module`, which is not changed; one that is one already is returned.
+    """Wrap ``module``, without changing it, as a ``VisionEncoder``.
 
     Parameters
     ----------
-    module : a transformers vision model, a two-tower model such as CLIP, of which the vision model
-        is taken, or any module [N, 3, H, W] -> [N, S, D]. A first token is left out if the module
-        has a parameter for it (`class_embedding` or `cls_token`).
-    output_dim, image_size : where `module.config` does not tell (`hidden_size`, `image_size`).
+    module : nn.Module
+        A transformers vision model; a two-tower model such as CLIP, whose vision model is taken;
+        or any module [N, 3, H, W] -> [N, S, D]. The first token is left out if the module has a
+        parameter for it (``class_embedding`` or ``cls_token``).
+    output_dim, image_size : int, optional
+        Sizes that ``module.config`` lacks (``hidden_size``, ``image_size``).
+
+    Returns
+    -------
+    nn.Module
+        The wrapper, or ``module`` itself if it is a ``VisionEncoder``.
 
     Raises
     ------
     ValueError
-        If a size is neither given nor in the module's config.
+        A size is neither given nor in the module's config.
     """
     if isinstance(module, VisionEncoder):
         return module

@@ -1,4 +1,4 @@
-"""NFNet-F0 to F6: the normaliser-free ResNet that Flamingo sees with.
+"""NFNet-F0 to F6: the normaliser-free ResNet that is Flamingo's vision encoder.
 
 Brock et al. 2021, "High-Performance Large-Scale Image Recognition Without Normalization"
 (arXiv 2102.06171). Parameter names and shapes are those of timm's `dm_nfnet_f*`, without the
@@ -38,7 +38,7 @@ class ScaledActivation(nn.Module):
 
 
 class ScaledStdConv2d(nn.Conv2d):
-    """Convolution by standardised weights, "SAME" padding (Brock et al. 2021, eq. 1).
+    """Convolution with standardised weights and "SAME" padding (Brock et al. 2021, eq. 1).
 
     Each output filter is shifted and scaled to mean 0 and variance 1 / fan-in, then multiplied by
     its learned gain. The statistics are taken in at least fp32. With stride s the output is
@@ -53,7 +53,7 @@ class ScaledStdConv2d(nn.Conv2d):
         _init_convolution(self)
 
     def standardised_weight(self) -> Tensor:
-        """The filters as applied, in the dtype of `weight`."""
+        """Return the filters as they are applied, in the dtype of ``weight``."""
         weight = self.weight.to(accumulator(self.weight.dtype))
         variance, mean = torch.var_mean(weight, dim=(1, 2, 3), correction=0, keepdim=True)
         fan_in = weight[0].numel()
@@ -108,9 +108,15 @@ class NFNetBlock(nn.Module):
 
     Parameters
     ----------
-    variance : expected variance of the input at initialisation.
-    drop_rate : probability, per sample and in training only, that the branch is left out; kept
-        branches are divided by 1 - drop_rate, so that evaluation needs no correction.
+    config : NFNetConfig
+        Ratios and scales of all blocks.
+    in_width, out_width, stride : int
+        Channels in and out, and stride of the block.
+    variance : float
+        Expected variance of the input at initialisation.
+    drop_rate : float
+        Probability, per sample and in training only, of leaving out the branch. Kept branches are
+        divided by 1 - drop_rate, so evaluation needs no correction.
     """
 
     def __init__(
@@ -164,12 +170,13 @@ class NFNet(nn.Module):
 
     Parameters
     ----------
-    config : widths, depths and the rest; `NFNetConfig.from_variant` has F0 to F6.
+    config : NFNetConfig
+        Sizes; ``NFNetConfig.from_variant`` has those of F0 to F6.
 
     Raises
     ------
     ValueError, TypeError
-        From `forward`, if the images are not a floating [N, 3, H, W] tensor.
+        From ``forward``: the images are not a floating [N, 3, H, W] tensor.
     """
 
     image_mean: Channels = (0.485, 0.456, 0.406)

@@ -15,10 +15,12 @@ class VisionEncoder(Protocol):
 
     Attributes
     ----------
-    output_dim : channels of the features.
-    image_size : pixels on a side of the images it is meant for.
-    image_mean, image_std : per-channel constants its inputs are normalised with, for pixels in
-        [0, 1]; None where they are not known.
+    output_dim : int
+        Channels of the features.
+    image_size : int
+        Side, in pixels, of the images that it expects.
+    image_mean, image_std : tuple of float, or None
+        Per-channel constants that normalise pixels in [0, 1] for its input; None if unknown.
     """
 
     output_dim: int
@@ -27,12 +29,12 @@ class VisionEncoder(Protocol):
     image_std: Channels | None
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Normalised images [N, C, H, W], floating -> features [N, S, output_dim]."""
+        """Turn normalised images [N, C, H, W], floating, into features [N, S, output_dim]."""
         ...
 
 
 def check_images(images: Tensor) -> None:
-    """Raise unless `images` is a floating [N, 3, H, W] tensor."""
+    """Raise TypeError or ValueError unless ``images`` is a floating [N, 3, H, W] tensor."""
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must be [N, 3, H, W], got shape {tuple(images.shape)}")
     if not images.is_floating_point():

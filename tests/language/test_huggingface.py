@@ -17,8 +17,8 @@ from flamingo_kernels.language import (
     LanguageModel,
     LanguageModelCache,
     build_language_model,
-    huggingface,
 )
+from flamingo_kernels.language.huggingface.hooks import Call
 from testing.backbones import DEPTH, DIM, LANGUAGE_OPTIONS, SPECIAL, VOCAB, sharpen
 from testing.budgets import assert_close_to_reference
 
@@ -415,10 +415,8 @@ def test_caches_that_do_not_count_are_refused():
 def test_caches_that_do_not_count_are_refused_in_a_generation(kind, message):
     wrapped, ids = build(), tokens(1, 4)
     seen = next(h for h in wrapped.model._forward_pre_hooks.values() if h.owner is wrapped._owner)
-    token = huggingface._running.set(
-        huggingface._Call(wrapped._owner, None, lambda start, end, rows: lambda i, x: x)
-    )
-    try:
+    call = Call(wrapped._owner, None, lambda start, end, rows: lambda i, x: x)
+    with call.running():
         seen(wrapped.model, (), {"input_ids": ids, "attention_mask": torch.ones(1, 4)})
         with pytest.raises(RuntimeError, match=message):
             seen(
@@ -432,8 +430,6 @@ def test_caches_that_do_not_count_are_refused_in_a_generation(kind, message):
             )
         with pytest.raises(RuntimeError, match=r"without input_ids, on \['inputs_embeds'\]"):
             seen(wrapped.model, (), {"inputs_embeds": torch.zeros(1, 4, DIM)})
-    finally:
-        huggingface._running.reset(token)
 
 
 def test_activation_checkpointing_is_refused():

@@ -1,6 +1,6 @@
-"""Configurations and folders of transformers, as ``language``, ``vision`` and ``train`` use them.
+"""Models of transformers: built from plain options, or read from a folder.
 
-transformers is imported when a folder is read.
+transformers is imported when one is built or read.
 """
 
 from __future__ import annotations
@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-# Of transformers' configurations: what it writes about itself, and labels of classifiers.
+from torch import nn
+
+# What a configuration of transformers writes about itself, and labels of classifiers.
 _NOT_OPTIONS = {
     "_name_or_path",
     "architectures",
@@ -21,6 +23,7 @@ _NOT_OPTIONS = {
     "torch_dtype",
     "transformers_version",
 }
+
 _KINDS = {
     "AutoModel": "a vision encoder",
     "AutoModelForCausalLM": "a language model",
@@ -29,8 +32,62 @@ _KINDS = {
 _LONGEST_REASON = 300  # characters; transformers lists all architectures that it knows
 
 
+class TransformersConfig(Protocol):
+    """The fields that :func:`build_model` reads.
+
+    Attributes
+    ----------
+    model_type : str
+        Name of the architecture in transformers, such as ``"llama"``.
+    options : dict
+        Arguments of its configuration class.
+    """
+
+    model_type: str
+    options: dict[str, Any]
+
+
+def build_model(auto_class: str, what: str, config: TransformersConfig) -> nn.Module:
+    """Build the model with random weights, or without any on the meta device.
+
+    Parameters
+    ----------
+    auto_class : str
+        Class of transformers that builds it, such as ``"AutoModel"``.
+    what : str
+        Kind of model, for the error.
+    config : TransformersConfig
+        Architecture and options.
+
+    Raises
+    ------
+    ImportError
+        transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"building a {config.model_type!r} {what} needs transformers: "
+            'pip install "flamingo_kernels[hf]"'
+        ) from error
+    options = transformers.AutoConfig.for_model(config.model_type, **config.options)
+    return getattr(transformers, auto_class).from_config(options)
+
+
+def check_declared_sizes(config: TransformersConfig, **built: int) -> None:
+    """Raise ValueError unless ``config`` declares the sizes of the model that it built."""
+    for name, value in built.items():
+        declared = getattr(config, name)
+        if declared != value:
+            raise ValueError(
+                f"config declares {name}={declared}, but {config.model_type!r} with its options "
+                f"has {value}"
+            )
+
+
 def plain_options(values: dict[str, Any]) -> dict[str, Any]:
-    """Return the options of a configuration as JSON gives them back, without bookkeeping."""
+    """Return the options of a transformers configuration as JSON gives them back."""
 
     def kept(value: Any) -> Any:
         if not isinstance(value, dict):

@@ -1,0 +1,160 @@
+"""Hooks on a Hugging Face language model, and the call in progress that they serve.
+
+Each hook looks up its work in a context variable that holds the running call. No module stores
+anything about a call, so calls in other threads, or of models inside one another, stay separate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor, nn
+
+from flamingo_kernels.language.huggingface.cache import cached_tokens
+from flamingo_kernels.language.protocol import BlockHook
+
+# (first new token, one past the last, rows of the batch) -> the hook for these tokens.
+BlockHookFactory = Callable[[int, int, int], BlockHook]
+
+
+class Call:
+    """One forward in progress, or one generation, which is a sequence of forwards.
+
+    Parameters
+    ----------
+    owner : object
+        Identity of the wrapper that started the call; hooks of other wrappers ignore it.
+    block_hook : BlockHook or None
+        What runs before each block of a forward.
+    block_hook_factory : BlockHookFactory, optional
+        Makes ``block_hook`` for each forward of a generation.
+    without_logits : bool
+        Give the output product no tokens, and keep its input in ``hidden``.
+    """
+
+    def __init__(
+        self,
+        owner: object,
+        block_hook: BlockHook | None,
+        block_hook_factory: BlockHookFactory | None = None,
+        without_logits: bool = False,
+    ) -> None:
+        self.owner = owner
+        self.block_hook = block_hook
+        self.block_hook_factory = block_hook_factory
+        self.blocks_run = 0
+        self.without_logits = without_logits
+        self.hidden: Tensor | None = None
+        self.empty_logits: Tensor | None = None  # result of the product for no tokens
+        self.version = 0
+
+    def nothing_follows_the_product(self, logits: Tensor) -> bool:
+        """Whether the model's ``logits`` are the very tensor of the product, not written to since.
+
+        Then the model neither scales nor caps its logits.
+        """
+        return logits is self.empty_logits and logits._version == self.version
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Make this the call in progress of the current context."""
+        token = _in_progress.set(self)
+        try:
+            yield
+        finally:
+            _in_progress.reset(token)
+
+
+_in_progress: ContextVar[Call | None] = ContextVar("flamingo_kernels_running_call", default=None)
+
+
+def _call_of(owner: object) -> Call | None:
+    call = _in_progress.get()
+    return call if call is not None and call.owner is owner else None
+
+
+class BlockPreHook:
+    """Pre-hook of block ``index``; a class, so that copies of the model carry working hooks."""
+
+    def __init__(self, owner: object, index: int) -> None:
+        self.owner = owner
+        self.index = index
+
+    def __call__(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        call = _call_of(self.owner)
+        if call is None or call.block_hook is None:
+            return None
+        if self.index != call.blocks_run:
+            raise RuntimeError(
+                f"block {self.index} ran where block {call.blocks_run} was due: the blocks of "
+                "this model do not run once each in order"
+            )
+        call.blocks_run += 1
+        if args:
+            return (call.block_hook(self.index, args[0]), *args[1:]), kwargs
+        if "hidden_states" not in kwargs:
+            raise RuntimeError(
+                f"{type(block).__name__} takes its input neither as the first argument nor as "
+                f"`hidden_states`, but as {sorted(kwargs)}"
+            )
+        hidden = call.block_hook(self.index, kwargs["hidden_states"])
+        return args, {**kwargs, "hidden_states": hidden}
+
+
+class ModelPreHook:
+    """Pre-hook of the whole model: in a generation, makes the block hook for the next tokens."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = _call_of(self.owner)
+        if call is None or call.block_hook_factory is None:
+            return
+        ids = args[0] if args else kwargs.get("input_ids")
+        if ids is None:
+            raise RuntimeError(
+                f"generate ran {type(model).__name__} without input_ids, on {sorted(kwargs)}: "
+                "which tokens the blocks are to see cannot be told; leave out the option that asks "
+                "for it"
+            )
+        cache = kwargs.get("past_key_values")
+        start = 0 if cache is None else cached_tokens(cache)
+        rows, tokens = ids.shape
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != start + tokens:
+            raise RuntimeError(
+                f"the cache of {type(model).__name__}, a {type(cache).__name__}, says that it "
+                f"holds {start} tokens, but {tokens} new ones make {mask.shape[1]}: decode with "
+                "use_cache=False"
+            )
+        call.block_hook = call.block_hook_factory(start, start + tokens, rows)
+        call.blocks_run = 0
+
+
+class HeadHooks:
+    """Hooks before and after the output product of a call ``without_logits``."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    def before(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor] | None:
+        call = self._call()
+        if call is None:
+            return None
+        (call.hidden,) = args
+        return (call.hidden[:, :0],)
+
+    def after(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        call = self._call()
+        if call is not None:
+            call.empty_logits, call.version = output, output._version
+
+    def _call(self) -> Call | None:
+        call = _call_of(self.owner)
+        return call if call is not None and call.without_logits else None

@@ -1,0 +1,236 @@
+"""A Hugging Face causal language model as a ``LanguageModel``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels.language.config import HuggingFaceLanguageConfig
+from flamingo_kernels.language.huggingface.cache import HuggingFaceCache
+from flamingo_kernels.language.huggingface.hooks import (
+    BlockHookFactory,
+    BlockPreHook,
+    Call,
+    HeadHooks,
+    ModelPreHook,
+)
+from flamingo_kernels.language.huggingface.structure import check_causal, find_blocks, text_config
+from flamingo_kernels.language.protocol import (
+    BlockHook,
+    Head,
+    LanguageModelOutput,
+    check_inputs,
+    positions,
+)
+from flamingo_kernels.language.recompute import checkpoint_blocks
+from flamingo_kernels.transformers_models import build_model, check_declared_sizes, plain_options
+
+
+class HuggingFaceLanguageModel(nn.Module):
+    """A transformers causal language model as a ``LanguageModel``; see its ``__call__``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The language model. It becomes the submodule ``model``. Nothing is added to it but hooks,
+        which :meth:`unwrap` removes.
+
+    Attributes
+    ----------
+    blocks_name : str
+        Name of the list of decoder blocks in ``model``.
+
+    Raises
+    ------
+    ValueError
+        The decoder blocks are ambiguous (``find_blocks``), or the model is not a causal language
+        model with a head and ``past_key_values`` (``check_causal``). The model is not changed.
+    RuntimeError
+        From ``forward`` with ``before_block``: the blocks do not run once each in order, the model
+        was unwrapped, or it uses activation checkpointing of its own while training. That would
+        recompute blocks in the backward, outside the call, without ``before_block``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.blocks_name, blocks = find_blocks(model)
+        check_causal(model)
+        self.model = model
+        self.num_blocks = len(blocks)
+        # Models like OPT derive positions from the mask; models like MPT have none.
+        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+        self._owner = object()
+        self._handles = [
+            block.register_forward_pre_hook(BlockPreHook(self._owner, i), with_kwargs=True)
+            for i, block in enumerate(blocks)
+        ]
+        self._handles.append(
+            model.register_forward_pre_hook(ModelPreHook(self._owner), with_kwargs=True)
+        )
+        head, hooks = model.get_output_embeddings(), HeadHooks(self._owner)
+        # False once it is known that something else follows the output product.
+        self._head_is_last = type(head) is nn.Linear
+        if self._head_is_last:
+            self._handles.append(head.register_forward_pre_hook(hooks.before))
+            self._handles.append(head.register_forward_hook(hooks.after))
+
+    @classmethod
+    def from_config(cls, config: HuggingFaceLanguageConfig) -> HuggingFaceLanguageModel:
+        """Build the model that ``config`` describes, with random weights (or on the meta device).
+
+        Raises
+        ------
+        ImportError
+            transformers is not installed.
+        ValueError
+            The model's sizes are not the ones that ``config`` declares.
+        """
+        wrapped = cls(build_model("AutoModelForCausalLM", "language model", config))
+        check_declared_sizes(
+            config, dim=wrapped.dim, depth=wrapped.num_blocks, vocab_size=wrapped.vocab_size
+        )
+        return wrapped
+
+    @property
+    def config(self) -> HuggingFaceLanguageConfig:
+        """What :meth:`from_config` needs to build a model like this one."""
+        config = self.model.config
+        return HuggingFaceLanguageConfig(
+            model_type=config.model_type,
+            options=plain_options(config.to_diff_dict()),
+            dim=self.dim,
+            depth=self.num_blocks,
+            vocab_size=self.vocab_size,
+        )
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+        return text_config(self.model).hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Size of the vocabulary; follows ``model.resize_token_embeddings``."""
+        return text_config(self.model).vocab_size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a text; Gemma 3 and Llama 3 have several."""
+        sources = (text_config(self.model), getattr(self.model, "generation_config", None))
+        found: list[int] = []
+        for source in sources:
+            ids = getattr(source, "eos_token_id", None)
+            found += ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids]
+        return tuple(dict.fromkeys(found))
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The decoder blocks, inside ``model``."""
+        return self.model.get_submodule(self.blocks_name)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: HuggingFaceCache | None = None,
+        before_block: BlockHook | None = None,
+        use_cache: bool = False,
+        head: Head | None = None,
+    ) -> LanguageModelOutput:
+        check_inputs(input_ids, attention_mask, cache)
+        held = 0 if cache is None else cache.length
+        options: dict[str, Any] = {"use_cache": use_cache or cache is not None}
+        if cache is not None:
+            options["past_key_values"] = cache.past_key_values
+        if attention_mask is not None:
+            options["attention_mask"] = attention_mask
+            if self._takes_position_ids:
+                options["position_ids"] = positions(attention_mask, input_ids.shape[1])
+
+        tracked = not torch.is_inference_mode_enabled()  # whether tensors are written to
+        if head is not None and self._head_is_last and tracked and not options["use_cache"]:
+            call = Call(self._owner, before_block, without_logits=True)
+            output = self._run(call, input_ids, options)
+            if call.nothing_follows_the_product(output.logits):
+                linear = self.model.get_output_embeddings()
+                result = head(call.hidden, linear.weight, linear.bias)
+                return LanguageModelOutput(None, None, result)
+            self._head_is_last = False
+        output = self._run(Call(self._owner, before_block), input_ids, options)
+
+        if not options["use_cache"]:
+            return LanguageModelOutput(output.logits, None)
+        masked = attention_mask is not None or (cache is not None and cache.masked)
+        if getattr(output, "past_key_values", None) is None:
+            raise RuntimeError(
+                f"{type(self.model).__name__} returns no past_key_values: use it with "
+                "use_cache=False only"
+            )
+        grown = HuggingFaceCache(output.past_key_values, masked)
+        if grown.length != held + input_ids.shape[1]:
+            raise RuntimeError(
+                f"the cache of {type(self.model).__name__}, a "
+                f"{type(output.past_key_values).__name__}, says that it holds {grown.length} "
+                f"tokens after {held + input_ids.shape[1]}: use it with use_cache=False only"
+            )
+        return LanguageModelOutput(output.logits, grown)
+
+    def _run(self, call: Call, input_ids: Tensor, options: dict[str, Any]) -> Any:
+        if call.block_hook is not None:
+            self._check_can_run_hooks()
+        with call.running():
+            output = self.model(input_ids=input_ids, **options)
+        if call.block_hook is not None and call.blocks_run != self.num_blocks:
+            raise RuntimeError(
+                f"{type(self.model).__name__} ran {call.blocks_run} of its {self.num_blocks} "
+                "blocks, so `before_block` was not called for all"
+            )
+        return output
+
+    def generate(
+        self, input_ids: Tensor, before_blocks_of: BlockHookFactory, **options: Any
+    ) -> Any:
+        """Run the ``generate`` of transformers, with a function before each block.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            Integer [B, T], all tokens, including those that a cache in ``options`` holds.
+        before_blocks_of : callable
+            ``before_blocks_of(start, end, rows) -> before_block`` for the forward that reads tokens
+            start..end-1 of ``rows`` sequences. Beam search and several sequences per prompt make
+            ``rows`` a multiple of B; the sequences of one prompt stand side by side.
+        options
+            Options of the ``generate`` of transformers.
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            As ``forward``, and what the ``generate`` of transformers raises.
+        """
+        self._check_can_run_hooks()
+        with Call(self._owner, None, before_blocks_of).running():
+            return self.model.generate(input_ids=input_ids, **options)
+
+    def unwrap(self) -> nn.Module:
+        """Remove the hooks and return the model as it was given."""
+        checkpoint_blocks(self.blocks, None)
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        return self.model
+
+    def _check_can_run_hooks(self) -> None:
+        if not self._handles:
+            raise RuntimeError("this model was unwrapped: it cannot run `before_block` any more")
+        if not (self.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
+            raise RuntimeError(
+                f"activation checkpointing inside {type(self.model).__name__} would leave out "
+                "`before_block` when it computes again: turn it off there and use "
+                "FlamingoModel.gradient_checkpointing_enable"
+            )

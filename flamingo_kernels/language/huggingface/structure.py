@@ -1,0 +1,76 @@
+"""What can be wrapped: decoder blocks found by structure, and checks for a causal model."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+
+def text_config(model: nn.Module) -> Any:
+    """Return the configuration of the text model; ValueError if there is none."""
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"cannot wrap {type(model).__name__}: it has no config")
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Find the decoder blocks of a Hugging Face causal language model.
+
+    They are the only ``ModuleList`` with ``num_hidden_layers`` entries that is not inside another
+    such list.
+
+    Returns
+    -------
+    tuple of str and nn.ModuleList
+        The name of the list in ``model``, and the list.
+
+    Raises
+    ------
+    ValueError
+        The configuration has no ``num_hidden_layers``, or no list or several lists fit.
+    """
+    model_name = type(model).__name__
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    if count is None:
+        raise ValueError(f"cannot wrap {model_name}: its config has no num_hidden_layers")
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    fitting = [name for name, blocks in lists.items() if len(blocks) == count]
+    outermost = [
+        name for name in fitting if not any(name.startswith(f"{other}.") for other in fitting)
+    ]
+    if len(outermost) == 1:
+        return outermost[0], lists[outermost[0]]
+    if outermost:
+        raise ValueError(
+            f"cannot wrap {model_name}: several module lists have num_hidden_layers={count} "
+            f"entries, so its decoder blocks are ambiguous: {', '.join(outermost)}"
+        )
+    found = ", ".join(f"{name} ({len(blocks)})" for name, blocks in lists.items()) or "none"
+    raise ValueError(
+        f"cannot wrap {model_name}: no module list has num_hidden_layers={count} entries; "
+        f"module lists found: {found}"
+    )
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise ValueError, with the reason, unless ``model`` can be decoded token by token."""
+    why = None
+    parameters = inspect.signature(model.forward).parameters
+    if getattr(text_config(model), "is_encoder_decoder", False):
+        why = "it is an encoder with a decoder; a causal language model is needed"
+    elif getattr(model, "get_output_embeddings", lambda: None)() is None:
+        why = "it has no language-model head (get_output_embeddings): take its ...ForCausalLM"
+    elif not getattr(model, "can_generate", lambda: False)():
+        why = "transformers cannot generate with it (can_generate), so it is not a causal model"
+    elif "past_key_values" not in parameters:
+        why = (
+            "its forward takes no past_key_values, so that decoding step by step cannot tell which "
+            f"tokens are new; it takes {', '.join(parameters)}"
+        )
+    elif any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
+        why = "its positions are counted from the padding token's id on, as RoBERTa's"
+    if why is not None:
+        raise ValueError(f"cannot wrap {type(model).__name__}: {why}")
