@@ -51,7 +51,7 @@ class MaskedCrossAttention(nn.Module):
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def project_media(self, media: Tensor) -> MediaKeyValue:
-        """Media latents [B, I, R, dim_visual] -> keys and values, strided views of one product."""
+        """Project media latents [B, I, R, dim_visual] to keys and values, views of one product."""
         if self.norm_media is not None:
             media = self.norm_media(media)
         key_value = self.to_kv(media).unflatten(-1, (2, self.heads, -1))
@@ -61,7 +61,7 @@ class MaskedCrossAttention(nn.Module):
     def forward(
         self, x: Tensor, media_kv: MediaKeyValue, spans: MediaSpans, gate: Tensor | None = None
     ) -> Tensor:
-        q = self.norm.then(self.to_q, x).unflatten(-1, (self.heads, -1))
+        q = self.norm.project_normed(self.to_q, x).unflatten(-1, (self.heads, -1))
         if self.norm_q is not None:
             q = self.norm_q(q)
         out = media_cross_attention(
@@ -73,19 +73,19 @@ class MaskedCrossAttention(nn.Module):
 class GatedCrossAttentionBlock(nn.Module):
     """Gated cross-attention and gated feed-forward, to be run before a frozen LM block.
 
-    ``x + tanh(attn_gate) * attn(x, media)``, then ``x + tanh(ff_gate) * ff(x)``; with both gates at
-    their initial 0 the output equals ``x`` bit for bit. Parameters and state-dict names are those
-    of OpenFlamingo's module of this name; what follows ``*`` is new.
+    Computes ``x + tanh(attn_gate) * attn(x, media)``, then ``x + tanh(ff_gate) * ff(x)``. Both
+    gates start at 0, where the output equals ``x`` bit for bit. Arguments before ``*`` and
+    state-dict names are those of OpenFlamingo's module of this name.
 
     Parameters
     ----------
     dim, dim_visual : int
         Widths of the text and of the media latents.
     dim_head, heads, ff_mult : int
-        Attention head width, number of heads, hidden over model width of the feed-forward.
+        Head width, number of heads, and hidden over model width of the feed-forward.
     only_attend_immediate_media : bool
-        True is attend mode ``"last"``, False ``"previous"``; used by ``media_locations`` only.
-        Unlike OpenFlamingo's, tokens before the first image see nothing in either mode.
+        True is attend mode ``"last"``, False ``"previous"``; only ``media_locations`` uses it.
+        Unlike in OpenFlamingo, tokens before the first image see nothing in either mode.
     attend : {"last", "last_group", "previous"}, optional
         Overrides ``only_attend_immediate_media``.
     media_norm : bool
@@ -101,8 +101,8 @@ class GatedCrossAttentionBlock(nn.Module):
     qk_norm : bool
         RMSNorm on each head's queries and keys (IDEFICS).
     feed_forward_without_media : bool
-        Run the gated feed-forward on tokens that see no media too (paper, OpenFlamingo, IDEFICS);
-        False leaves such tokens untouched (Llama-3.2-Vision).
+        Run the gated feed-forward also on tokens that see no media (paper, OpenFlamingo, IDEFICS).
+        False leaves such tokens unchanged (Llama-3.2-Vision).
     kernel : {"auto", "triton", "cpp", "torch"}
         Kernel of every op inside.
     """
@@ -157,9 +157,9 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff_gate = nn.Parameter(torch.zeros(gate_size))
 
     def project_media(self, media: Tensor) -> MediaKeyValue:
-        """Keys and values of media latents [B, I, R, dim_visual], to be reused over decoding steps.
+        """Project media latents [B, I, R, dim_visual] to keys and values for many decoding steps.
 
-        Slots that are padding must hold finite values here, as they enter the weight gradient.
+        Padded slots must hold finite values here, because they enter the weight gradient.
         """
         return self.attn.project_media(media)
 
@@ -173,7 +173,10 @@ class GatedCrossAttentionBlock(nn.Module):
         spans: MediaSpans | None = None,
         media_kv: MediaKeyValue | None = None,
     ) -> Tensor:
-        """One block.
+        """Attend to the media and run the feed-forward.
+
+        Media are given as ``media_kv`` or, as in OpenFlamingo, as ``media``. What each token sees
+        is given as ``spans`` or, as in OpenFlamingo, as ``media_locations``.
 
         Parameters
         ----------
@@ -185,10 +188,10 @@ class GatedCrossAttentionBlock(nn.Module):
             bool [B, T], True at ``<image>`` tokens. Without it and without ``spans`` every token
             sees all media, as in OpenFlamingo.
         use_cached_media : bool
-            Every token of ``x`` sees what the last position of ``media_locations`` sees, however
-            many tokens that has (OpenFlamingo's decoding).
+            Every token of ``x`` sees what the last position of ``media_locations`` sees, whatever
+            the number of its tokens (OpenFlamingo's decoding).
         spans : MediaSpans, optional
-            What each token sees; takes the place of ``media_locations``.
+            The media that each token sees, in place of ``media_locations``.
         media_kv : MediaKeyValue, optional
             ``project_media(media)``, in place of ``media``.
 
@@ -202,22 +205,28 @@ class GatedCrossAttentionBlock(nn.Module):
         ValueError
             Both or neither of ``media`` and ``media_kv``, both of ``spans`` and
             ``media_locations``, or shapes that do not fit.
+        TypeError
+            ``spans`` are not ``MediaSpans``.
         """
         if (media is None) == (media_kv is None):
             raise ValueError("give exactly one of media and media_kv")
         if media is not None:
             self._check_media(x, media)
-        if spans is not None and not isinstance(spans, MediaSpans):
-            raise TypeError(f"spans must be MediaSpans, got {type(spans).__name__}")
         if spans is None:
-            slots = (media if media is not None else media_kv.key).shape[1]
-            spans = self._spans(x, slots, media_locations, use_cached_media)
+            slots = (media_kv.key if media is None else media).shape[1]
+            spans = self._open_flamingo_spans(x, slots, media_locations, use_cached_media)
+        elif not isinstance(spans, MediaSpans):
+            raise TypeError(f"spans must be MediaSpans, got {type(spans).__name__}")
         elif media_locations is not None:
             raise ValueError("give at most one of spans and media_locations")
         if media_kv is None:
             seen = spans.visible(media.shape[1]).any(1)
             media_kv = self.project_media(media.masked_fill(~seen[:, :, None, None], 0))
+        return self._attend_and_feed_forward(x, media_kv, spans)
 
+    def _attend_and_feed_forward(
+        self, x: Tensor, media_kv: MediaKeyValue, spans: MediaSpans
+    ) -> Tensor:
         if self.scalar_gate:
             x = x + self.attn(x, media_kv, spans, gate=self.attn_gate)
             update = self.ff(x, gate=self.ff_gate)
@@ -242,9 +251,10 @@ class GatedCrossAttentionBlock(nn.Module):
         if media.device != x.device:
             raise ValueError(f"media is on {media.device}, x on {x.device}")
 
-    def _spans(
+    def _open_flamingo_spans(
         self, x: Tensor, slots: int, media_locations: Tensor | None, use_cached_media: bool
     ) -> MediaSpans:
+        """Return the spans that OpenFlamingo's arguments of :meth:`forward` describe."""
         tokens = x.shape[1]
         if media_locations is None:
             return MediaSpans.everything(x.shape[0], tokens, slots, x.device)

@@ -1,4 +1,4 @@
-"""Norms and feed-forward; LayerNorm and activations on the pointwise ops."""
+"""Norms and the feed-forward; LayerNorm and activations run on the pointwise ops."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from flamingo_kernels.ops.gated_activation import ACTIVATIONS
 from flamingo_kernels.precision import accumulator
 
 FEED_FORWARDS = (*ACTIVATIONS, "swiglu")
+LAYER_NORM_EPS = 1e-5  # as in OpenFlamingo, the default of torch.nn.LayerNorm
 
 
 def require_sizes(**sizes: int) -> None:
@@ -42,27 +43,26 @@ def _is_bare(module: nn.Module) -> bool:
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether calling ``module`` is the product with its weight and nothing else.
 
-    Adapters, sharding and offloading wrap or replace a Linear, or hook into it: those have to be
-    called.
+    Adapters, sharding and offloading wrap, replace or hook a Linear. Such a module must be called.
     """
     return type(module) is nn.Linear and module.bias is None and _is_bare(module)
 
 
 class LayerNorm(nn.LayerNorm):
-    """``torch.nn.LayerNorm`` over the last dimension, run by the selected kernel."""
+    """``torch.nn.LayerNorm`` over the last dimension, computed by the selected kernel."""
 
     def __init__(self, dim: int, kernel: str = "auto") -> None:
         check_kernel_name(kernel)
         require_sizes(dim=dim)
-        super().__init__(dim)
+        super().__init__(dim, LAYER_NORM_EPS)
         self.kernel = kernel
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., dim] -> [..., dim]."""
+        """Normalise ``x`` [..., dim]."""
         return layer_norm(x, self.weight, self.bias, self.eps, kernel=self.kernel)
 
-    def then(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """``linear(self(x))``, without keeping the normalised values for the backward."""
+    def project_normed(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """Return ``linear(self(x))`` without saving the normalised values for the backward."""
         if not (_is_bare(self) and is_plain_linear(linear)):
             return linear(self(x))
         return layer_norm_linear(
@@ -82,18 +82,18 @@ class RMSNorm(nn.Module):
         wide = accumulator(x.dtype)
         return F.rms_norm(x.to(wide), self.weight.shape, self.weight.to(wide), self.eps).to(x.dtype)
 
-    def then(self, linear: nn.Module, x: Tensor) -> Tensor:
-        """``linear(self(x))``."""
+    def project_normed(self, linear: nn.Module, x: Tensor) -> Tensor:
+        """Return ``linear(self(x))``."""
         return linear(self(x))
 
 
 def build_norm(dim: int, kernel: str, rms_norm_eps: float | None) -> nn.Module:
-    """RMSNorm if an eps is given, LayerNorm otherwise."""
+    """Return an RMSNorm if an eps is given, otherwise a LayerNorm."""
     return LayerNorm(dim, kernel) if rms_norm_eps is None else RMSNorm(dim, rms_norm_eps)
 
 
 class _Activation(nn.Module):
-    """``tanh(gate) * activation(x)``; holds place 2 of OpenFlamingo's feed-forward Sequential."""
+    """``tanh(gate) * activation(x)``; index 2 of the Sequential, as in OpenFlamingo."""
 
     def __init__(self, activation: str, kernel: str) -> None:
         super().__init__()
@@ -110,8 +110,8 @@ class _Activation(nn.Module):
             return out if gate is None else out * gate.tanh().to(out.dtype)
         return gated_activation(x, gate, self.activation, kernel=self.kernel)
 
-    def then(self, linear: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
-        """``linear(self(x, gate))``, without keeping the activated values for the backward."""
+    def project_activated(self, linear: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
+        """Return ``linear(self(x, gate))`` without saving the activated values for the backward."""
         if self.activation == "swiglu" or not (_is_bare(self) and is_plain_linear(linear)):
             return linear(self(x, gate))
         return gated_activation_linear(x, linear.weight, gate, self.activation, kernel=self.kernel)
@@ -127,8 +127,8 @@ class FeedForward(nn.Sequential):
     mult : int
         Hidden width over ``dim``.
     activation : {"gelu", "squared_relu", "relu", "swiglu"}
-        GELU is OpenFlamingo's, squared ReLU the paper's (appendix A.1.4), SwiGLU that of the
-        cross-attention of IDEFICS: the expansion is then twice as wide, its first half inside SiLU.
+        OpenFlamingo uses GELU, the paper squared ReLU (appendix A.1.4), and the cross-attention of
+        IDEFICS SwiGLU, whose expansion is twice as wide with its first half inside SiLU.
     kernel : str
         Kernel of the norm and the activation.
     hidden : int, optional
@@ -158,6 +158,6 @@ class FeedForward(nn.Sequential):
         )
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        """[..., dim] -> [..., dim], multiplied by ``tanh(gate)`` when a scalar gate is given."""
+        """Map ``x`` [..., dim] to [..., dim], times ``tanh(gate)`` if a scalar gate is given."""
         norm, expand, activation, project = self
-        return activation.then(project, norm.then(expand, x), gate)
+        return activation.project_activated(project, norm.project_normed(expand, x), gate)

@@ -6,7 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flamingo_kernels.nn.layers import FeedForward, LayerNorm, is_plain_linear, require_sizes
+from flamingo_kernels.nn.layers import (
+    LAYER_NORM_EPS,
+    FeedForward,
+    LayerNorm,
+    is_plain_linear,
+    require_sizes,
+)
 from flamingo_kernels.ops import checks, latent_attention, layer_norm
 from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.precision import accumulator
@@ -15,8 +21,10 @@ from flamingo_kernels.precision import accumulator
 class PerceiverAttention(nn.Module):
     """Latents [N, L, dim] attend to features [N, M, dim] and to themselves.
 
-    The features come normalised but without scale and bias: those are a layer's own, the rest is
-    the same in all layers. ``norm_media`` holds them and is never called: hooks on it do not run.
+    Every layer normalises the same features and applies its own scale and bias. The resampler
+    therefore normalises once, and ``forward`` takes the result. The submodule ``norm_media`` holds
+    only this layer's scale and bias, under OpenFlamingo's name; it is never called, so hooks on it
+    do not run.
     """
 
     def __init__(
@@ -51,7 +59,7 @@ class PerceiverAttention(nn.Module):
         return self.to_out(out.flatten(-2))
 
     def _project_features(self, normed: Tensor) -> Tensor:
-        """``to_kv(normed * weight + bias)``, by scaling the projection in place of the features."""
+        """Return ``to_kv(normed * weight + bias)``, with the scale applied to ``to_kv`` instead."""
         norm, linear = self.norm_media, self.to_kv
         if not is_plain_linear(linear):
             return linear(normed * norm.weight + norm.bias)
@@ -66,8 +74,11 @@ class PerceiverAttention(nn.Module):
 class PerceiverResampler(nn.Module):
     """Turns the features of each image or clip into a fixed number of latents.
 
-    Parameters and state-dict names are those of OpenFlamingo's module of this name; what follows
-    ``*`` is new.
+    Constructor arguments before ``*`` and state-dict names are those of OpenFlamingo's module of
+    this name.
+
+    The features are normalised once, with the epsilon ``eps`` of the resampler, because all layers
+    share that step; the ``norm_media`` of each layer supplies its scale and bias only.
 
     Parameters
     ----------
@@ -76,21 +87,26 @@ class PerceiverResampler(nn.Module):
     depth, dim_head, heads, num_latents, ff_mult : int
         Layers, head width, heads, latents per media item, hidden over model width.
     max_num_media : int, optional
-        Size of a learned embedding of the media slot; None: no such embedding.
+        Size of a learned embedding of the media slot. None: no such embedding.
     max_num_frames : int, optional
-        Size n of the learned temporal embedding. Frame f of F gets position ``f (n-1) / (F-1)`` of
-        it, linearly interpolated (appendix B.1.2): frame f itself for F = n, and position 0 for an
+        Size n of the learned temporal embedding. Frame f of F gets the linearly interpolated
+        position ``f (n-1) / (F-1)`` (appendix B.1.2): position f for F = n, and position 0 for an
         image, F = 1. None: no temporal embedding.
     input_dim : int, optional
-        Width of the features where it differs; adds a projection to ``dim``.
+        Width of the features if it is not ``dim``; adds a projection to ``dim``.
     activation : {"gelu", "squared_relu", "relu"}
         Feed-forward activation.
     qk_norm : bool
         LayerNorm on each head's queries and keys (IDEFICS).
     final_norm : bool
-        LayerNorm after the last layer (OpenFlamingo: yes, the paper's pseudo-code: no).
+        LayerNorm after the last layer. OpenFlamingo has it, the paper's pseudo-code does not.
     kernel : {"auto", "triton", "cpp", "torch"}
         Kernel of every op inside.
+
+    Attributes
+    ----------
+    eps : float
+        Added to the variance of the features.
     """
 
     def __init__(
@@ -113,6 +129,7 @@ class PerceiverResampler(nn.Module):
         super().__init__()
         check_kernel_name(kernel)
         self.kernel = kernel
+        self.eps = LAYER_NORM_EPS
         optional = {
             "max_num_media": max_num_media,
             "max_num_frames": max_num_frames,
@@ -144,16 +161,21 @@ class PerceiverResampler(nn.Module):
         self.norm = LayerNorm(dim, kernel) if final_norm else None
 
     def forward(self, x: Tensor, num_frames: Tensor | None = None) -> Tensor:
-        """Features [B, I, F, S, D_in] of every frame -> latents [B, I, R, dim].
+        """Resample features to latents.
 
         Parameters
         ----------
         x : Tensor
-            Features; S spatial positions of each of F frames of I media items.
+            Features [B, I, F, S, D_in]: S spatial positions of each of F frames of I media items.
         num_frames : Tensor, optional
-            Integer [B, I], frames that are real, 1..F of each item; the others are never read and
-            may hold NaN. The values are checked on the CPU only: elsewhere it would have to wait
-            for the device.
+            Integer [B, I], the real frames of each item, 1..F. The others are never read and may
+            hold NaN. The values are checked on the CPU only, because elsewhere the check would
+            wait for the device.
+
+        Returns
+        -------
+        Tensor
+            Latents [B, I, R, dim].
 
         Raises
         ------
@@ -185,7 +207,7 @@ class PerceiverResampler(nn.Module):
                 )
             x = x + self.media_time_embs[:media].to(x.dtype)
         x = x.flatten(0, 1)  # [N, F*S, dim]
-        normed = layer_norm(x, None, None, self.layers[0][0].norm_media.eps, kernel=self.kernel)
+        normed = layer_norm(x, None, None, self.eps, kernel=self.kernel)
         latents = self.latents.expand(x.shape[0], -1, -1)
         for attention, feed_forward in self.layers:
             latents = latents + attention(normed, latents, lengths)
@@ -195,7 +217,7 @@ class PerceiverResampler(nn.Module):
         return latents.unflatten(0, (batch, media))
 
     def _temporal_embedding(self, frames: int, num_frames: Tensor | None) -> Tensor:
-        """[F, 1, dim], or [B, I, F, 1, dim] where items differ in length."""
+        """Return [F, 1, dim], or [B, I, F, 1, dim] if items differ in length."""
         table = self.frame_embs
         last = table.shape[0] - 1
         precision = accumulator(table.dtype)
@@ -204,7 +226,7 @@ class PerceiverResampler(nn.Module):
             intervals = max(frames - 1, 1)
         else:
             intervals = (num_frames[..., None] - 1).clamp(min=1)
-        # Frames past an item's end are masked; the clamp only keeps their index valid.
+        # Frames past the end of an item are masked; the clamp keeps their index valid.
         position = (frame * last / intervals).clamp(max=last)
         below = position.floor()
         fraction = (position - below).to(table.dtype)[..., None]
