@@ -17,7 +17,8 @@ PACKAGE = ROOT / "flamingo_kernels"
 LAYERS = (
     ("cli", "tools", "__main__"),
     ("info", "train"),
-    ("model", "data", "convert"),
+    ("convert",),
+    ("model", "data"),
     ("language", "vision", "nn"),
     ("ops",),
     ("_triton", "_cpp"),

@@ -28,8 +28,8 @@ from examples.fast_binding.progress import Progress
 from examples.fast_binding.text import Documents
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.language.decoder import Decoder
-from flamingo_kernels.model.checkpoint import WEIGHTS_FILE
 from flamingo_kernels.model.loss import next_token_loss
+from flamingo_kernels.model.saving import WEIGHTS_FILE
 from flamingo_kernels.shipped import FAST_BINDING_GLYPHS
 from flamingo_kernels.train import TrainConfig
 from flamingo_kernels.train.config import DatasetSection, ModelSection, OptimizerSection

@@ -24,9 +24,9 @@ from flamingo_kernels.model import (
     FlamingoModel,
     ResamplerConfig,
 )
-from flamingo_kernels.model.backbones import config_of, wrap_language_model, wrap_vision_encoder
-from flamingo_kernels.model.checkpoint import write
-from flamingo_kernels.model.untouched import untouched_unless_done
+from flamingo_kernels.model.backbones import as_language_model, as_vision_encoder, default_config
+from flamingo_kernels.model.restore_on_error import restore_on_error
+from flamingo_kernels.model.saving import write
 
 WHAT = "an OpenFlamingo v2 checkpoint"
 LANGUAGE = "frozen language model, taken from the one given"
@@ -69,10 +69,9 @@ def load_open_flamingo(
     """
     tensors = read_tensors(checkpoint)
     ids = {"image_token_id": image_token_id, "end_of_chunk_token_id": end_of_chunk_token_id}
-    given = {"vision_encoder": vision_encoder, "language_model": language_model}
-    with untouched_unless_done(*given.values()):
+    with restore_on_error(vision_encoder, language_model):
         model = _load(tensors, vision_encoder, language_model, ids, kernel)
-    model._given = given
+    model.loan.given.update(vision_encoder=vision_encoder, language_model=language_model)
     return model.eval()
 
 
@@ -83,8 +82,8 @@ def _load(
     ids: Mapping[str, int | None],
     kernel: str,
 ) -> FlamingoModel:
-    language_model = wrap_language_model(language_model)
-    vision_encoder = wrap_vision_encoder(vision_encoder)
+    language_model = as_language_model(language_model)
+    vision_encoder = as_vision_encoder(vision_encoder)
     if not isinstance(language_model, HuggingFaceLanguageModel):
         raise ValueError("OpenFlamingo checkpoints need a Hugging Face language model")
     inner = language_model.model
@@ -97,7 +96,7 @@ def _load(
     sizes = [_shape(tensors, name, None)[0] for name in embeddings if name in tensors]
     # Models are published with rows to spare; OpenFlamingo cuts them to the tokenizer's.
     resize_embeddings(inner, sizes[0] if sizes else rows)
-    config = _config(tensors, config_of(vision_encoder, language_model))
+    config = _config(tensors, default_config(vision_encoder, language_model))
     model = FlamingoModel(
         config, kernel, vision_encoder=vision_encoder, language_model=language_model
     )

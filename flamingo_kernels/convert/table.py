@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from flamingo_kernels.model.saving import misfits
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -17,11 +19,16 @@ class Rule:
 
     Attributes
     ----------
-    pattern : regular expression.
-    target : new name as a template (``\\1``) or a function of the match; empty: leave the key out.
-    part : where several keys make one tensor, concatenated over rows, which one this is.
-    flatten : make it a vector.
-    reason : why the key is left out.
+    pattern : str
+        Regular expression.
+    target : str or callable
+        New name, as a template (``\\1``) or a function of the match. Empty: leave the key out.
+    part : int
+        Index of this key if several keys make one tensor, concatenated over rows.
+    flatten : bool
+        Make the tensor a vector.
+    reason : str
+        Why the key is left out.
     """
 
     pattern: str
@@ -41,7 +48,7 @@ class Conversion:
 
     @property
     def report(self) -> str:
-        """One line."""
+        """Counts of used and left-out keys, in one line."""
         reasons = "; ".join(f"{count} left out ({why})" for why, count in self.left_out.items())
         return f"{self.used} tensors used" + (f", {reasons}" if reasons else "")
 
@@ -92,17 +99,7 @@ def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], what: str) -> 
 
 def check_fit(model: nn.Module, tensors: Mapping[str, Tensor], needed: set[str], what: str) -> None:
     """Raise ValueError if a needed tensor is missing, or one is unknown or of another shape."""
-    expected = model.state_dict()
-    wrong = [
-        f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    faults = {
-        "missing": needed - tensors.keys(),
-        "unknown": tensors.keys() - expected.keys(),
-        "of another shape": wrong,
-    }
+    faults = misfits(tensors, model.state_dict(), needed)
     found = [f"{_some(names)} {fault}" for fault, names in faults.items() if names]
     if found:
         raise ValueError(f"{what} does not fit the model: " + "; ".join(found))

@@ -1,4 +1,4 @@
-"""A configuration and wrapped parts for backbones that exist already."""
+"""Backbones that exist already, wrapped as parts of a model, and a configuration for them."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from typing import Any
 
 from torch import nn
 
-from flamingo_kernels import vision
 from flamingo_kernels.fields import is_integer
 from flamingo_kernels.language import HuggingFaceLanguageModel, LanguageModel
 from flamingo_kernels.model.config import CrossAttentionConfig, FlamingoConfig, ResamplerConfig
-from flamingo_kernels.vision import PrecomputedFeatures
+from flamingo_kernels.vision import PrecomputedFeatures, wrap_vision_encoder
 
-# The paper's: all heads are this wide (table 4, appendix A.1.4).
+# Width of all heads in the paper (table 4, appendix A.1.4).
 HEAD_DIM = 128
 
 
-def wrap_vision_encoder(module: nn.Module | int, config: FlamingoConfig | None = None) -> nn.Module:
-    """A ``VisionEncoder`` over a module, or in place of one for so many channels of features.
+def as_vision_encoder(module: nn.Module | int, config: FlamingoConfig | None = None) -> nn.Module:
+    """Return a ``VisionEncoder`` over a module, or the stand-in for features of that many channels.
 
-    Sizes that the module's own configuration does not tell are those of ``config``.
+    Sizes that the module's own configuration lacks are taken from ``config``.
     """
     if is_integer(module):
         return PrecomputedFeatures(module)
@@ -28,31 +27,34 @@ def wrap_vision_encoder(module: nn.Module | int, config: FlamingoConfig | None =
             f"vision_encoder must be a module, or an int for features, got {type(module).__name__}"
         )
     if config is None:
-        return vision.wrap_vision_encoder(module)
+        return wrap_vision_encoder(module)
     own = getattr(module, "config", None)
     own = getattr(own, "vision_config", own)
-    told = {"output_dim": "hidden_size", "image_size": "image_size"}
-    missing = [name for name, attribute in told.items() if getattr(own, attribute, None) is None]
+    attributes = {"output_dim": "hidden_size", "image_size": "image_size"}
+    missing = [
+        name for name, attribute in attributes.items() if getattr(own, attribute, None) is None
+    ]
     sizes = {name: getattr(config.vision, name, None) for name in missing}
-    return vision.wrap_vision_encoder(module, **sizes)
+    return wrap_vision_encoder(module, **sizes)
 
 
-def wrap_language_model(module: nn.Module) -> nn.Module:
-    """A ``LanguageModel`` over a transformers causal language model; one is returned as it is."""
+def as_language_model(module: nn.Module) -> nn.Module:
+    """Return a ``LanguageModel`` over a transformers causal language model, or one as it is."""
     if not isinstance(module, nn.Module):
         raise TypeError(f"language_model must be a module, got {type(module).__name__}")
     return module if isinstance(module, LanguageModel) else HuggingFaceLanguageModel(module)
 
 
-def config_of(vision_encoder: nn.Module, language_model: nn.Module) -> FlamingoConfig:
-    """The paper's architecture over wrapped parts: one cross-attention layer before every block.
+def default_config(vision_encoder: nn.Module, language_model: nn.Module) -> FlamingoConfig:
+    """Return the paper's architecture over wrapped parts.
 
-    Token ids are those in the language model's own configuration.
+    There is one cross-attention layer before every block. Token ids are those in the language
+    model's own configuration.
 
     Raises
     ------
     ValueError
-        If that has no `image_token_id` or no `end_of_chunk_token_id`.
+        That configuration has no ``image_token_id`` or no ``end_of_chunk_token_id``.
     """
     inner = getattr(getattr(language_model, "model", None), "config", None)
     ids: dict[str, Any] = {}
@@ -69,7 +71,7 @@ def config_of(vision_encoder: nn.Module, language_model: nn.Module) -> FlamingoC
     for name in ("bos", "eos", "pad"):
         value = ids[f"{name}_token_id"]
         if value is not None and not 0 <= value < language_model.vocab_size:
-            ids[f"{name}_token_id"] = None  # ids of a tokenizer that the model was not made for
+            ids[f"{name}_token_id"] = None  # ids of a tokenizer for another model
     dim = vision_encoder.output_dim
     return FlamingoConfig(
         name=f"{type(getattr(language_model, 'model', language_model)).__name__}-flamingo",

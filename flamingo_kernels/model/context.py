@@ -1,7 +1,8 @@
-"""What the cross-attention layers of one call see: text so far, media, and who sees what."""
+"""What the cross-attention layers of one call see: the text so far, media, and spans."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,13 +13,13 @@ from flamingo_kernels.ops import MediaSpans
 
 
 @dataclass(frozen=True)
-class Context:
-    """All tokens of a call, those that a cache holds included, and their media.
+class MediaContext:
+    """All tokens of a call, including those that a cache holds, and their media.
 
     Attributes
     ----------
     media : tuple of MediaKeyValue
-        One per cross-attention layer, [B, I, R, H, D].
+        Keys and values of each cross-attention layer, [B, I, R, H, D].
     num_images : Tensor
         int64 [B], media slots in use.
     input_ids : Tensor
@@ -27,8 +28,8 @@ class Context:
         int64 [B, T]; None if no padding was ever given.
     spans : MediaSpans
         [B, T], the media that each token sees.
-    owned : bool
-        The media are a cache's own copies, see ``FlamingoCache``.
+    extendable : bool
+        As in ``FlamingoCache``.
     """
 
     media: tuple[MediaKeyValue, ...]
@@ -36,10 +37,13 @@ class Context:
     input_ids: Tensor
     attention_mask: Tensor | None
     spans: MediaSpans
-    owned: bool = False
+    extendable: bool = False
 
     def spans_of(self, start: int, end: int) -> MediaSpans:
-        """Of tokens start..end-1; text that follows the last one sees what that one sees."""
+        """Return the spans of tokens start..end-1.
+
+        Tokens past the last one, which are being generated, see what the last one sees.
+        """
         length = self.spans.shape[1]
         if end > length:
             index = torch.arange(start, end, device=self.spans.first.device).clamp(max=length - 1)
@@ -48,20 +52,48 @@ class Context:
             first, last = (s[:, start:end] for s in (self.spans.first, self.spans.last))
         return MediaSpans(first, last, self.spans.single_item)
 
-    def repeat(self, times: int) -> Context:
-        """Each row so many times, side by side."""
+    def repeat(self, times: int) -> MediaContext:
+        """Return the context with ``times`` copies of each row, side by side."""
         if times == 1:
             return self
 
-        def grown(tensor: Tensor) -> Tensor:
+        def repeated(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(times, dim=0)
 
-        spans = MediaSpans(grown(self.spans.first), grown(self.spans.last), self.spans.single_item)
+        spans = self.spans
+        mask = self.attention_mask
         return replace(
             self,
-            media=tuple(MediaKeyValue(grown(k), grown(v)) for k, v in self.media),
-            num_images=grown(self.num_images),
-            input_ids=grown(self.input_ids),
-            attention_mask=None if self.attention_mask is None else grown(self.attention_mask),
-            spans=spans,
+            media=tuple(MediaKeyValue(repeated(k), repeated(v)) for k, v in self.media),
+            num_images=repeated(self.num_images),
+            input_ids=repeated(self.input_ids),
+            attention_mask=None if mask is None else repeated(mask),
+            spans=MediaSpans(repeated(spans.first), repeated(spans.last), spans.single_item),
         )
+
+
+def token_spans(
+    input_ids: Tensor, image_token_id: int, attend: str, assign: str | Sequence[str]
+) -> MediaSpans:
+    """Return the media that each token [B, T] sees.
+
+    Parameters
+    ----------
+    input_ids, image_token_id, attend
+        As in ``MediaSpans.from_tokens``.
+    assign : {"previous", "next"} or one of them per row
+        Which neighbouring image the text belongs to.
+    """
+    if isinstance(assign, str):
+        return MediaSpans.from_tokens(input_ids, image_token_id, attend, assign)
+    if len(assign) != len(input_ids):
+        raise ValueError(f"assign names {len(assign)} rows, input_ids has {len(input_ids)}")
+    rows = [
+        MediaSpans.from_tokens(ids[None], image_token_id, attend, mode)
+        for ids, mode in zip(input_ids, assign, strict=True)
+    ]
+    return MediaSpans(
+        torch.cat([spans.first for spans in rows]),
+        torch.cat([spans.last for spans in rows]),
+        all(spans.single_item for spans in rows),
+    )

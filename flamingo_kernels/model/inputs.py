@@ -1,4 +1,4 @@
-"""Checks at the model boundary: every error names the offending row or value."""
+"""Checks of the model's inputs: every error names the offending row or value."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from flamingo_kernels.ops.checks import INTEGERS, describe
 
 @dataclass(frozen=True)
 class MediaInputs:
-    """Checked images: pixel values [B, I, F, C, H, W] or features [B, I, F, S, D], and how many of
-    them are real.
+    """Checked images, and which of them are real.
 
-    ``counts`` and ``frames`` are host integers (per row, per row and slot), or None where every
-    slot or frame is real.
+    Attributes
+    ----------
+    pixel_values : Tensor
+        Pixels [B, I, F, C, H, W] or features [B, I, F, S, D].
+    counts : list of int, or None
+        Slots that each row fills; None: all.
+    frames : list of list of int, or None
+        Real frames of each slot of each row; None: all.
     """
 
     pixel_values: Tensor
@@ -25,10 +30,11 @@ class MediaInputs:
 
     @property
     def slots(self) -> int:
+        """Media slots I of each row."""
         return self.pixel_values.shape[1]
 
     def real_frames(self) -> Tensor | None:
-        """bool [B, I, F] on the host: frames to encode; None when all of them are."""
+        """Return the frames to encode, bool [B, I, F] on the host; None: all of them."""
         if self.counts is None and self.frames is None:
             return None
         batch, slots, frames = self.pixel_values.shape[:3]
@@ -43,11 +49,10 @@ class MediaInputs:
 def check_text(
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    labels: Tensor | None,
     vocab_size: int,
     cached_tokens: int = 0,
 ) -> None:
-    """Raise TypeError or ValueError unless the text arguments fit together."""
+    """Raise TypeError or ValueError unless the tokens and their mask fit together."""
     if not isinstance(input_ids, Tensor) or input_ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(
             f"input_ids must be an int64 or int32 tensor [B, T], got {describe(input_ids)}"
@@ -76,21 +81,36 @@ def check_text(
                 + f", got {tuple(attention_mask.shape)}"
             )
         _require_device("attention_mask", attention_mask, input_ids)
-    if labels is not None:
-        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            raise TypeError(f"labels must be an int64 tensor, got {describe(labels)}")
-        if labels.shape != input_ids.shape:
-            raise ValueError(
-                f"labels must have the shape of input_ids {tuple(input_ids.shape)}, got "
-                f"{tuple(labels.shape)}"
-            )
-        _require_device("labels", labels, input_ids)
-        counted = labels[labels != -100]
-        if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < vocab_size:
-            bad = int(counted.min()) if int(counted.min()) < 0 else int(counted.max())
+
+
+def check_labels(labels: Tensor, input_ids: Tensor, vocab_size: int) -> None:
+    """Raise TypeError or ValueError unless labels fit checked tokens."""
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        raise TypeError(f"labels must be an int64 tensor, got {describe(labels)}")
+    if labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels must have the shape of input_ids {tuple(input_ids.shape)}, got "
+            f"{tuple(labels.shape)}"
+        )
+    _require_device("labels", labels, input_ids)
+    counted = labels[labels != -100]
+    if counted.numel():
+        low, high = (int(value) for value in torch.aminmax(counted))
+        if low < 0 or high >= vocab_size:
+            bad = low if low < 0 else high
             raise ValueError(
                 f"labels holds {bad}; allowed are -100 (ignored) and 0..{vocab_size - 1}"
             )
+
+
+def require_left_padding(attention_mask: Tensor | None, purpose: str) -> None:
+    """Raise ValueError if a row ends in padding, which leaves nothing to continue."""
+    if attention_mask is None:
+        return
+    padded = attention_mask[:, -1] == 0
+    if bool(padded.any()):
+        row = int(padded.nonzero()[0])
+        raise ValueError(f"row {row} ends in padding; pad prompts on the left to {purpose}")
 
 
 def check_media(
@@ -100,12 +120,17 @@ def check_media(
     num_images: Tensor | None,
     num_frames: Tensor | None,
 ) -> MediaInputs | None:
-    """Images that match the ``<image>`` tokens row by row, or None for a batch without any.
+    """Check that the images match the ``<image>`` tokens of each row.
+
+    Returns
+    -------
+    MediaInputs or None
+        None for a batch without images.
 
     Raises
     ------
     TypeError, ValueError
-        Wrong rank, dtype or device; a row whose ``<image>`` tokens and images differ in number.
+        Wrong rank, dtype or device; a row with another number of ``<image>`` tokens than images.
     """
     batch = input_ids.shape[0]
     if pixel_values is None:
@@ -131,7 +156,7 @@ def check_media(
     slots, frames = pixel_values.shape[1:3]
     counts = _host_integers("num_images", num_images, (batch,), 0, slots)
     _match_counts(input_ids, image_token_id, counts or [slots] * batch)
-    # A padded slot may hold any frame count, so that zero is as good as another.
+    # A padded slot may hold any frame count, including zero.
     frame_counts = _host_integers("num_frames", num_frames, (batch, slots), 0, frames)
     if frame_counts is not None:
         for row, of_row in enumerate(frame_counts):
@@ -148,6 +173,7 @@ def check_media(
 def _host_integers(
     name: str, value: Tensor | None, shape: tuple[int, ...], low: int, high: int
 ) -> list | None:
+    """Return the values of an integer tensor of ``shape`` within low..high."""
     if value is None:
         return None
     _require_integers(name, value)

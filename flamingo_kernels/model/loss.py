@@ -12,7 +12,7 @@ _IN_CHUNKS = hasattr(nn, "LinearCrossEntropyOptions")
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of predicting ``labels[:, t + 1]`` from ``logits[:, t]``.
+    """Compute the mean cross-entropy of predicting ``labels[:, t + 1]`` from ``logits[:, t]``.
 
     Parameters
     ----------
@@ -37,11 +37,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 def next_token_loss_of_hidden(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
 ) -> Tensor:
-    """:func:`next_token_loss` of ``F.linear(hidden, weight, bias)``, without those logits.
+    """Compute :func:`next_token_loss` of ``F.linear(hidden, weight, bias)`` in chunks.
 
-    ``torch.nn.functional.linear_cross_entropy`` makes them in chunks, here and again in the
-    backward. Where torch lacks it they are made at once; also for a weight that is trained, whose
-    gradient it adds up in no fixed order on a GPU.
+    ``torch.nn.functional.linear_cross_entropy`` computes the logits in chunks, here and again in
+    the backward, and never holds all of them. They are computed at once if torch lacks it, or if
+    the weight is trained: on a GPU it sums that gradient in no fixed order.
 
     Parameters
     ----------
@@ -50,13 +50,12 @@ def next_token_loss_of_hidden(
     weight, bias : Tensor
         [V, dim] and [V] or None.
     labels : Tensor
-        int64 [B, T]; -100 is ignored, and hidden states of which only such are predicted are not
-        read.
+        int64 [B, T]; positions whose target is -100 are skipped.
 
     Returns
     -------
     Tensor
-        As :func:`next_token_loss`; the losses that it is the mean of are in the dtype of hidden.
+        As :func:`next_token_loss`; the losses of single tokens are in the dtype of ``hidden``.
     """
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained or not _IN_CHUNKS:
@@ -77,9 +76,9 @@ def next_token_loss_of_hidden(
 def ignore_text_before_first_image(
     labels: Tensor, input_ids: Tensor, image_token_id: int
 ) -> Tensor:
-    """Labels [B, T] with -100 up to each row's first ``<image>`` token (OpenFlamingo on MMC4).
+    """Return labels [B, T] with -100 before each row's first ``<image>`` token.
 
-    A row without an image is ignored as a whole.
+    OpenFlamingo trains on MMC4 so. A row without an image is ignored as a whole.
     """
     before = (input_ids == image_token_id).cumsum(1) == 0
     return labels.masked_fill(before, -100)

@@ -291,7 +291,7 @@ class Trainer:
         size = distributed.world_size()
         if size == 1:
             return 1.0, _Totals(loss.item(), tokens, images)
-        labels = self.model.counted_labels(batch["labels"], batch["attention_mask"] != 0)
+        labels = self.model.mask_labels(batch["labels"], batch["attention_mask"] != 0)
         counted = int((labels[:, 1:] != IGNORED_LABEL).sum())
         total, everyone, tokens, images = distributed.sum_over_ranks(
             [loss.item() * counted, counted, tokens, images], self.device

@@ -22,7 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flamingo_kernels.fields import check_positive
 from flamingo_kernels.language import DecoderConfig, build_language_model
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
-from flamingo_kernels.model.flamingo import build_resampler
+from flamingo_kernels.model.bridge import build_resampler
 from flamingo_kernels.saved_tensors import saved_bytes
 from flamingo_kernels.train.sharding import units
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from flamingo_kernels.model.beams import Beams
+from flamingo_kernels.model.generation.beams import Beams
 
 PAD = 1  # transformers takes a stop token in place of padding token 0
 

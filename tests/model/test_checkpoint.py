@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
-from flamingo_kernels.model import checkpoint
+from flamingo_kernels.model import saving
 from testing.backbones import language_model
 from testing.tiny_model import TINY, make_model, ragged_batch
 
@@ -91,7 +91,7 @@ def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path, monkeypatch) -
         Path(file).write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(saving, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         make_model(attend="previous").save_pretrained(tmp_path, include_frozen=True)
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
@@ -121,7 +121,7 @@ def rewrite(folder: Path, change, config: object = None) -> None:
     tensors = load_file(file)
     change(tensors)
     if config is not None:
-        metadata[checkpoint.CONFIG_KEY] = config
+        metadata[saving.CONFIG_KEY] = config
     save_file(tensors, file, metadata)
 
 

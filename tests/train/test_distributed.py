@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.data.samples import Sample, collate
-from flamingo_kernels.model.flamingo import FROZEN_PARTS
+from flamingo_kernels.model.network import FROZEN_PARTS
 from flamingo_kernels.train import (
     TrainConfig,
     Trainer,

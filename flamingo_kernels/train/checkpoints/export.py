@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from flamingo_kernels.model import FlamingoConfig
-from flamingo_kernels.model import checkpoint as weights
+from flamingo_kernels.model import saving as weights
 from flamingo_kernels.train.checkpoints.folder import STATE_FILE, is_sharded, list_checkpoints
 from flamingo_kernels.train.checkpoints.state import read_state
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from flamingo_kernels.model.flamingo import FROZEN_PARTS, FlamingoModel
+from flamingo_kernels.model import FlamingoModel
+from flamingo_kernels.model.network import FROZEN_PARTS
 from flamingo_kernels.train.checkpoints.folder import FORMAT, SHARDS, STATE_FILE
 
 # Values of a frozen tensor that its fingerprint reads; smaller tensors are read whole.

@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flamingo_kernels.model import checkpoint as weights
+from flamingo_kernels.model import saving as weights
 from flamingo_kernels.train import distributed
 from flamingo_kernels.train.checkpoints import contents
 from flamingo_kernels.train.checkpoints.contents import Trained

@@ -1,4 +1,4 @@
-"""Beam search: which sequences to keep; the loop that runs the model is in ``generation``."""
+"""Beam search: which sequences to keep. The loop that runs the model is ``own.decode_beams``."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ NEVER = float("-inf")
 class Beams:
     """The best ``num_beams`` unfinished and finished continuations of each of B rows.
 
-    As in transformers with its defaults: a continuation's score is the sum of its log-probabilities
-    over its length; those that end in a stop token compete at the length they have; a row is done
-    when ``num_beams`` are finished and the best unfinished one, at its present length, scores lower
-    than all of them.
+    The rules are the defaults of transformers. The score of a continuation is the sum of its
+    log-probabilities divided by its length. A continuation that ends in a stop token keeps its
+    score. A row is done once ``num_beams`` are finished and the best unfinished one, at its present
+    length, scores lower than all of them.
 
     Attributes
     ----------
     tokens : Tensor
-        int64 [B, K, n], the unfinished ones.
+        int64 [B, K, n], the unfinished continuations.
     """
 
     def __init__(self, rows: int, num_beams: int, stops: Tensor, pad_token_id: int) -> None:
@@ -28,7 +28,7 @@ class Beams:
         self._stops = stops
         self._pad = pad_token_id
         self.tokens = torch.zeros(rows, num_beams, 0, dtype=torch.int64, device=device)
-        # All beams start equal: only the first may be extended at first.
+        # All beams start equal, so only the first is extended at first.
         self._scores = torch.full((rows, num_beams), NEVER, device=device)
         self._scores[:, 0] = 0
         self._finished = self.tokens.clone()
@@ -37,20 +37,25 @@ class Beams:
 
     @property
     def done(self) -> bool:
-        """Nothing that is still running can be returned."""
+        """Whether no unfinished continuation can be among the best any more."""
         return bool(self._done.all())
 
     def extend(self, log_probabilities: Tensor) -> Tensor:
-        """Choose the next tokens; returns int64 [B, K], the beam that each new one extends.
+        """Choose the next tokens.
 
         Parameters
         ----------
         log_probabilities : Tensor
-            fp32 [B, K, V] of each unfinished continuation's next token.
+            fp32 [B, K, V], of the next token of each unfinished continuation.
+
+        Returns
+        -------
+        Tensor
+            int64 [B, K], the beam that each new continuation extends.
         """
         _, beams, vocab = log_probabilities.shape
         totals = (self._scores[..., None] + log_probabilities).flatten(1)
-        # Enough that so many go on even if each beam's best are all stop tokens.
+        # Enough to continue all beams even if the best tokens of each are all stop tokens.
         wanted = min((1 + len(self._stops)) * beams, totals.shape[1])
         totals, index = totals.topk(wanted, dim=1)
         parents, tokens = index // vocab, index % vocab
@@ -62,7 +67,7 @@ class Beams:
         self._finish(candidates, (totals / length).masked_fill(~(stops & among_best), NEVER))
 
         going_on = stops.long().argsort(dim=1, stable=True)[:, :beams]
-        stopped = stops.gather(1, going_on)  # only where the vocabulary has too few other tokens
+        stopped = stops.gather(1, going_on)  # only if the vocabulary has too few other tokens
         self._scores = totals.gather(1, going_on).masked_fill(stopped, NEVER)
         self.tokens = self._of(candidates, going_on)
         best_running = self._scores.amax(1) / length
@@ -70,7 +75,7 @@ class Beams:
         return parents.gather(1, going_on)
 
     def best(self, count: int) -> Tensor:
-        """int64 [B * count, n]: each row's best continuations, padded after their stop token."""
+        """Return the best continuations, int64 [B * count, n], padded after their stop token."""
         length = max(self.tokens.shape[2], 1)
         running = (self._scores / length).masked_fill(self._done[:, None], NEVER)
         self._finish(self.tokens, running)
@@ -82,7 +87,7 @@ class Beams:
         return found[..., :longest].flatten(0, 1)
 
     def _finish(self, candidates: Tensor, scores: Tensor) -> None:
-        """Keep the best of the finished ones and these, unless the row is done."""
+        """Keep the best of the finished ones and ``candidates``, unless the row is done."""
         scores = scores.masked_fill(self._done[:, None], NEVER)
         grown = candidates.shape[2] - self._finished.shape[2]
         held = torch.nn.functional.pad(self._finished, (0, grown), value=self._pad)

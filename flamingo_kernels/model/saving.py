@@ -1,13 +1,13 @@
-"""Checkpoints: one ``model.safetensors`` that holds the config in its header; no pickle."""
+"""Saved models: one ``model.safetensors`` that holds the config in its header; no pickle."""
 
 from __future__ import annotations
 
 import json
 import os
 import tempfile
+from collections.abc import Mapping, Set
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -15,24 +15,22 @@ from torch import Tensor, nn
 
 from flamingo_kernels.language import HuggingFaceLanguageModel
 from flamingo_kernels.language.media_tokens import resize_embeddings
-from flamingo_kernels.model.backbones import wrap_language_model, wrap_vision_encoder
+from flamingo_kernels.model.backbones import as_language_model, as_vision_encoder
 from flamingo_kernels.model.config import FlamingoConfig
-
-if TYPE_CHECKING:
-    from flamingo_kernels.model.flamingo import FlamingoModel
+from flamingo_kernels.model.network import FlamingoNetwork, Network
 
 WEIGHTS_FILE = "model.safetensors"
 # One file, so that config and weights are replaced in one step.
 CONFIG_KEY = "flamingo_kernels.config"
 
 
-def save(model: FlamingoModel, path: str | PathLike, include_frozen: bool) -> None:
-    """Write ``model``; see ``FlamingoModel.save_pretrained``."""
-    tensors = model.state_dict()
+def save(network: FlamingoNetwork, path: str | PathLike, include_frozen: bool) -> None:
+    """Write ``network``; see ``FlamingoModel.save_pretrained``."""
+    tensors = network.state_dict()
     if not include_frozen:
-        wanted = model.trainable_parameters().keys() | model.saved_frozen
+        wanted = network.trainable_parameters().keys() | network.saved_frozen
         tensors = {name: tensor for name, tensor in tensors.items() if name in wanted}
-    write(tensors, model.config, path)
+    write(tensors, network.config, path)
 
 
 def write(tensors: dict[str, Tensor], config: FlamingoConfig, path: str | PathLike) -> None:
@@ -56,20 +54,20 @@ def write(tensors: dict[str, Tensor], config: FlamingoConfig, path: str | PathLi
 
 
 def load(
-    model_class: type[FlamingoModel],
+    network_class: type[Network],
     path: str | PathLike,
     kernel: str,
     *,
     vision_encoder: nn.Module | int | None,
     language_model: nn.Module | None,
-) -> FlamingoModel:
+) -> Network:
     """Read the checkpoint at ``path``; see ``FlamingoModel.from_pretrained``."""
     file = Path(path) / WEIGHTS_FILE
     config, tensors = read(file)
     if vision_encoder is not None:
-        vision_encoder = wrap_vision_encoder(vision_encoder, config)
+        vision_encoder = as_vision_encoder(vision_encoder, config)
     if language_model is not None:
-        language_model = wrap_language_model(language_model)
+        language_model = as_language_model(language_model)
     given = {"vision_encoder": vision_encoder, "language_model": language_model}
     for part, module in given.items():
         stored = any(name.startswith(f"{part}.") for name in tensors)
@@ -80,43 +78,25 @@ def load(
                 "with"
             )
     if isinstance(language_model, HuggingFaceLanguageModel):
-        inner = language_model.model
-        # Rows of new tokens are in the checkpoint, not in the published model.
-        embeddings = f"language_model.model.{_name_of(inner, inner.get_input_embeddings())}.weight"
-        if embeddings in tensors:
-            resize_embeddings(inner, config.language.vocab_size)
-        elif language_model.vocab_size != config.language.vocab_size:
-            raise ValueError(
-                f"the language model has {language_model.vocab_size} embeddings, {file} was "
-                f"trained with {config.language.vocab_size}: call add_media_tokens on it with the "
-                "tokenizer first, or pass the one it was trained with"
-            )
+        _resize_to_checkpoint(language_model, config.language.vocab_size, tensors, file)
     try:
-        model = model_class(config, kernel, **given)
+        network = network_class(config, kernel, **given)
     except ValueError:
         raise
     except Exception as error:  # other libraries' configurations raise all kinds
         raise ValueError(f"cannot build the model that {file} describes: {error}") from error
-    expected = model.state_dict()
-    wanted = {
-        name
-        for name in _owners(expected)
-        if given.get(name.split(".", 1)[0]) is None or name in tensors
-    }
-    faults = {
-        "missing": sorted(wanted - set(tensors)),
-        "unknown": sorted(set(tensors) - set(expected)),
-        "of another shape": sorted(
-            f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
-            for name, tensor in tensors.items()
-            if name in expected and tensor.shape != expected[name].shape
-        ),
-        "of another kind": sorted(
-            f"{name} {tensor.dtype} instead of {expected[name].dtype}"
-            for name, tensor in tensors.items()
-            if name in expected and tensor.is_floating_point() != expected[name].is_floating_point()
-        ),
-    }
+
+    def is_given(name: str) -> bool:
+        return given.get(name.split(".", 1)[0]) is not None
+
+    expected = network.state_dict()
+    needed = {name for name in _owners(expected) if not is_given(name) or name in tensors}
+    faults = misfits(tensors, expected, needed)
+    faults["of another kind"] = sorted(
+        f"{name} {tensor.dtype} instead of {expected[name].dtype}"
+        for name, tensor in tensors.items()
+        if name in expected and tensor.is_floating_point() != expected[name].is_floating_point()
+    )
     problems = [
         f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for what, names in faults.items()
@@ -126,13 +106,61 @@ def load(
         raise ValueError(
             f"{file} does not fit its config {config.name!r}: tensors " + "; ".join(problems)
         )
-    for name, parameter in model.named_parameters():
+    for name, parameter in network.named_parameters():
         # A part that was given keeps its own dtype: one tensor of another would not run with it.
-        if name in tensors and given.get(name.split(".", 1)[0]) is None:
+        if name in tensors and not is_given(name):
             parameter.data = parameter.data.to(tensors[name].dtype)
-    model.load_state_dict(tensors, strict=False)
-    model.saved_frozen = {name for name in tensors if given.get(name.split(".", 1)[0]) is not None}
-    return model
+    network.load_state_dict(tensors, strict=False)
+    network.saved_frozen = set(filter(is_given, tensors))
+    return network
+
+
+def misfits(
+    tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], needed: Set[str]
+) -> dict[str, list[str]]:
+    """Find the names of tensors that do not fit a model.
+
+    Parameters
+    ----------
+    tensors, expected : mapping of str to Tensor
+        What there is, and the model's state dict.
+    needed : set of str
+        Names that must be among ``tensors``.
+
+    Returns
+    -------
+    dict of str to list of str
+        Sorted names by fault, the shapes added where they differ. A list may be empty.
+    """
+    return {
+        "missing": sorted(needed - tensors.keys()),
+        "unknown": sorted(tensors.keys() - expected.keys()),
+        "of another shape": sorted(
+            f"{name} {tuple(tensor.shape)} instead of {tuple(expected[name].shape)}"
+            for name, tensor in tensors.items()
+            if name in expected and tensor.shape != expected[name].shape
+        ),
+    }
+
+
+def _resize_to_checkpoint(
+    language_model: HuggingFaceLanguageModel,
+    vocab_size: int,
+    tensors: Mapping[str, Tensor],
+    file: Path,
+) -> None:
+    """Resize the embeddings if ``tensors`` hold them; otherwise check their size."""
+    inner = language_model.model
+    # Embeddings of new tokens are in the checkpoint, not in the published model.
+    embeddings = f"language_model.model.{_name_of(inner, inner.get_input_embeddings())}.weight"
+    if embeddings in tensors:
+        resize_embeddings(inner, vocab_size)
+    elif language_model.vocab_size != vocab_size:
+        raise ValueError(
+            f"the language model has {language_model.vocab_size} embeddings, {file} was "
+            f"trained with {vocab_size}: call add_media_tokens on it with the "
+            "tokenizer first, or pass the one it was trained with"
+        )
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:
@@ -140,7 +168,7 @@ def _name_of(model: nn.Module, part: nn.Module) -> str:
 
 
 def _owners(tensors: dict[str, Tensor]) -> list[str]:
-    """Names of the tensors without later names of the same memory, as of tied embeddings."""
+    """Return the first name of each memory, since tied embeddings have several names."""
     seen: dict[object, str] = {}
     for name, tensor in tensors.items():
         place = (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else name
@@ -149,7 +177,7 @@ def _owners(tensors: dict[str, Tensor]) -> list[str]:
 
 
 def read(file: Path) -> tuple[FlamingoConfig, dict[str, Tensor]]:
-    """What :func:`write` wrote; FileNotFoundError or ValueError if it is not such a file."""
+    """Read what :func:`write` wrote; FileNotFoundError or ValueError if ``file`` is not that."""
     if not file.is_file():
         raise FileNotFoundError(
             f"no {file.name} in {file.parent}: not a flamingo_kernels checkpoint"

@@ -1,4 +1,4 @@
-"""Models that were given stay as they were when something fails half way."""
+"""Undo changes to the caller's models if a step fails halfway."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import nn
 
 
 @contextmanager
-def untouched_unless_done(*parts: object) -> Iterator[None]:
-    """If the block raises, modules get back their submodules, hooks, modes, sizes and configs.
+def restore_on_error(*parts: object) -> Iterator[None]:
+    """Restore the modules among ``parts`` if the block raises.
 
-    ``requires_grad`` too. The values of a tensor that was written to do not come back: write last.
-    Parts that are no modules are left out.
+    Submodules, hooks, modes, sizes, configurations and ``requires_grad`` return to what they were.
+    Values that were written into a tensor in place do not, so write those last.
     """
     modules = {m: None for p in parts if isinstance(p, nn.Module) for m in p.modules()}
     parameters = [(p, p.data, p.requires_grad) for m in modules for p in m.parameters(False)]
@@ -38,14 +38,14 @@ def untouched_unless_done(*parts: object) -> Iterator[None]:
 def _state(
     thing: object,
 ) -> tuple[dict[str, Any], dict[str, Any], list[tuple[dict, dict]]]:
-    """Its attributes, a copy of them, and those that are dicts, such as hooks, with copies."""
+    """Return its attributes, a copy of them, and each dict among them with a copy (hooks)."""
     attributes = vars(thing)
     tables = [(value, dict(value)) for value in attributes.values() if isinstance(value, dict)]
     return attributes, dict(attributes), tables
 
 
 def _configs(modules: Iterable[nn.Module]) -> list[object]:
-    """The distinct transformers configurations of modules, and those inside them."""
+    """Return the distinct transformers configurations of modules, nested ones included."""
     found: dict[int, object] = {}
     waiting = [vars(module) for module in modules]
     while waiting:

@@ -1,0 +1,96 @@
+"""From images to the keys and values of the cross-attention layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from flamingo_kernels.model.inputs import MediaInputs
+from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
+
+
+def encode_media(
+    vision_encoder: nn.Module,
+    resampler: PerceiverResampler,
+    inputs: MediaInputs | None,
+    batch: int,
+) -> Tensor:
+    """Encode and resample images.
+
+    Parameters
+    ----------
+    vision_encoder : nn.Module
+        A frozen ``VisionEncoder``. It is not run on features.
+    resampler : PerceiverResampler
+        Turns the features of each image into latents.
+    inputs : MediaInputs or None
+        The images; None: no row has any.
+    batch : int
+        Number of rows B.
+
+    Returns
+    -------
+    Tensor
+        Latents [B, I, R, dim] in the dtype of the resampler, zero in slots without an image.
+    """
+    parameter = resampler.latents
+    if inputs is None:
+        return parameter.new_zeros(batch, 0, *parameter.shape)
+    if inputs.pixel_values.ndim == 5:
+        features = _given_features(inputs, vision_encoder.output_dim, parameter.dtype)
+    else:
+        features = _encode_frames(vision_encoder, inputs, parameter)
+    frames = inputs.frames and torch.tensor(inputs.frames, device=features.device)
+    if inputs.counts is None:
+        return resampler(features, frames)
+    # Resample only the slots that hold an image.
+    used = torch.arange(inputs.slots) < torch.tensor(inputs.counts)[:, None]
+    rows, slots = (index.to(features.device) for index in used.nonzero(as_tuple=True))
+    packed_frames = None if frames is None else frames[rows, slots][None]
+    packed = resampler(features[rows, slots][None], packed_frames)[0]
+    latents = packed.new_zeros(batch, inputs.slots, *packed.shape[1:])
+    return latents.index_put((rows, slots), packed)
+
+
+def project_media(
+    layers: Iterable[GatedCrossAttentionBlock], latents: Tensor
+) -> tuple[MediaKeyValue, ...]:
+    """Return the keys and values of latents [B, I, R, dim] for each layer."""
+    return tuple(layer.project_media(latents) for layer in layers)
+
+
+def _given_features(inputs: MediaInputs, channels: int, dtype: torch.dtype) -> Tensor:
+    """Return features [B, I, F, S, D] that were given, zero in frames that are padding."""
+    features = inputs.pixel_values
+    if features.shape[-1] != channels:
+        raise ValueError(
+            f"features must have {channels} channels, got shape {tuple(features.shape)}"
+        )
+    features = features.to(dtype)
+    real = inputs.real_frames()
+    if real is None:
+        return features
+    return features.masked_fill(~real.to(features.device)[..., None, None], 0)
+
+
+def _encode_frames(vision_encoder: nn.Module, inputs: MediaInputs, parameter: Tensor) -> Tensor:
+    """Return features [B, I, F, S, D] of the real frames, zero in frames that are padding.
+
+    They are in the dtype of ``parameter``, which the encoder's may differ from.
+    """
+    pixels, dtype = inputs.pixel_values, parameter.dtype
+    weight = next(vision_encoder.parameters(), parameter)
+    real = inputs.real_frames()
+    with torch.no_grad():
+        if real is None:
+            features = vision_encoder(pixels.flatten(0, 2).to(weight.dtype))
+            return features.unflatten(0, pixels.shape[:3]).to(dtype)
+        index = tuple(i.to(pixels.device) for i in real.nonzero(as_tuple=True))
+        images = pixels[index].to(weight.dtype)
+        if not len(images):  # not every encoder accepts an empty batch
+            images = images.new_zeros(1, *images.shape[1:])
+        features = vision_encoder(images)[: len(index[0])].to(dtype)
+        padded = features.new_zeros(*pixels.shape[:3], *features.shape[1:])
+        return padded.index_put(index, features)

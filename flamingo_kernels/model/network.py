@@ -1,0 +1,347 @@
+"""FlamingoNetwork: what the model computes, from tokens and images to logits and the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as run_checkpointed
+
+from flamingo_kernels.language import BlockHook, build_language_model, checkpoint_blocks
+from flamingo_kernels.model.bridge import build_cross_attention, build_resampler
+from flamingo_kernels.model.cache import FlamingoCache, check_cache
+from flamingo_kernels.model.config import FlamingoConfig
+from flamingo_kernels.model.context import MediaContext, token_spans
+from flamingo_kernels.model.inputs import check_labels, check_media, check_text
+from flamingo_kernels.model.loan import Loan
+from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidden
+from flamingo_kernels.model.media import encode_media, project_media
+from flamingo_kernels.nn import MediaKeyValue
+from flamingo_kernels.ops import plan_media_attention
+from flamingo_kernels.ops.dispatch import check_kernel_name
+from flamingo_kernels.vision import build_vision_encoder
+
+FROZEN_PARTS = ("vision_encoder", "language_model")
+Network = TypeVar("Network", bound="FlamingoNetwork")
+
+
+@dataclass(frozen=True)
+class FlamingoOutput:
+    """Result of a forward.
+
+    Attributes
+    ----------
+    loss : Tensor or None
+        Scalar; None without labels.
+    logits : Tensor or None
+        [B, T, V]; None if they were left out.
+    cache : FlamingoCache or None
+        For the next call; None unless it was asked for or given.
+    """
+
+    loss: Tensor | None
+    logits: Tensor | None
+    cache: FlamingoCache | None = None
+
+
+class FlamingoNetwork(nn.Module):
+    """Flamingo's frozen parts, its trainable bridge between them, and one forward through all.
+
+    Parameters, errors and the way in for users are in :class:`FlamingoModel`.
+    """
+
+    def __init__(
+        self,
+        config: FlamingoConfig,
+        kernel: str = "auto",
+        *,
+        vision_encoder: nn.Module | None = None,
+        language_model: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        check_kernel_name(kernel)
+        self.config = config
+        self.kernel = kernel
+        if vision_encoder is not None:
+            _check_part("vision_encoder", vision_encoder, output_dim=config.vision.output_dim)
+        if language_model is not None:
+            _check_part(
+                "language_model",
+                language_model,
+                dim=config.language.dim,
+                num_blocks=config.language.depth,
+                vocab_size=config.language.vocab_size,
+            )
+        self.vision_encoder = vision_encoder or build_vision_encoder(config.vision)
+        self.language_model = language_model or build_language_model(config.language)
+        self.perceiver = build_resampler(config.resampler, kernel)
+        self.gated_cross_attn_layers = nn.ModuleList(
+            build_cross_attention(config, kernel) for _ in config.cross_attention_blocks
+        )
+        # Tensors of the frozen parts that differ from the published backbones. A checkpoint holds
+        # them beside the trainable ones.
+        self.saved_frozen: set[str] = set()
+        self._use_reentrant: bool | None = None  # None: no activation checkpointing
+        self.loan = Loan(self._frozen_parts())
+        self.train(self.training)
+
+    def _frozen_parts(self) -> tuple[nn.Module, ...]:
+        return tuple(getattr(self, name) for name in FROZEN_PARTS)
+
+    def train(self: Network, mode: bool = True) -> Network:
+        """Set the mode of the trainable parts; the frozen ones stay in evaluation mode."""
+        super().train(mode)
+        for part in self._frozen_parts():
+            part.eval()
+        return self
+
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters outside the frozen parts, by name.
+
+        Parameters of the frozen parts whose ``requires_grad`` was set again are included, such as
+        the embeddings of new tokens.
+        """
+        return {
+            name: parameter
+            for name, parameter in self.named_parameters()
+            if name.split(".", 1)[0] not in FROZEN_PARTS or parameter.requires_grad
+        }
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Save only the input of each cross-attention layer and LM block, and recompute the rest.
+
+        Gradients stay the same. Name and arguments are those of transformers.
+
+        Parameters
+        ----------
+        gradient_checkpointing_kwargs : dict, optional
+            May hold ``use_reentrant`` (default False).
+
+        Raises
+        ------
+        ValueError
+            Any other option.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        use_reentrant = bool(options.pop("use_reentrant", False))
+        if options:
+            raise ValueError(f"unknown checkpointing options {sorted(options)}; use_reentrant only")
+        self._use_reentrant = use_reentrant
+        checkpoint_blocks(self.language_model.blocks, use_reentrant)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Undo :meth:`gradient_checkpointing_enable`."""
+        self._use_reentrant = None
+        checkpoint_blocks(self.language_model.blocks, None)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        num_images: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        assign: str | Sequence[str] = "previous",
+        cache: FlamingoCache | None = None,
+        use_cache: bool = False,
+        return_logits: bool = True,
+    ) -> FlamingoOutput:
+        """Compute logits, and the loss if labels are given.
+
+        Parameters
+        ----------
+        input_ids : Tensor
+            int64 [B, T]; one ``<image>`` token (``config.image_token_id``) per image.
+        pixel_values : Tensor, optional
+            Normalised images [B, I, F, C, H, W]; F = 1 for images. Or features [B, I, F, S, D] in
+            place of the vision encoder's. None: no image in the batch.
+        attention_mask : Tensor, optional
+            [B, T], nonzero at real tokens; padding on either side. With a cache it also covers the
+            cached tokens.
+        labels : Tensor, optional
+            int64 [B, T], usually ``input_ids``; they are shifted inside. -100, ``<image>`` and
+            padding are ignored. The loss is 0 if nothing is left.
+        num_images : Tensor, optional
+            Integer [B]: how many of the I slots each row fills (default: all). The others are never
+            read.
+        num_frames : Tensor, optional
+            Integer [B, I]: how many of the F frames of each clip are real (default: all).
+        assign : {"previous", "next"} or one of them per row
+            Whether text belongs to the image before or after it. The paper draws one per document
+            as training augmentation (appendix A.3.2).
+        cache : FlamingoCache, optional
+            Cache of an earlier call; ``input_ids`` and ``pixel_values`` then hold what is new. It
+            is extended in place: continue twice from copies by ``cache.select_rows``.
+        use_cache : bool
+            Return a cache for the next call. A cache that is given is always returned, extended.
+        return_logits : bool
+            False, with labels, leaves out the logits. The loss is then computed without them where
+            that is possible (torch 2.13, a frozen output product, no cache).
+
+        Returns
+        -------
+        FlamingoOutput
+
+        Raises
+        ------
+        TypeError, ValueError
+            Inputs that do not fit; the message names the row or the value.
+        """
+        use_cache = use_cache or cache is not None
+        if labels is None and not return_logits:
+            raise ValueError("return_logits=False without labels: there is nothing to return")
+        context = self.encode_context(
+            input_ids,
+            pixel_values,
+            attention_mask,
+            num_images=num_images,
+            num_frames=num_frames,
+            assign=assign,
+            cache=cache,
+        )
+        length, new = context.input_ids.shape[1], input_ids.shape[1]
+        mask = context.attention_mask
+        if labels is not None:
+            check_labels(labels, input_ids, self.config.language.vocab_size)
+            labels = self.mask_labels(labels, None if mask is None else mask[:, -new:] != 0)
+        options: dict[str, Any] = {}
+        if not return_logits and "head" in signature(self.language_model.forward).parameters:
+            options["head"] = partial(next_token_loss_of_hidden, labels=labels)
+        out = self.language_model(
+            input_ids,
+            attention_mask=mask,
+            cache=None if cache is None else cache.language,
+            before_block=self.block_hook(context, length - new, length),
+            use_cache=use_cache,
+            **options,
+        )
+        loss = out.head_output
+        if labels is not None and loss is None:
+            loss = next_token_loss(out.logits, labels)
+        logits = out.logits if return_logits else None
+        if not use_cache:
+            return FlamingoOutput(loss, logits)
+        return FlamingoOutput(loss, logits, FlamingoCache.after(context, out.cache).with_room())
+
+    def encode_context(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        num_images: Tensor | None = None,
+        num_frames: Tensor | None = None,
+        assign: str | Sequence[str] = "previous",
+        cache: FlamingoCache | None = None,
+    ) -> MediaContext:
+        """Check the arguments of :meth:`forward` and encode their media, once for all layers.
+
+        Media of the cache are not encoded again.
+        """
+        config = self.config
+        cached_tokens = 0
+        if cache is not None:
+            check_cache(cache)
+            cached_tokens = cache.input_ids.shape[1]
+        check_text(input_ids, attention_mask, config.language.vocab_size, cached_tokens)
+        rows = input_ids.shape[0]
+        if cache is not None and cache.input_ids.shape[0] != rows:
+            raise ValueError(f"the cache holds {cache.input_ids.shape[0]} rows, input_ids {rows}")
+        if cache is not None and assign != "previous":
+            raise ValueError(f"assign={assign!r} looks ahead and cannot be used with a cache")
+        inputs = check_media(input_ids, config.image_token_id, pixel_values, num_images, num_frames)
+
+        media, extendable = None, False
+        if cache is None or inputs is not None:
+            latents = encode_media(self.vision_encoder, self.perceiver, inputs, rows)
+            media = project_media(self.gated_cross_attn_layers, latents)
+        counts = (input_ids == config.image_token_id).sum(1)
+        text, mask = input_ids, None if attention_mask is None else (attention_mask != 0).long()
+        if cache is not None:
+            media, extendable = cache.append_media(media, counts)
+            counts = counts + cache.num_images
+            text, mask = cache.append_text(input_ids, mask)
+        spans = token_spans(text, config.image_token_id, config.cross_attention.attend, assign)
+        return MediaContext(media, counts, text, mask, spans, extendable)
+
+    def block_hook(self, context: MediaContext, start: int, end: int) -> BlockHook:
+        """Return what runs before the LM blocks for tokens start..end-1.
+
+        Tokens past the end of the context see the media that its last token sees.
+        """
+        spans = context.spans_of(start, end)
+        if context.media:
+            spans = plan_media_attention(spans, context.media[0].key, self.kernel)
+        layers = {
+            block: (layer, kv)
+            for block, layer, kv in zip(
+                self.config.cross_attention_blocks,
+                self.gated_cross_attn_layers,
+                context.media,
+                strict=True,
+            )
+        }
+
+        def before_block(block: int, hidden: Tensor) -> Tensor:
+            if block not in layers:
+                return hidden
+            layer, kv = layers[block]
+            dtype = kv.key.dtype  # the layer's; the frozen model may have another
+            inside = hidden.to(dtype)
+            if self._use_reentrant is None or not torch.is_grad_enabled():
+                out = run(inside, *kv, layer)
+            else:
+                # The re-entrant mode needs everything that gradients flow to as an argument.
+                out = run_checkpointed(run, inside, *kv, layer, use_reentrant=self._use_reentrant)
+            if torch.promote_types(dtype, hidden.dtype) == dtype:
+                return out.to(hidden.dtype)
+            # Round the update of a narrower layer only, not the residual stream of a wider model.
+            return hidden + (out - inside).to(hidden.dtype)
+
+        def run(hidden: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
+            return layer(hidden, spans=spans, media_kv=MediaKeyValue(key, value))
+
+        return before_block
+
+    def mask_labels(self, labels: Tensor, real: Tensor | None = None) -> Tensor:
+        """Return labels with -100 at ``<image>``, at padding, and right after padding.
+
+        A label after padding is ignored because the first token of a left-padded row would be
+        predicted from padding; without the padding nothing predicts it.
+
+        Parameters
+        ----------
+        labels : Tensor
+            int64 [B, T].
+        real : Tensor, optional
+            bool [B, T], True at tokens that are not padding (default: all).
+        """
+        ignored = labels == self.config.image_token_id
+        if self.config.pad_token_id not in (None, self.config.eos_token_id):
+            ignored = ignored | (labels == self.config.pad_token_id)
+        if real is not None:
+            ignored = ignored | ~real
+            ignored[:, 1:] |= ~real[:, :-1]
+        return labels.masked_fill(ignored, -100)
+
+
+def _check_part(name: str, module: nn.Module, **expected: int) -> None:
+    for attribute, value in expected.items():
+        if not isinstance(module, nn.Module) or not hasattr(module, attribute):
+            raise TypeError(
+                f"{name} must be a module with the attributes {', '.join(expected)}, got "
+                f"{type(module).__name__}"
+            )
+        if getattr(module, attribute) != value:
+            raise ValueError(
+                f"{name}.{attribute} is {getattr(module, attribute)}, the config says {value}"
+            )
