@@ -72,10 +72,10 @@ struct Plan : MediaPlan {
   private:
     static int64_t cost(const Chunk &c) { return (c.end - c.begin) * (c.last + 1 - c.first); }
 
-    // A part ends when it costs a task's fair share, where the next chunk has no item in common with it, and
-    // before it sees more than twice the items of its widest chunk, which bounds a task's scratch. Where a
-    // batch row has ranges of about one width, shares hold at most about wanted_tasks + B * Hkv times the d_k
-    // and d_v of a batch row's kv head.
+    // A part ends when it costs a task's fair share, where the next chunk has no item in common
+    // with it, and before it sees more than twice the items of its widest chunk, which bounds a
+    // task's scratch. Where a batch row has ranges of about one width, shares hold at most about
+    // wanted_tasks + B * Hkv times the d_k and d_v of a batch row's kv head.
     void divide(const MediaParams &p) {
         int64_t total = 0, part_cost = 0, widest_chunk = 0;
         for (int64_t i = 0; i < seeing_count; ++i) {
@@ -122,8 +122,7 @@ struct Plan : MediaPlan {
 };
 
 int32_t validate(const MediaParams &p, bool backward) {
-    const int64_t sizes[] = {p.rows,  p.tokens,   p.media,   p.latents,
-                             p.heads, p.kv_heads, p.head_dim};
+    const int64_t sizes[] = {p.rows, p.tokens, p.media, p.latents, p.heads, p.kv_heads, p.head_dim};
     if (flamingo::has_negative(sizes, 7)) {
         return FLAMINGO_NEGATIVE_SIZE;
     }
@@ -132,7 +131,8 @@ int32_t validate(const MediaParams &p, bool backward) {
     }
     const bool has_tokens = p.rows > 0 && p.tokens > 0;
     const bool has_queries = has_tokens && p.heads > 0 && p.head_dim > 0;
-    const bool has_keys = p.rows > 0 && p.heads > 0 && p.head_dim > 0 && p.media > 0 && p.latents > 0;
+    const bool has_keys =
+        p.rows > 0 && p.heads > 0 && p.head_dim > 0 && p.media > 0 && p.latents > 0;
     const void *written = backward ? p.d_q.data : p.out.data;
     if ((has_tokens && (!p.first || !p.last)) || (has_queries && (!p.q.data || !written)) ||
         (backward && has_queries && !p.d_out.data) ||

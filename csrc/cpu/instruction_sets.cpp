@@ -39,7 +39,8 @@ uint32_t detect() {
     }
     sets |= FLAMINGO_AVX2;
 
-    constexpr uint32_t avx512f = bit(16), avx512dq = bit(17), avx512bw = bit(30), avx512vl = bit(31);
+    constexpr uint32_t avx512f = bit(16), avx512dq = bit(17), avx512bw = bit(30),
+                       avx512vl = bit(31);
     if (!has_all(states, zmm_state) || !has_all(ebx, avx512f | avx512dq | avx512bw | avx512vl)) {
         return sets;
     }

@@ -1,7 +1,8 @@
-// Kernels of every instruction set: each file in kernels/ is compiled once per set, with FLAMINGO_ISA
-// naming the namespace it fills. Whatever else such a file defines sits in an anonymous namespace and
-// it calls no inline or template function of the standard library: the linker keeps one copy of those
-// for the whole library, and that copy could hold instructions this processor lacks.
+// Kernels of every instruction set: each file in kernels/ is compiled once per set, with
+// FLAMINGO_ISA naming the namespace it fills. Whatever else such a file defines sits in an
+// anonymous namespace and it calls no inline or template function of the standard library: the
+// linker keeps one copy of those for the whole library, and that copy could hold instructions this
+// processor lacks.
 #pragma once
 
 #include "flamingo_cpu.h"
@@ -11,7 +12,8 @@
 #define FLAMINGO_DECLARE_KERNELS(isa)                                                              \
     namespace flamingo::isa {                                                                      \
     bool media_attention_forward(const flamingo_media_attention_params &p, const MediaPlan &plan); \
-    bool media_attention_backward(const flamingo_media_attention_params &p, const MediaPlan &plan); \
+    bool media_attention_backward(const flamingo_media_attention_params &p,                        \
+                                  const MediaPlan &plan);                                          \
     bool latent_attention_forward(const flamingo_latent_attention_params &p);                      \
     bool latent_attention_backward(const flamingo_latent_attention_params &p);                     \
     double multiply_add_rate(const flamingo_execution &execution, double seconds);                 \
@@ -28,9 +30,9 @@ FLAMINGO_DECLARE_KERNELS(avx512_bf16)
 #if defined(FLAMINGO_X86_64)
 #define FLAMINGO_RUN_KERNEL(set, kernel, ...)                                                      \
     ((set) == FLAMINGO_AVX512_BF16 ? flamingo::avx512_bf16::kernel(__VA_ARGS__)                    \
-     : (set) == FLAMINGO_AVX512 ? flamingo::avx512::kernel(__VA_ARGS__)                            \
-     : (set) == FLAMINGO_AVX2 ? flamingo::avx2::kernel(__VA_ARGS__)                                \
-                              : flamingo::portable::kernel(__VA_ARGS__))
+     : (set) == FLAMINGO_AVX512    ? flamingo::avx512::kernel(__VA_ARGS__)                         \
+     : (set) == FLAMINGO_AVX2      ? flamingo::avx2::kernel(__VA_ARGS__)                           \
+                                   : flamingo::portable::kernel(__VA_ARGS__))
 #else
 #define FLAMINGO_RUN_KERNEL(set, kernel, ...) flamingo::portable::kernel(__VA_ARGS__)
 #endif

@@ -1,7 +1,7 @@
 /* C interface of the flamingo_kernels CPU library: the library itself and the attention kernels.
  *
- * No torch, no C++ in the interface: raw pointers, sizes and strides, so one build serves every torch
- * and Python version. Functions are thread-safe and throw nothing.
+ * No torch, no C++ in the interface: raw pointers, sizes and strides, so one build serves every
+ * torch and Python version. Functions are thread-safe and throw nothing.
  *
  * Shape letters: B rows, T text tokens, I media slots, R latents per media item, H query heads, Hkv
  * key/value heads, D head dim; N media items, L latents, M features.
@@ -100,7 +100,7 @@ typedef struct flamingo_latent_attention_params {
     flamingo_tensor v_latents; /* [N, L, H, D] */
     flamingo_tensor out;       /* [N, L, H, D], written by the forward, read by the backward */
     flamingo_tensor d_out;     /* [N, L, H, D], read by the backward */
-    flamingo_tensor d_q;       /* [N, L, H, D], written by the backward as are all of the following */
+    flamingo_tensor d_q; /* [N, L, H, D], written by the backward as are all of the following */
     flamingo_tensor d_k_media;
     flamingo_tensor d_v_media;
     flamingo_tensor d_k_latents;
@@ -132,16 +132,20 @@ FLAMINGO_API uint32_t flamingo_usable_instruction_sets(void);
 FLAMINGO_API const char *flamingo_instruction_set_name(int32_t bit);
 
 /* out = tanh(gate) * softmax(scale * q k^T) v over the R latents of media items first..last of each
- * token, the range clipped to [0, I). An empty range gives exact zeros. Media outside every range is
- * never read. The bits of a row depend on nothing but that row: not on the batch, not on threads.
- * Both return a flamingo_status; unless it is FLAMINGO_OK or FLAMINGO_OUT_OF_MEMORY nothing is written. */
-FLAMINGO_API int32_t flamingo_media_attention_forward(const flamingo_media_attention_params *params);
+ * token, the range clipped to [0, I). An empty range gives exact zeros. Media outside every range
+ * is never read. The bits of a row depend on nothing but that row: not on the batch, not on
+ * threads. Both return a flamingo_status; unless it is FLAMINGO_OK or FLAMINGO_OUT_OF_MEMORY
+ * nothing is written. */
+FLAMINGO_API int32_t
+flamingo_media_attention_forward(const flamingo_media_attention_params *params);
 /* All gradients from the inputs alone: nothing is saved by the forward. d_gate is that of the gate
  * before its tanh. Deterministic: the order of every sum is fixed by shapes and ranges. */
-FLAMINGO_API int32_t flamingo_media_attention_backward(const flamingo_media_attention_params *params);
+FLAMINGO_API int32_t
+flamingo_media_attention_backward(const flamingo_media_attention_params *params);
 
-/* out = softmax(scale * q [k_media; k_latents]^T) [v_media; v_latents] per item and head. Media keys
- * from lengths[n] on are never read, and their gradients are zero. Returns a flamingo_status. */
+/* out = softmax(scale * q [k_media; k_latents]^T) [v_media; v_latents] per item and head. Media
+ * keys from lengths[n] on are never read, and their gradients are zero. Returns a flamingo_status.
+ */
 FLAMINGO_API int32_t
 flamingo_latent_attention_forward(const flamingo_latent_attention_params *params);
 FLAMINGO_API int32_t

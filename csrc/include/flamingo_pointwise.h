@@ -13,7 +13,6 @@
 extern "C" {
 #endif
 
-
 typedef enum flamingo_activation {
     FLAMINGO_GELU = 0, /* x Phi(x), Phi by the error function */
     FLAMINGO_SQUARED_RELU = 1,
@@ -65,8 +64,9 @@ typedef struct flamingo_layer_norm_params {
     void *d_x;           /* [rows, channels], written by the backward */
     const void *weight;  /* [channels], accumulation dtype, or null for ones: forward, backward */
     const void *bias;    /* [channels], accumulation dtype, or null for zeros: forward */
-    void *mean; /* [rows], accumulation dtype, written by the forward unless null, read by the backward */
-    void *rstd; /* [rows], accumulation dtype: 1 / sqrt(variance + eps); as mean */
+    void *mean;     /* [rows], accumulation dtype, written by the forward unless null, read by the
+                       backward */
+    void *rstd;     /* [rows], accumulation dtype: 1 / sqrt(variance + eps); as mean */
     void *d_weight; /* [channels], accumulation dtype, written by the backward; null: not wanted */
     void *d_bias;   /* [channels], accumulation dtype, written by the backward; null: not wanted */
 

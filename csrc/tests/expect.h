@@ -1,4 +1,5 @@
-// The few lines of test framework the native tests need: expectations that count, and a closing line.
+// The few lines of test framework the native tests need: expectations that count, and a closing
+// line.
 #pragma once
 
 #include <cstdio>

@@ -1,6 +1,6 @@
-// Both attentions, forward and backward, against a naive double loop in a wider type. The budget is the
-// project's rule: at most twice (gradients three times) the error that the same naive loop makes in the
-// accumulation type on the same inputs, plus one rounding unit of storage.
+// Both attentions, forward and backward, against a naive double loop in a wider type. The budget is
+// the project's rule: at most twice (gradients three times) the error that the same naive loop
+// makes in the accumulation type on the same inputs, plus one rounding unit of storage.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -175,8 +175,8 @@ template <typename Scalar> struct MediaCase {
         for (int64_t b = 0; b < s.B; ++b) {
             for (int64_t t = 0; t < s.T; ++t) {
                 // The first tokens of a row see nothing, and the last slot stays unseen.
-                const auto index =
-                    int32_t(t < 1 + b ? -1 : std::min(t * s.I / s.T, std::max<int64_t>(s.I - 2, 0)));
+                const auto index = int32_t(
+                    t < 1 + b ? -1 : std::min(t * s.I / s.T, std::max<int64_t>(s.I - 2, 0)));
                 int32_t from = index, to = index < 0 ? -2 : index;
                 if (ranges == Ranges::whole_history) {
                     from = 0, to = index;
@@ -228,8 +228,9 @@ template <typename Scalar> struct MediaCase {
         return status ? status : flamingo_media_attention_backward(&p);
     }
     bool same_results(const MediaCase &other) const {
-        return same_bits(out, other.out) && same_bits(d_q, other.d_q) && same_bits(d_k, other.d_k) &&
-               same_bits(d_v, other.d_v) && std::memcmp(&d_gate, &other.d_gate, sizeof d_gate) == 0;
+        return same_bits(out, other.out) && same_bits(d_q, other.d_q) &&
+               same_bits(d_k, other.d_k) && same_bits(d_v, other.d_v) &&
+               std::memcmp(&d_gate, &other.d_gate, sizeof d_gate) == 0;
     }
 };
 
@@ -262,12 +263,11 @@ template <typename Real, typename Scalar> Results<Real> naive(const MediaCase<Sc
 template <typename Scalar>
 void check_media(const char *type, const MediaShape &s, Ranges ranges, int32_t set,
                  const char *set_name) {
-    const std::string what = std::string("media ") + type + " " + set_name + " B" +
-                             std::to_string(s.B) + " T" + std::to_string(s.T) + " I" +
-                             std::to_string(s.I) + " R" + std::to_string(s.R) + " H" +
-                             std::to_string(s.H) + "/" + std::to_string(s.Hkv) + " D" +
-                             std::to_string(s.D) + " gap " + std::to_string(s.gap) + " ranges " +
-                             std::to_string(int(ranges)) + ": ";
+    const std::string what =
+        std::string("media ") + type + " " + set_name + " B" + std::to_string(s.B) + " T" +
+        std::to_string(s.T) + " I" + std::to_string(s.I) + " R" + std::to_string(s.R) + " H" +
+        std::to_string(s.H) + "/" + std::to_string(s.Hkv) + " D" + std::to_string(s.D) + " gap " +
+        std::to_string(s.gap) + " ranges " + std::to_string(int(ranges)) + ": ";
     const auto check = [&](bool ok, const char *which) { expect(ok, (what + which).c_str()); };
     MediaCase<Scalar> clean(s, ranges);
     check(clean.run(set, 1) == FLAMINGO_OK, "runs");
@@ -353,8 +353,8 @@ template <typename Scalar> struct LatentCase {
     void join(const Vectors<Scalar> &media, const Vectors<Scalar> &own, Vectors<Real> *to) const {
         for (int64_t n = 0; n < s.N; ++n) {
             for (int64_t i = 0; i < (s.M + s.L) * s.H; ++i) {
-                const Scalar *from = i < s.M * s.H ? media[n * s.M * s.H + i]
-                                                   : own[n * s.L * s.H + i - s.M * s.H];
+                const Scalar *from =
+                    i < s.M * s.H ? media[n * s.M * s.H + i] : own[n * s.L * s.H + i - s.M * s.H];
                 for (int64_t d = 0; d < s.D; ++d) {
                     (*to)[n * (s.M + s.L) * s.H + i][d] = Real(from[d]);
                 }
@@ -417,17 +417,17 @@ void check_latent(const char *type, const LatentShape &s, int32_t set, const cha
 int main() {
     const MediaShape media_shapes[] = {
         // B, T, I, R, H, Hkv, D, gap
-        {1, 1, 1, 1, 1, 1, 1, 0},     {2, 5, 3, 1, 2, 2, 24, 0},  {1, 17, 3, 63, 2, 1, 40, 3},
+        {1, 1, 1, 1, 1, 1, 1, 0},     {2, 5, 3, 1, 2, 2, 24, 0},   {1, 17, 3, 63, 2, 1, 40, 3},
         {2, 29, 4, 64, 4, 2, 64, 0},  {1, 16, 3, 65, 2, 2, 80, 0}, {2, 15, 3, 130, 4, 2, 96, 5},
-        {1, 330, 5, 16, 2, 2, 16, 0}, {2, 65, 33, 3, 1, 1, 8, 1}, {1, 14, 3, 200, 3, 1, 128, 2},
-        {0, 5, 2, 4, 2, 2, 8, 0},     {2, 0, 2, 4, 2, 2, 8, 0},   {2, 5, 0, 4, 2, 2, 8, 0},
-        {2, 5, 2, 0, 2, 2, 8, 0},     {2, 5, 2, 4, 0, 2, 8, 0},   {2, 5, 2, 4, 2, 2, 0, 0},
+        {1, 330, 5, 16, 2, 2, 16, 0}, {2, 65, 33, 3, 1, 1, 8, 1},  {1, 14, 3, 200, 3, 1, 128, 2},
+        {0, 5, 2, 4, 2, 2, 8, 0},     {2, 0, 2, 4, 2, 2, 8, 0},    {2, 5, 0, 4, 2, 2, 8, 0},
+        {2, 5, 2, 0, 2, 2, 8, 0},     {2, 5, 2, 4, 0, 2, 8, 0},    {2, 5, 2, 4, 2, 2, 0, 0},
     };
     const LatentShape latent_shapes[] = {
         // N, L, M, H, D, gap, ragged
-        {1, 1, 1, 1, 1, 0, false},     {2, 4, 0, 2, 8, 0, false},   {3, 64, 100, 2, 64, 0, true},
-        {2, 65, 257, 1, 96, 3, true},  {1, 7, 300, 3, 40, 0, false}, {2, 130, 5, 1, 24, 1, true},
-        {0, 4, 4, 2, 8, 0, false},     {2, 0, 4, 2, 8, 0, false},   {2, 4, 4, 0, 8, 0, false},
+        {1, 1, 1, 1, 1, 0, false},    {2, 4, 0, 2, 8, 0, false},    {3, 64, 100, 2, 64, 0, true},
+        {2, 65, 257, 1, 96, 3, true}, {1, 7, 300, 3, 40, 0, false}, {2, 130, 5, 1, 24, 1, true},
+        {0, 4, 4, 2, 8, 0, false},    {2, 0, 4, 2, 8, 0, false},    {2, 4, 4, 0, 8, 0, false},
     };
     for (int number = 0; flamingo_instruction_set_name(number); ++number) {
         const int32_t set = 1 << number;
@@ -436,9 +436,9 @@ int main() {
             continue;
         }
         for (const MediaShape &s : media_shapes) {
-            for (const Ranges ranges : {Ranges::last_item, Ranges::whole_history, Ranges::pairs,
-                                        Ranges::of_each_token, Ranges::beyond_the_slots,
-                                        Ranges::none}) {
+            for (const Ranges ranges :
+                 {Ranges::last_item, Ranges::whole_history, Ranges::pairs, Ranges::of_each_token,
+                  Ranges::beyond_the_slots, Ranges::none}) {
                 check_media<float>("float32", s, ranges, set, name);
                 check_media<double>("float64", s, ranges, set, name);
             }

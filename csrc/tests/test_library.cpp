@@ -45,22 +45,27 @@ int main() {
 
     expect(status_after([](Params &) {}) == FLAMINGO_OK, "a valid call");
     expect(status_after([](Params &p) { p.tokens = -1; }) == FLAMINGO_NEGATIVE_SIZE, "size -1");
-    expect(status_after([](Params &p) { p.q.data = nullptr; }) == FLAMINGO_NULL_POINTER, "q missing");
-    expect(status_after([](Params &p) { p.v.data = nullptr; }) == FLAMINGO_NULL_POINTER, "v missing");
+    expect(status_after([](Params &p) { p.q.data = nullptr; }) == FLAMINGO_NULL_POINTER,
+           "q missing");
+    expect(status_after([](Params &p) { p.v.data = nullptr; }) == FLAMINGO_NULL_POINTER,
+           "v missing");
     const Params without_gradients = valid_params();
     expect(flamingo_media_attention_backward(&without_gradients) == FLAMINGO_NULL_POINTER,
            "a backward without gradients to write");
     expect(status_after([](Params &p) { p.last = nullptr; }) == FLAMINGO_NULL_POINTER,
            "last missing");
-    expect(status_after([](Params &p) { p.media = 0, p.k.data = p.v.data = nullptr; }) == FLAMINGO_OK,
+    expect(status_after([](Params &p) { p.media = 0, p.k.data = p.v.data = nullptr; }) ==
+               FLAMINGO_OK,
            "no media needs no keys");
     expect(status_after([](Params &p) { p.heads = 3, p.kv_heads = 2; }) ==
                FLAMINGO_HEADS_NOT_DIVISIBLE,
            "3 query heads over 2 key/value heads");
     expect(status_after([](Params &p) { p.kv_heads = 0; }) == FLAMINGO_HEADS_NOT_DIVISIBLE,
            "no key/value head");
-    expect(status_after([](Params &p) { p.execution.dtype = 9; }) == FLAMINGO_UNKNOWN_DTYPE, "dtype 9");
-    expect(status_after([](Params &p) { p.execution.threads = 0; }) == FLAMINGO_NO_THREADS, "0 threads");
+    expect(status_after([](Params &p) { p.execution.dtype = 9; }) == FLAMINGO_UNKNOWN_DTYPE,
+           "dtype 9");
+    expect(status_after([](Params &p) { p.execution.threads = 0; }) == FLAMINGO_NO_THREADS,
+           "0 threads");
     for (const int32_t set : {0, FLAMINGO_PORTABLE | FLAMINGO_AVX2, 1 << 4}) {
         expect(status_after([set](Params &p) { p.execution.instruction_set = set; }) ==
                    FLAMINGO_INSTRUCTION_SET_UNUSABLE,

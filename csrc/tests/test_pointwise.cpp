@@ -652,8 +652,8 @@ void test_statuses() {
                    FLAMINGO_UNKNOWN_ACTIVATION,
                "an activation that is none");
     }
-    expect(status_after(flamingo_layer_norm_forward, n, [](Norm &p) { p.mean = p.rstd = nullptr; }) ==
-               FLAMINGO_OK,
+    expect(status_after(flamingo_layer_norm_forward, n,
+                        [](Norm &p) { p.mean = p.rstd = nullptr; }) == FLAMINGO_OK,
            "statistics are optional");
     expect(status_after(flamingo_layer_norm_backward, n, [](Norm &p) { p.mean = nullptr; }) == null,
            "mean missing");

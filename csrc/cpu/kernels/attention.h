@@ -1,4 +1,5 @@
-// Pieces that both attentions are made of: keys packed for the tile products, softmax of score rows.
+// Pieces that both attentions are made of: keys packed for the tile products, softmax of score
+// rows.
 #pragma once
 
 #include <stdlib.h>
@@ -20,8 +21,8 @@ inline int threads_for(int64_t multiply_adds, int32_t threads) {
 constexpr int64_t key_block = 128;
 // Query rows whose scores are held at once in a backward: all latents of a published resampler.
 constexpr int64_t score_rows = 64;
-// Rows whose scores are computed before any of their values: the products of keys and of values take turns
-// in the first level of cache, which does not hold both.
+// Rows whose scores are computed before any of their values: the products of keys and of values
+// take turns in the first level of cache, which does not hold both.
 constexpr int64_t stretch = 4 * tile_rows;
 // Up to so many rows, packing keys costs more than it saves.
 constexpr int64_t few_rows = 3;
@@ -31,7 +32,8 @@ class Scratch {
   public:
     explicit Scratch(int64_t bytes) {
         void *memory = nullptr;
-        base_ = posix_memalign(&memory, 64, size_t(bytes) + 64) == 0 ? static_cast<char *>(memory) : nullptr;
+        base_ = posix_memalign(&memory, 64, size_t(bytes) + 64) == 0 ? static_cast<char *>(memory)
+                                                                     : nullptr;
         next_ = base_;
     }
     ~Scratch() { free(base_); }
@@ -78,8 +80,8 @@ void pack_rows(Rows<const T> from, int64_t count, int64_t size, Real factor, Rea
     }
 }
 
-// to[row_size, padded]: the transpose of from[count, row_size], columns from `count` on zero; row_size and
-// padded are multiples of the vector length.
+// to[row_size, padded]: the transpose of from[count, row_size], columns from `count` on zero;
+// row_size and padded are multiples of the vector length.
 template <typename Real>
 void transpose(const Real *from, int64_t row_size, int64_t count, Real *to, int64_t padded) {
     for (int64_t i = 0; i < padded; i += lanes<Real>) {
@@ -176,8 +178,8 @@ template <typename Real> struct RowState {
     Real log_sum() const { return top + logarithm(total); }
 };
 
-// States' tops -> the largest of them and of their row of scores[rows, padded]; columns from `keys` on
-// become -inf. Maxima come before any weight, all of them: rows do not wait for each other's.
+// States' tops -> the largest of them and of their row of scores[rows, padded]; columns from `keys`
+// on become -inf. Maxima come before any weight, all of them: rows do not wait for each other's.
 template <typename Real>
 inline void raise_tops(Real *scores, int64_t rows, int64_t keys, int64_t padded,
                        RowState<Real> *states) {
@@ -211,8 +213,8 @@ inline void weigh_rows(Real *scores, int64_t rows, int64_t padded, RowState<Real
     }
 }
 
-// scores[rows, padded] -> weights relative to each row's new maximum; columns from `keys` on become 0.
-// `shrinks`, if given, receive the factors by which what was summed so far shrinks.
+// scores[rows, padded] -> weights relative to each row's new maximum; columns from `keys` on become
+// 0. `shrinks`, if given, receive the factors by which what was summed so far shrinks.
 template <typename Real>
 inline void soften_rows(Real *scores, int64_t rows, int64_t keys, int64_t padded,
                         RowState<Real> *states, Real *shrinks) {
@@ -257,11 +259,11 @@ inline void score_gradient_row(const Real *weights, Real *d_weights, int64_t pad
     }
 }
 
-// Weights of one row before their division by the total -> final weights, and d_weights -> the gradients of
-// the scores, times `factor`.
+// Weights of one row before their division by the total -> final weights, and d_weights -> the
+// gradients of the scores, times `factor`.
 template <typename Real>
-inline void finish_row(Real *weights, Real *d_weights, int64_t padded, Real inverse_total, Real delta,
-                       Real factor) {
+inline void finish_row(Real *weights, Real *d_weights, int64_t padded, Real inverse_total,
+                       Real delta, Real factor) {
     for (int64_t j = 0; j < padded; j += lanes<Real>) {
         const vec<Real> weight = load(weights + j) * inverse_total;
         store(weights + j, weight);
@@ -276,7 +278,8 @@ template <typename Real> inline void scale_row(Real *row, int64_t padded, Real f
 }
 
 // Query rows attend to one more block of keys. q[rows, padded_dim] is packed, out[rows, padded_dim]
-// holds weighted sums of values relative to each row's state; `weights` has room for a stretch of rows.
+// holds weighted sums of values relative to each row's state; `weights` has room for a stretch of
+// rows.
 template <typename Real>
 void attend_block(const KeyBlock<Real> &block, int64_t head_dim, const Real *q, int64_t rows,
                   RowState<Real> *states, Real *out, Real *weights, bool first_block) {
@@ -284,8 +287,9 @@ void attend_block(const KeyBlock<Real> &block, int64_t head_dim, const Real *q, 
         const int64_t count = smaller(stretch, rows - i);
         Real *out_rows = out + i * block.padded_dim;
         Real shrinks[stretch];
-        product<Real>(count, block.padded_keys, head_dim, {q + i * block.padded_dim, block.padded_dim, 1},
-                      block.k_transposed, block.padded_keys, weights, block.padded_keys, false);
+        product<Real>(count, block.padded_keys, head_dim,
+                      {q + i * block.padded_dim, block.padded_dim, 1}, block.k_transposed,
+                      block.padded_keys, weights, block.padded_keys, false);
         soften_rows(weights, count, block.keys, block.padded_keys, states + i,
                     first_block ? nullptr : shrinks);
         for (int64_t r = 0; r < count && !first_block; ++r) {
@@ -332,13 +336,13 @@ void attend_unpacked(Rows<const T> k, Rows<const T> v, int64_t keys, int64_t hea
 
 // What the backward of a stretch of query rows needs beside the keys, which may be several blocks.
 template <typename Real> struct QueryRows {
-    int64_t rows = 0;             // at most score_rows
+    int64_t rows = 0; // at most score_rows
     int64_t padded_dim = 0;
-    int64_t block_size = 0;       // score_rows * padded keys
-    Real *q = nullptr;            // [score_rows, padded_dim]
-    Real *d_out = nullptr;        // [score_rows, padded_dim]
-    Real *weights = nullptr;      // [blocks, score_rows, padded keys]
-    Real *score_grads = nullptr;  // [blocks, score_rows, padded keys]
+    int64_t block_size = 0;      // score_rows * padded keys
+    Real *q = nullptr;           // [score_rows, padded_dim]
+    Real *d_out = nullptr;       // [score_rows, padded_dim]
+    Real *weights = nullptr;     // [blocks, score_rows, padded keys]
+    Real *score_grads = nullptr; // [blocks, score_rows, padded keys]
 
     static int64_t bytes(int64_t most_keys, int64_t head_dim, int64_t blocks = 1) {
         return 2 * Scratch::bytes_of<Real>(score_rows * round_up(head_dim, lanes<Real>)) +
@@ -376,10 +380,10 @@ template <typename Real> struct QueryRows {
     }
     // d_k, d_v [keys, padded_dim] (+)= what final weights and score gradients give.
     void key_gradients(const KeyBlock<Real> &block, Real *d_k, Real *d_v, bool accumulate) const {
-        product<Real>(block.keys, padded_dim, rows, {weights, 1, block.padded_keys}, d_out, padded_dim,
-                      d_v, padded_dim, accumulate);
-        product<Real>(block.keys, padded_dim, rows, {score_grads, 1, block.padded_keys}, q, padded_dim,
-                      d_k, padded_dim, accumulate);
+        product<Real>(block.keys, padded_dim, rows, {weights, 1, block.padded_keys}, d_out,
+                      padded_dim, d_v, padded_dim, accumulate);
+        product<Real>(block.keys, padded_dim, rows, {score_grads, 1, block.padded_keys}, q,
+                      padded_dim, d_k, padded_dim, accumulate);
     }
     // d_q[rows, padded_dim] (+)= score gradients times keys (which carry the scale).
     void query_gradients(const KeyBlock<Real> &block, Real *d_q, bool accumulate) const {

@@ -1,7 +1,7 @@
 // Products of bfloat16 tiles in fp32, two neighbours of the inner dimension at a time.
 //
-// With AVX-512 BF16 a step is one instruction; without it (FLAMINGO_BFLOAT16_DOT set by hand, for tests)
-// the same sum by shifts and fp32 multiply-adds.
+// With AVX-512 BF16 a step is one instruction; without it (FLAMINGO_BFLOAT16_DOT set by hand, for
+// tests) the same sum by shifts and fp32 multiply-adds.
 #pragma once
 
 #include "tile.h"
@@ -26,12 +26,11 @@ inline vec<float> add_pair_products(vec<float> sum, uint32_t left, pair_vector r
 #endif
 }
 
-// As product_tile: C[ROWS, VECTORS * lanes] = A[ROWS, 2 depth] B[2 depth, VECTORS * lanes], A as rows
-// of pairs, B as [depth, columns] pairs.
+// As product_tile: C[ROWS, VECTORS * lanes] = A[ROWS, 2 depth] B[2 depth, VECTORS * lanes], A as
+// rows of pairs, B as [depth, columns] pairs.
 template <int ROWS, int VECTORS>
-inline void pair_product_tile(int64_t depth, const pair *a, int64_t a_row,
-                              const pair *__restrict b, int64_t b_row, float *__restrict c,
-                              int64_t c_row) {
+inline void pair_product_tile(int64_t depth, const pair *a, int64_t a_row, const pair *__restrict b,
+                              int64_t b_row, float *__restrict c, int64_t c_row) {
     vec<float> sum[ROWS][VECTORS] = {};
     for (int64_t k = 0; k < depth; ++k) {
         pair_vector right[VECTORS];

@@ -59,8 +59,7 @@ template <typename T, typename Real> struct Latents {
             RowState<Real> *states = scratch.template take<RowState<Real>>(p.latents);
             Real *q = scratch.template take<Real>(p.latents * padded_dim);
             Real *out = scratch.template take<Real>(p.latents * padded_dim);
-            Real *weights =
-                scratch.template take<Real>(stretch * round_up(most_keys, lanes<Real>));
+            Real *weights = scratch.template take<Real>(stretch * round_up(most_keys, lanes<Real>));
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < tasks; ++task) {
                 if (!ok) {
@@ -100,7 +99,8 @@ template <typename T, typename Real> struct Latents {
         {
             Scratch scratch(KeyBlock<Real>::bytes(most_keys, p.head_dim, true) +
                             QueryRows<Real>::bytes(most_keys, p.head_dim) +
-                            Scratch::bytes_of<Real>(p.latents) + Scratch::bytes_of<Real>(padded_dim) +
+                            Scratch::bytes_of<Real>(p.latents) +
+                            Scratch::bytes_of<Real>(padded_dim) +
                             Scratch::bytes_of<Real>(p.latents * padded_dim) +
                             2 * Scratch::bytes_of<Real>(most_keys * padded_dim));
             ok = scratch.ok();

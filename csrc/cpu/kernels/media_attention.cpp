@@ -12,8 +12,7 @@ using flamingo::MediaPlan;
 using flamingo::Part;
 
 // q, out and their gradients: the head's vectors of consecutive tokens.
-template <typename T>
-Rows<T> text_rows(const flamingo_tensor &x, int64_t b, int64_t t, int64_t h) {
+template <typename T> Rows<T> text_rows(const flamingo_tensor &x, int64_t b, int64_t t, int64_t h) {
     return {static_cast<T *>(x.data) + b * x.stride[0] + t * x.stride[1] + h * x.stride[2],
             x.stride[1]};
 }
@@ -56,12 +55,13 @@ template <typename T, typename Real> struct Media {
         }
     }
 
-    // Softmax state and weighted values of a chunk, one stretch of `length` rows per head of the group.
+    // Softmax state and weighted values of a chunk, one stretch of `length` rows per head of the
+    // group.
     struct Attended {
         RowState<Real> *states;
-        Real *q, *out;     // [group * longest, padded_dim]
-        Real *weights;     // [stretch, padded keys]
-        Real *row;         // [padded_dim]
+        Real *q, *out; // [group * longest, padded_dim]
+        Real *weights; // [stretch, padded keys]
+        Real *row;     // [padded_dim]
 
         static int64_t bytes(const Media &m, int64_t longest) {
             const int64_t rows = bigger(m.group * longest, stretch);
@@ -129,8 +129,8 @@ template <typename T, typename Real> struct Media {
         }
     };
 #if defined(FLAMINGO_BFLOAT16_DOT)
-    // By dot products of bfloat16 pairs: exact products, and weights rounded to bfloat16 as in every
-    // flash attention.
+    // By dot products of bfloat16 pairs: exact products, and weights rounded to bfloat16 as in
+    // every flash attention.
     template <typename Unused> struct TileProducts<bfloat16, Unused> {
         const Media &m;
         KeyBlock<float> &keys;
@@ -230,7 +230,7 @@ template <typename T, typename Real> struct Media {
     bool forward(const MediaPlan &plan) const {
         const int64_t tasks = plan.chunk_count * p.kv_heads;
         bool ok = true;
-#pragma omp parallel num_threads(threads(p.rows * p.tokens * p.heads)) reduction(&& : ok)
+#pragma omp parallel num_threads(threads(p.rows *p.tokens *p.heads)) reduction(&& : ok)
         {
             Scratch scratch(KeyBlock<Real>::bytes(most_keys, p.head_dim, false) +
                             Attended::bytes(*this, plan.longest));
@@ -240,15 +240,17 @@ template <typename T, typename Real> struct Media {
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < tasks; ++task) {
                 if (ok) {
-                    forward_chunk(plan.chunks[task / p.kv_heads], task % p.kv_heads, keys, attended);
+                    forward_chunk(plan.chunks[task / p.kv_heads], task % p.kv_heads, keys,
+                                  attended);
                 }
             }
         }
         return ok;
     }
 
-    // What one task of the backward works in: for each key that a part sees, six vectors of padded_dim (packed
-    // four times, of which one is not touched, and summed gradients) and two scores of score_rows rows.
+    // What one task of the backward works in: for each key that a part sees, six vectors of
+    // padded_dim (packed four times, of which one is not touched, and summed gradients) and two
+    // scores of score_rows rows.
     struct PartScratch {
         KeyBlock<Real> *keys;    // [widest * blocks]
         QueryRows<Real> queries; // scores of as many blocks
@@ -293,8 +295,9 @@ template <typename T, typename Real> struct Media {
         }
     }
 
-    // Calls visit(h, t, r, n) for every head that is among `count` rows of a chunk from `begin` on: its n
-    // tokens from t on are rows r, r + 1, ... of them. A chunk has all tokens of a head, then of the next.
+    // Calls visit(h, t, r, n) for every head that is among `count` rows of a chunk from `begin` on:
+    // its n tokens from t on are rows r, r + 1, ... of them. A chunk has all tokens of a head, then
+    // of the next.
     template <typename Visit>
     void for_each_head(const Chunk &c, int64_t kv_head, int64_t begin, int64_t count,
                        Visit visit) const {
@@ -306,19 +309,20 @@ template <typename T, typename Real> struct Media {
         }
     }
 
-    // Up to score_rows rows of a chunk, from `begin` on, with the scores of all keys of its range at once.
-    // Blocks of the part from `fresh` on are neither packed nor have sums yet. Returns the rows' share of
-    // the gradient of tanh(gate).
+    // Up to score_rows rows of a chunk, from `begin` on, with the scores of all keys of its range
+    // at once. Blocks of the part from `fresh` on are neither packed nor have sums yet. Returns the
+    // rows' share of the gradient of tanh(gate).
     Real backward_rows(const Part &part, const Chunk &c, int64_t kv_head, int64_t begin,
                        int64_t fresh, PartScratch &s, Real *sums) const {
         QueryRows<Real> &queries = s.queries;
         queries.rows = smaller(score_rows, group * (c.end - c.begin) - begin);
-        for_each_head(c, kv_head, begin, queries.rows, [&](int64_t h, int64_t t, int64_t r, int64_t n) {
-            pack_rows(text_rows<const T>(p.q, c.row, t, h), n, p.head_dim, Real(1),
-                      queries.q + r * padded_dim, padded_dim);
-            pack_rows(text_rows<const T>(p.d_out, c.row, t, h), n, p.head_dim, Real(1),
-                      queries.d_out + r * padded_dim, padded_dim);
-        });
+        for_each_head(c, kv_head, begin, queries.rows,
+                      [&](int64_t h, int64_t t, int64_t r, int64_t n) {
+                          pack_rows(text_rows<const T>(p.q, c.row, t, h), n, p.head_dim, Real(1),
+                                    queries.q + r * padded_dim, padded_dim);
+                          pack_rows(text_rows<const T>(p.d_out, c.row, t, h), n, p.head_dim,
+                                    Real(1), queries.d_out + r * padded_dim, padded_dim);
+                      });
         RowState<Real> states[score_rows];
         std::fill_n(states, queries.rows, RowState<Real>::empty());
         const int64_t first = (c.first - part.first) * blocks;
@@ -339,9 +343,9 @@ template <typename T, typename Real> struct Media {
             weigh_rows(scored.weights, scored.rows, keys.padded_keys, states);
             scored.weight_gradients(keys, p.head_dim);
             for (int64_t r = 0; r < scored.rows; ++r) {
-                deltas[r] += weighted_sum(scored.weights + r * keys.padded_keys,
-                                          scored.score_grads + r * keys.padded_keys,
-                                          keys.padded_keys);
+                deltas[r] +=
+                    weighted_sum(scored.weights + r * keys.padded_keys,
+                                 scored.score_grads + r * keys.padded_keys, keys.padded_keys);
             }
         }
         Real d_gate = 0;
@@ -357,16 +361,18 @@ template <typename T, typename Real> struct Media {
                            scored.score_grads + r * keys.padded_keys, keys.padded_keys,
                            1 / states[r].total, deltas[r], gate);
             }
-            Real *d_k = sums + block / blocks * share_size() + block % blocks * key_block * padded_dim;
+            Real *d_k =
+                sums + block / blocks * share_size() + block % blocks * key_block * padded_dim;
             scored.query_gradients(keys, s.d_q, block > first);
             scored.key_gradients(keys, d_k, d_k + p.latents * padded_dim, block < fresh);
         }
-        for_each_head(c, kv_head, begin, queries.rows, [&](int64_t h, int64_t t, int64_t r, int64_t n) {
-            const Rows<T> d_q = text_rows<T>(p.d_q, c.row, t, h);
-            for (int64_t i = 0; i < n; ++i) {
-                narrow_row(s.d_q + (r + i) * padded_dim, Real(1), d_q[i], p.head_dim);
-            }
-        });
+        for_each_head(c, kv_head, begin, queries.rows,
+                      [&](int64_t h, int64_t t, int64_t r, int64_t n) {
+                          const Rows<T> d_q = text_rows<T>(p.d_q, c.row, t, h);
+                          for (int64_t i = 0; i < n; ++i) {
+                              narrow_row(s.d_q + (r + i) * padded_dim, Real(1), d_q[i], p.head_dim);
+                          }
+                      });
         return d_gate;
     }
 
@@ -385,8 +391,7 @@ template <typename T, typename Real> struct Media {
             }
         }
         for (int64_t item = part.first; item <= part.last && !shared; ++item) {
-            write_key_gradients(part.row, item, kv_head,
-                                sums + (item - part.first) * share_size());
+            write_key_gradients(part.row, item, kv_head, sums + (item - part.first) * share_size());
         }
         return d_gate;
     }
@@ -404,7 +409,7 @@ template <typename T, typename Real> struct Media {
         Real *shares = shared.template take<Real>(plan.slots * p.kv_heads * share_size());
         Real *d_gates = shared.template take<Real>(tasks);
         bool ok = true;
-#pragma omp parallel num_threads(threads(p.rows * p.tokens * p.heads)) reduction(&& : ok)
+#pragma omp parallel num_threads(threads(p.rows *p.tokens *p.heads)) reduction(&& : ok)
         {
             Scratch scratch(PartScratch::bytes(*this, plan.widest));
             ok = shared.ok() && scratch.ok();
@@ -416,7 +421,8 @@ template <typename T, typename Real> struct Media {
                                                   task % p.kv_heads, own, shares);
                 }
             }
-            // Items of several parts: the sum of their shares in the order of parts. Of none: zeros.
+            // Items of several parts: the sum of their shares in the order of parts. Of none:
+            // zeros.
 #pragma omp for schedule(dynamic)
             for (int64_t task = 0; task < items; ++task) {
                 if (ok) {
@@ -461,8 +467,10 @@ template <typename T, typename Real> struct Media {
             return;
         }
         for (int64_t r = 0; r < p.latents; ++r) {
-            memset(media_rows<T>(p.d_k, b, item, r, kv_head).data, 0, size_t(p.head_dim) * sizeof(T));
-            memset(media_rows<T>(p.d_v, b, item, r, kv_head).data, 0, size_t(p.head_dim) * sizeof(T));
+            memset(media_rows<T>(p.d_k, b, item, r, kv_head).data, 0,
+                   size_t(p.head_dim) * sizeof(T));
+            memset(media_rows<T>(p.d_v, b, item, r, kv_head).data, 0,
+                   size_t(p.head_dim) * sizeof(T));
         }
     }
 };

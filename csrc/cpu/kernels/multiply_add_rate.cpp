@@ -24,7 +24,8 @@ template <typename Real> double rate(int threads, double seconds) {
         }
         // Opaque to the compiler, or it would solve the recurrence.
         volatile Real shrink_value = Real(0.999), shift_value = Real(0.001);
-        const vec<Real> shrink = broadcast(Real(shrink_value)), shift = broadcast(Real(shift_value));
+        const vec<Real> shrink = broadcast(Real(shrink_value)),
+                        shift = broadcast(Real(shift_value));
         const double begin = seconds_now();
         double now = begin;
         int64_t done = 0;

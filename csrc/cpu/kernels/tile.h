@@ -17,8 +17,8 @@ template <typename Real> struct Left {
     int64_t row, step;
 };
 
-// C[ROWS, VECTORS * lanes] (+)= A[ROWS, depth] B[depth, VECTORS * lanes]. The order of additions to an
-// element does not depend on ROWS or VECTORS.
+// C[ROWS, VECTORS * lanes] (+)= A[ROWS, depth] B[depth, VECTORS * lanes]. The order of additions to
+// an element does not depend on ROWS or VECTORS.
 template <typename Real, int ROWS, int VECTORS>
 inline void product_tile(int64_t depth, Left<Real> left, const Real *__restrict b, int64_t b_row,
                          Real *__restrict c, int64_t c_row, bool accumulate) {
@@ -59,12 +59,13 @@ inline void product_tile(int64_t depth, Left<Real> left, const Real *__restrict 
 
 // C[rows, VECTORS * lanes] (+)= A[rows, depth] B[depth, VECTORS * lanes].
 template <typename Real, int VECTORS>
-inline void product_panel(int64_t rows, int64_t depth, Left<Real> left, const Real *b, int64_t b_row,
-                          Real *c, int64_t c_row, bool accumulate) {
+inline void product_panel(int64_t rows, int64_t depth, Left<Real> left, const Real *b,
+                          int64_t b_row, Real *c, int64_t c_row, bool accumulate) {
     int64_t i = 0;
     const auto next = [&](auto count) {
         product_tile<Real, decltype(count)::value, VECTORS>(
-            depth, {left.a + i * left.row, left.row, left.step}, b, b_row, c + i * c_row, c_row, accumulate);
+            depth, {left.a + i * left.row, left.row, left.step}, b, b_row, c + i * c_row, c_row,
+            accumulate);
         i += decltype(count)::value;
     };
     while (i + tile_rows <= rows) {
@@ -84,15 +85,16 @@ inline void product_panel(int64_t rows, int64_t depth, Left<Real> left, const Re
     }
 }
 
-// C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns a multiple of the vector length. A panel
-// of B stays in the first level of cache while all rows pass.
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns a multiple of the vector length.
+// A panel of B stays in the first level of cache while all rows pass.
 template <typename Real>
 void product(int64_t rows, int64_t columns, int64_t depth, Left<Real> left, const Real *b,
              int64_t b_row, Real *c, int64_t c_row, bool accumulate) {
     constexpr int64_t wide = tile_vectors * lanes<Real>;
     int64_t j = 0;
     for (; j + wide <= columns; j += wide) {
-        product_panel<Real, tile_vectors>(rows, depth, left, b + j, b_row, c + j, c_row, accumulate);
+        product_panel<Real, tile_vectors>(rows, depth, left, b + j, b_row, c + j, c_row,
+                                          accumulate);
     }
     for (; j < columns; j += lanes<Real>) {
         product_panel<Real, 1>(rows, depth, left, b + j, b_row, c + j, c_row, accumulate);

@@ -1,7 +1,7 @@
 // Vectors of the instruction set a file is compiled for, storage types, and exp.
 //
-// GCC's vector extensions lower a width the processor lacks, so that the tile shapes of AVX-512 can be
-// tested on any machine (FLAMINGO_VECTOR_BYTES).
+// GCC's vector extensions lower a width the processor lacks, so that the tile shapes of AVX-512 can
+// be tested on any machine (FLAMINGO_VECTOR_BYTES).
 #pragma once
 
 #include <math.h>
@@ -188,13 +188,13 @@ inline void widen_row(const float16 *__restrict from, float *__restrict to, int6
 }
 #endif
 
-// exp(x) for x <= 0, within 1.3 units in the last place of fp32; exactly 0 below -88. x = n ln 2 + r with
-// |r| <= ln 2 / 2, and the minimax polynomial of Cephes' expf for r. At n = -127, the lowest there is,
-// the bits of 2^n come out as 0.
+// exp(x) for x <= 0, within 1.3 units in the last place of fp32; exactly 0 below -88. x = n ln 2 +
+// r with |r| <= ln 2 / 2, and the minimax polynomial of Cephes' expf for r. At n = -127, the lowest
+// there is, the bits of 2^n come out as 0.
 inline vec<float> exponential(vec<float> x) {
     typedef int32_t integers __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
     x = largest<float>(broadcast(-88.0f), x); // a NaN stays
-    const float to_integer = 12582912.0f; // 1.5 * 2^23: adding it rounds to the nearest integer
+    const float to_integer = 12582912.0f;     // 1.5 * 2^23: adding it rounds to the nearest integer
     const vec<float> shifted = x * 1.44269504088896341f + to_integer;
     const vec<float> n = shifted - to_integer;
     vec<float> r = x - n * 0.693359375f;
