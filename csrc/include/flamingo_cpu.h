@@ -18,7 +18,7 @@
 #endif
 
 /* Raised by one whenever a struct or a signature of any header changes. */
-#define FLAMINGO_ABI_VERSION 3
+#define FLAMINGO_ABI_VERSION 4
 
 #ifdef __cplusplus
 extern "C" {
@@ -123,6 +123,9 @@ FLAMINGO_API int32_t flamingo_abi_version(void);
 FLAMINGO_API const char *flamingo_version(void);
 FLAMINGO_API const char *flamingo_build_flags(void);
 FLAMINGO_API const char *flamingo_status_message(int32_t status);
+/* Bytes of the struct named `name` ("flamingo_tensor") of any header, padding included; -1 if no
+ * header has a struct of that name. */
+FLAMINGO_API int64_t flamingo_sizeof(const char *name);
 
 /* What this processor and its operating system support, by cpuid and xgetbv. */
 FLAMINGO_API uint32_t flamingo_detected_instruction_sets(void);

@@ -1,5 +1,6 @@
 // The parts of the interface that compute nothing, and every status of a rejected call.
 #include "flamingo_cpu.h"
+#include "flamingo_pointwise.h"
 
 #include <cstring>
 #include <initializer_list>
@@ -35,6 +36,12 @@ int main() {
     expect(flamingo_abi_version() == FLAMINGO_ABI_VERSION, "the ABI version is the header's");
     expect(std::strlen(flamingo_version()) > 0, "there is a version");
     expect(std::strstr(flamingo_build_flags(), "portable"), "the build flags name the kernels");
+
+    expect(flamingo_sizeof("flamingo_tensor") == sizeof(flamingo_tensor), "size of a struct");
+    expect(flamingo_sizeof("flamingo_layer_norm_params") == sizeof(flamingo_layer_norm_params),
+           "size of a struct of another header");
+    expect(flamingo_sizeof("flamingo_ten") == -1 && flamingo_sizeof("") == -1,
+           "an unknown struct has no size");
 
     const uint32_t detected = flamingo_detected_instruction_sets();
     const uint32_t usable = flamingo_usable_instruction_sets();

@@ -14,7 +14,7 @@ import torch
 
 from flamingo_kernels import env
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 
 _INSTALLED_LIBRARY = Path(__file__).with_name("libflamingo_cpu.so")
 # flamingo_execution, for the module struct: dtype, instruction set, threads.
@@ -83,6 +83,8 @@ def _load(path: Path) -> _Library:
         getattr(handle, name).argtypes = [ctypes.c_int32]
     for name in ("flamingo_detected_instruction_sets", "flamingo_usable_instruction_sets"):
         getattr(handle, name).restype = ctypes.c_uint32
+    handle.flamingo_sizeof.restype = ctypes.c_int64
+    handle.flamingo_sizeof.argtypes = [ctypes.c_char_p]
     handle.flamingo_multiply_add_rate.restype = ctypes.c_double
     handle.flamingo_multiply_add_rate.argtypes = [ctypes.c_void_p, ctypes.c_double]
 
@@ -198,6 +200,22 @@ def function(name: str) -> Callable[[bytes], None]:
     found.argtypes = [ctypes.c_void_p]
     found.errcheck = check
     return found
+
+
+def struct_size(name: str) -> int:
+    """Return the bytes of a struct of the C interface, such as ``"flamingo_tensor"``.
+
+    Raises
+    ------
+    NativeLibraryError
+        As for :func:`load`.
+    ValueError
+        The interface has no struct of this name.
+    """
+    size = load().flamingo_sizeof(name.encode())
+    if size < 0:
+        raise ValueError(f"the native library has no struct {name!r}")
+    return size
 
 
 def multiply_add_rate(dtype: torch.dtype, seconds: float = 0.2) -> float:

@@ -7,6 +7,7 @@ D head dim.
 from __future__ import annotations
 
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,17 @@ def test_another_abi_version_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> Non
         library.NativeLibraryError, match=r"has ABI version \d+, this package needs 999"
     ):
         library._load(library._INSTALLED_LIBRARY)
+
+
+def test_struct_sizes_are_the_compilers() -> None:
+    assert library.struct_size("flamingo_execution") == struct.calcsize(library.EXECUTION)
+    assert library.struct_size("flamingo_tensor") == struct.calcsize("@5q")
+    assert library.struct_size("flamingo_rows") == struct.calcsize("@4q")
+
+
+def test_an_unknown_struct_has_no_size() -> None:
+    with pytest.raises(ValueError, match="no struct 'flamingo_tensors'"):
+        library.struct_size("flamingo_tensors")
 
 
 def test_environment_selects_the_instruction_set() -> None:
