@@ -106,6 +106,10 @@ template <typename Real, int STEP = lanes<Real> / 2> inline void transpose_squar
     }
 }
 
+// The bits of a vector of float.
+typedef uint32_t words __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
+inline vec<float> absolute(vec<float> x) { return (vec<float>)((words)x & 0x7fffffffu); }
+
 inline int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
@@ -126,6 +130,7 @@ template <typename T> struct accumulation {
 template <> struct accumulation<double> {
     using type = double;
 };
+template <typename T> using real = typename accumulation<T>::type;
 
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
