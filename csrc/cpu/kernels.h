@@ -1,19 +1,19 @@
-// Kernels of every instruction set: each file in kernels/ is compiled once per set, with
-// FLAMINGO_ISA naming the namespace it fills. Whatever else such a file defines sits in an
-// anonymous namespace and it calls no inline or template function of the standard library: the
-// linker keeps one copy of those for the whole library, and that copy could hold instructions this
-// processor lacks.
+// The attention kernels of every instruction set.
+//
+// Each file in kernels/ is compiled once per set, with FLAMINGO_ISA as the namespace of its
+// kernels. All else that such a file defines is in an anonymous namespace, and it calls no inline
+// or template function of the standard library: the linker keeps one copy of those for the whole
+// library, which could hold instructions that this processor lacks.
 #pragma once
 
 #include "flamingo_cpu.h"
-#include "plan.h"
+#include "task_plan.h"
 
 // Each returns false if it is out of memory.
 #define FLAMINGO_DECLARE_KERNELS(isa)                                                              \
     namespace flamingo::isa {                                                                      \
-    bool media_attention_forward(const flamingo_media_attention_params &p, const MediaPlan &plan); \
-    bool media_attention_backward(const flamingo_media_attention_params &p,                        \
-                                  const MediaPlan &plan);                                          \
+    bool media_attention_forward(const flamingo_media_attention_params &p, const TaskPlan &plan);  \
+    bool media_attention_backward(const flamingo_media_attention_params &p, const TaskPlan &plan); \
     bool latent_attention_forward(const flamingo_latent_attention_params &p);                      \
     bool latent_attention_backward(const flamingo_latent_attention_params &p);                     \
     double multiply_add_rate(const flamingo_execution &execution, double seconds);                 \
@@ -26,7 +26,7 @@ FLAMINGO_DECLARE_KERNELS(avx512)
 FLAMINGO_DECLARE_KERNELS(avx512_bf16)
 #endif
 
-// Calls kernel(arguments...) of the instruction set asked for.
+// Calls kernel(arguments...) of an instruction set.
 #if defined(FLAMINGO_X86_64)
 #define FLAMINGO_RUN_KERNEL(set, kernel, ...)                                                      \
     ((set) == FLAMINGO_AVX512_BF16 ? flamingo::avx512_bf16::kernel(__VA_ARGS__)                    \

@@ -1,21 +1,24 @@
-// Latent attention: the latents of a media item against its features and themselves.
-#include <algorithm>
-
+// Latent attention: the latents of a media item attend to its features and to themselves.
 #include "../kernels.h"
-#include "attention.h"
+#include "attend.h"
+#include "query_rows.h"
+#include "storage_type.h"
+#include "threads.h"
 
 namespace {
 
 using Params = flamingo_latent_attention_params;
 
-// Vectors of one item and head from the given row on.
+// The vectors of one item and head for rows `row`, `row` + 1, ...
 template <typename T>
 Rows<T> rows_of(const flamingo_tensor &x, int64_t item, int64_t row, int64_t head) {
     return {static_cast<T *>(x.data) + item * x.stride[0] + row * x.stride[1] + head * x.stride[2],
             x.stride[1]};
 }
 
-template <typename T, typename Real> struct Latents {
+template <typename T> struct Latents {
+    using Real = real<T>;
+
     const Params &p;
     const int64_t padded_dim = round_up(p.head_dim, lanes<Real>);
     const Real scale = static_cast<Real>(p.scale);
@@ -27,7 +30,8 @@ template <typename T, typename Real> struct Latents {
         return p.lengths ? bigger(0, smaller(p.lengths[item], p.features)) : p.features;
     }
 
-    // Calls visit(k, v, d_k, d_v, first key, number of keys) for every block of the item's keys.
+    // Calls visit(k, v, d_k, d_v, first key, number of keys) for every block of an item's valid
+    // keys.
     template <typename Visit> void for_each_block(int64_t item, Visit visit) const {
         const int64_t features = valid_features(item);
         for (int64_t key = 0; key < features; key += key_block) {
@@ -40,102 +44,112 @@ template <typename T, typename Real> struct Latents {
         }
     }
 
-    int threads() const {
+    Real *lse_of(int64_t item, int64_t head) const {
+        return static_cast<Real *>(p.lse) + (item * p.heads + head) * p.latents;
+    }
+
+    // Calls task(item, head, scratch) for every item and head; false if a thread has no scratch.
+    template <typename TaskScratch, typename Task> bool for_each_head(Task task) const {
         const int64_t keys = p.features + p.latents;
-        return threads_for(p.items * p.heads * p.latents * keys * p.head_dim, p.execution.threads);
+        const int64_t multiply_adds = p.items * p.heads * p.latents * keys * p.head_dim;
+        bool ok = true;
+#pragma omp parallel num_threads(threads_for(multiply_adds, p.execution.threads)) reduction(&& : ok)
+        {
+            Allocated<TaskScratch> scratch(*this);
+            ok = scratch.ok();
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < p.items * p.heads; ++i) {
+                if (ok) {
+                    task(i / p.heads, i % p.heads, *scratch);
+                }
+            }
+        }
+        return ok;
+    }
+
+    // What a task of the forward works in: one item and head.
+    struct ForwardScratch {
+        KeyBlock<Real> keys;
+        RowState<Real> *states; // [L]
+        Real *q, *out;          // [L, padded_dim]
+        Real *weights;          // [query_block, padded keys]
+
+        ForwardScratch(Scratch &scratch, const Latents &l)
+            : keys(scratch, l.most_keys, l.p.head_dim),
+              states(scratch.take<RowState<Real>>(l.p.latents)),
+              q(scratch.take<Real>(l.p.latents * l.padded_dim)),
+              out(scratch.take<Real>(l.p.latents * l.padded_dim)),
+              weights(scratch.take<Real>(query_block * round_up(l.most_keys, lanes<Real>))) {}
+    };
+
+    void forward_head(int64_t item, int64_t head, ForwardScratch &s) const {
+        pack_rows(rows_of<const T>(p.q, item, 0, head), p.latents, p.head_dim, Real(1), s.q,
+                  padded_dim);
+        clear_states(s.states, p.latents);
+        bool first_block = true;
+        for_each_block(item, [&](const flamingo_tensor &k, const flamingo_tensor &v,
+                                 const flamingo_tensor &, const flamingo_tensor &, int64_t key,
+                                 int64_t count) {
+            s.keys.template pack<T>(rows_of<const T>(k, item, key, head),
+                                    rows_of<const T>(v, item, key, head), count, p.head_dim, scale);
+            attend_block(s.keys, p.head_dim, s.q, p.latents, s.states, s.out, s.weights,
+                         first_block);
+            first_block = false;
+        });
+        Real *lse = p.lse ? lse_of(item, head) : nullptr;
+        const Rows<T> out = rows_of<T>(p.out, item, 0, head);
+        for (int64_t r = 0; r < p.latents; ++r) {
+            if (lse) {
+                lse[r] = s.states[r].log_sum();
+            }
+            narrow_row(s.out + r * padded_dim, 1 / s.states[r].sum, out[r], p.head_dim);
+        }
     }
 
     bool forward() const {
-        const int64_t tasks = p.items * p.heads;
-        bool ok = true;
-#pragma omp parallel num_threads(threads()) reduction(&& : ok)
-        {
-            Scratch scratch(KeyBlock<Real>::bytes(most_keys, p.head_dim, false) +
-                            Scratch::bytes_of<RowState<Real>>(p.latents) +
-                            2 * Scratch::bytes_of<Real>(p.latents * padded_dim) +
-                            Scratch::bytes_of<Real>(stretch * round_up(most_keys, lanes<Real>)));
-            ok = scratch.ok();
-            KeyBlock<Real> keys(scratch, most_keys, p.head_dim, false);
-            RowState<Real> *states = scratch.template take<RowState<Real>>(p.latents);
-            Real *q = scratch.template take<Real>(p.latents * padded_dim);
-            Real *out = scratch.template take<Real>(p.latents * padded_dim);
-            Real *weights = scratch.template take<Real>(stretch * round_up(most_keys, lanes<Real>));
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < tasks; ++task) {
-                if (!ok) {
-                    continue;
-                }
-                const int64_t item = task / p.heads, head = task % p.heads;
-                pack_rows(rows_of<const T>(p.q, item, 0, head), p.latents, p.head_dim, Real(1), q,
-                          padded_dim);
-                std::fill_n(states, p.latents, RowState<Real>::empty());
-                bool first_block = true;
-                for_each_block(item, [&](const flamingo_tensor &k, const flamingo_tensor &v,
-                                         const flamingo_tensor &, const flamingo_tensor &,
-                                         int64_t key, int64_t count) {
-                    keys.template pack<T>(rows_of<const T>(k, item, key, head),
-                                          rows_of<const T>(v, item, key, head), count, p.head_dim,
-                                          scale);
-                    attend_block(keys, p.head_dim, q, p.latents, states, out, weights, first_block);
-                    first_block = false;
-                });
-                Real *lse = p.lse ? static_cast<Real *>(p.lse) + task * p.latents : nullptr;
-                const Rows<T> to = rows_of<T>(p.out, item, 0, head);
-                for (int64_t r = 0; r < p.latents; ++r) {
-                    if (lse) {
-                        lse[r] = states[r].log_sum();
-                    }
-                    narrow_row(out + r * padded_dim, 1 / states[r].total, to[r], p.head_dim);
-                }
-            }
-        }
-        return ok;
+        return for_each_head<ForwardScratch>(
+            [&](int64_t item, int64_t head, ForwardScratch &s) { forward_head(item, head, s); });
     }
 
-    bool backward() const {
-        const int64_t tasks = p.items * p.heads;
-        bool ok = true;
-#pragma omp parallel num_threads(threads()) reduction(&& : ok)
-        {
-            Scratch scratch(KeyBlock<Real>::bytes(most_keys, p.head_dim, true) +
-                            QueryRows<Real>::bytes(most_keys, p.head_dim) +
-                            Scratch::bytes_of<Real>(p.latents) +
-                            Scratch::bytes_of<Real>(padded_dim) +
-                            Scratch::bytes_of<Real>(p.latents * padded_dim) +
-                            2 * Scratch::bytes_of<Real>(most_keys * padded_dim));
-            ok = scratch.ok();
-            KeyBlock<Real> keys(scratch, most_keys, p.head_dim, true);
-            QueryRows<Real> queries(scratch, most_keys, p.head_dim);
-            Real *deltas = scratch.template take<Real>(p.latents);
-            Real *row = scratch.template take<Real>(padded_dim);
-            Real *d_q = scratch.template take<Real>(p.latents * padded_dim);
-            Real *d_k = scratch.template take<Real>(most_keys * padded_dim);
-            Real *d_v = scratch.template take<Real>(most_keys * padded_dim);
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < tasks; ++task) {
-                if (ok) {
-                    backward_head(task / p.heads, task % p.heads, keys, queries, deltas, row, d_q,
-                                  d_k, d_v);
-                }
-            }
-        }
-        return ok;
-    }
+    // What a task of the backward works in: one item and head.
+    struct BackwardScratch {
+        KeyBlock<Real> keys;
+        QueryRows<Real> queries;
+        Real *deltas;    // [L]
+        Real *row;       // [padded_dim]
+        Real *d_q;       // [L, padded_dim]
+        Real *d_k, *d_v; // [most_keys, padded_dim]
 
-    void backward_head(int64_t item, int64_t head, KeyBlock<Real> &keys, QueryRows<Real> &queries,
-                       Real *deltas, Real *row, Real *d_q, Real *d_k, Real *d_v) const {
-        const Rows<const T> q_rows = rows_of<const T>(p.q, item, 0, head);
-        const Rows<const T> out = rows_of<const T>(p.out, item, 0, head);
-        const Rows<const T> d_out = rows_of<const T>(p.d_out, item, 0, head);
-        const Real *lse = static_cast<const Real *>(p.lse) + (item * p.heads + head) * p.latents;
+        BackwardScratch(Scratch &scratch, const Latents &l)
+            : keys(scratch, l.most_keys, l.p.head_dim,
+                   scratch.take<Real>(l.most_keys * l.padded_dim)),
+              queries(scratch, l.most_keys, l.p.head_dim), deltas(scratch.take<Real>(l.p.latents)),
+              row(scratch.take<Real>(l.padded_dim)),
+              d_q(scratch.take<Real>(l.p.latents * l.padded_dim)),
+              d_k(scratch.take<Real>(l.most_keys * l.padded_dim)),
+              d_v(scratch.take<Real>(l.most_keys * l.padded_dim)) {}
+    };
+
+    // deltas[r] = out[r] . d_out[r], which is the weighted mean of the gradients of a row's
+    // weights.
+    void fill_deltas(Rows<const T> out, Rows<const T> d_out, BackwardScratch &s) const {
         for (int64_t r = 0; r < p.latents; ++r) {
-            widen_row(out[r], row, p.head_dim);
+            widen_row(out[r], s.row, p.head_dim);
             Real delta = 0;
             for (int64_t d = 0; d < p.head_dim; ++d) {
-                delta += row[d] * widen(d_out[r][d]);
+                delta += s.row[d] * widen(d_out[r][d]);
             }
-            deltas[r] = delta;
+            s.deltas[r] = delta;
         }
+    }
+
+    void backward_head(int64_t item, int64_t head, BackwardScratch &s) const {
+        KeyBlock<Real> &keys = s.keys;
+        QueryRows<Real> &queries = s.queries;
+        const Rows<const T> q_rows = rows_of<const T>(p.q, item, 0, head);
+        const Rows<const T> d_out = rows_of<const T>(p.d_out, item, 0, head);
+        const Real *lse = lse_of(item, head);
+        fill_deltas(rows_of<const T>(p.out, item, 0, head), d_out, s);
         const auto pack_queries = [&](int64_t r) {
             queries.template pack<T>({q_rows[r], q_rows.stride}, {d_out[r], d_out.stride},
                                      smaller(score_rows, p.latents - r), p.head_dim);
@@ -160,64 +174,47 @@ template <typename T, typename Real> struct Latents {
                     Real *weights = queries.weights + i * keys.padded_keys;
                     weigh_row(weights, keys.keys, keys.padded_keys, lse[r + i]);
                     score_gradient_row(weights, queries.score_grads + i * keys.padded_keys,
-                                       keys.padded_keys, deltas[r + i], Real(1));
+                                       keys.padded_keys, s.deltas[r + i], Real(1));
                 }
-                queries.query_gradients(keys, d_q + r * padded_dim, !first_block);
-                queries.key_gradients(keys, d_k, d_v, r > 0);
+                queries.query_gradients(keys, s.d_q + r * padded_dim, !first_block);
+                queries.key_gradients(keys, s.d_k, s.d_v, r > 0);
             }
             first_block = false;
             if (p.latents == 0) {
-                clear(d_k, count * padded_dim);
-                clear(d_v, count * padded_dim);
+                clear(s.d_k, count * padded_dim);
+                clear(s.d_v, count * padded_dim);
             }
             const Rows<T> k_rows = rows_of<T>(to_k, item, key, head);
             const Rows<T> v_rows = rows_of<T>(to_v, item, key, head);
             for (int64_t i = 0; i < count; ++i) {
-                narrow_row(d_k + i * padded_dim, scale, k_rows[i], p.head_dim);
-                narrow_row(d_v + i * padded_dim, Real(1), v_rows[i], p.head_dim);
+                narrow_row(s.d_k + i * padded_dim, scale, k_rows[i], p.head_dim);
+                narrow_row(s.d_v + i * padded_dim, Real(1), v_rows[i], p.head_dim);
             }
         });
         const Rows<T> to_q = rows_of<T>(p.d_q, item, 0, head);
         for (int64_t r = 0; r < p.latents; ++r) {
-            narrow_row(d_q + r * padded_dim, Real(1), to_q[r], p.head_dim);
+            narrow_row(s.d_q + r * padded_dim, Real(1), to_q[r], p.head_dim);
         }
         for (int64_t i = valid_features(item); i < p.features; ++i) {
-            memset(rows_of<T>(p.d_k_media, item, i, head).data, 0, size_t(p.head_dim) * sizeof(T));
-            memset(rows_of<T>(p.d_v_media, item, i, head).data, 0, size_t(p.head_dim) * sizeof(T));
+            clear(rows_of<T>(p.d_k_media, item, i, head).data, p.head_dim);
+            clear(rows_of<T>(p.d_v_media, item, i, head).data, p.head_dim);
         }
+    }
+
+    bool backward() const {
+        return for_each_head<BackwardScratch>(
+            [&](int64_t item, int64_t head, BackwardScratch &s) { backward_head(item, head, s); });
     }
 };
 
-template <typename T> using LatentsOf = Latents<T, typename accumulation<T>::type>;
-
 } // namespace
 
-namespace flamingo::FLAMINGO_ISA {
-
-bool latent_attention_forward(const Params &p) {
-    switch (p.execution.dtype) {
-    case FLAMINGO_FLOAT64:
-        return LatentsOf<double>(p).forward();
-    case FLAMINGO_BFLOAT16:
-        return LatentsOf<bfloat16>(p).forward();
-    case FLAMINGO_FLOAT16:
-        return LatentsOf<float16>(p).forward();
-    default:
-        return LatentsOf<float>(p).forward();
-    }
+bool flamingo::FLAMINGO_ISA::latent_attention_forward(const Params &p) {
+    return with_storage_type(p.execution.dtype,
+                             [&](auto zero) { return Latents<decltype(zero)>(p).forward(); });
 }
 
-bool latent_attention_backward(const Params &p) {
-    switch (p.execution.dtype) {
-    case FLAMINGO_FLOAT64:
-        return LatentsOf<double>(p).backward();
-    case FLAMINGO_BFLOAT16:
-        return LatentsOf<bfloat16>(p).backward();
-    case FLAMINGO_FLOAT16:
-        return LatentsOf<float16>(p).backward();
-    default:
-        return LatentsOf<float>(p).backward();
-    }
+bool flamingo::FLAMINGO_ISA::latent_attention_backward(const Params &p) {
+    return with_storage_type(p.execution.dtype,
+                             [&](auto zero) { return Latents<decltype(zero)>(p).backward(); });
 }
-
-} // namespace flamingo::FLAMINGO_ISA
