@@ -6,8 +6,8 @@ import torch
 
 from flamingo_kernels.train.config import OptimizerSection
 from flamingo_kernels.train.optimizer import build_optimizer, warm_up
-from tests.model.conftest import open_gates_of
-from tests.train.conftest import make_trainer
+from testing.tiny_model import open_gates_of
+from testing.tiny_run import make_trainer
 
 
 def test_weight_decay_spares_the_resampler(values) -> None:
