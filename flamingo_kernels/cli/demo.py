@@ -96,8 +96,8 @@ def run(options: Namespace) -> int:
     _heading("Prompt")
     prompts = _build_prompts(model, tokenizer, shots)
     text = tokenizer.decode(prompts.input_ids[0], skip_special_tokens=False)
-    print(f"{text}   ({len(prompts.queries)} times, the last image another each time)")
-    print("glyphs of classes that the model never saw, under names new to it")
+    print(f"{text}   ({len(prompts.queries)} prompts, each with another last image)")
+    print("the model has seen neither these classes of glyphs nor their names")
 
     _heading("Kernels")
     for line in _kernel_lines(kernel, device.type):

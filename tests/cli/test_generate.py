@@ -1,4 +1,4 @@
-"""`generate` and `convert`: files in, text and files out, and how they fail."""
+"""The commands ``generate`` and ``convert``: text, files, and errors in one line."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def test_convert_errors_leave_nothing(tmp_path, capsys) -> None:
 
 
 def test_bad_files_of_others_are_one_line(tmp_path, picture, capsys) -> None:
-    """Of the language model, of its tokenizer, and configurations."""
+    """Files of the language model, of its tokenizer, and of configurations are damaged."""
     tokenizer, lm = word_tokenizer("a", "cat"), language_model("llama", vocab_size=3)
     add_media_tokens(tokenizer, lm)
     FlamingoModel.from_backbones(clip(), lm).save_pretrained(tmp_path / "m")
@@ -213,7 +213,7 @@ def test_bad_files_of_others_are_one_line(tmp_path, picture, capsys) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_released_models_are_told_by_their_sizes() -> None:
+def test_released_models_are_recognised_by_their_sizes() -> None:
     from flamingo_kernels.convert.open_flamingo import _released_config
 
     for name in ("open-flamingo-3b", "open-flamingo-4b", "open-flamingo-9b"):

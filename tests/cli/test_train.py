@@ -1,4 +1,4 @@
-"""The command `train`: to the end, and errors in one line."""
+"""The command ``train``: a run to its end, and errors in one line."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Image = pytest.importorskip("PIL.Image")
 
 
 def picture(width: int, height: int):
-    """Red grows to the right, green downwards."""
+    """Return a picture whose red grows to the right and whose green grows downwards."""
     pixels = np.zeros((height, width, 3), dtype=np.uint8)
     pixels[..., 0] = np.linspace(0, 255, width)[None]
     pixels[..., 1] = np.linspace(0, 255, height)[:, None]
@@ -43,7 +43,7 @@ def test_crop_takes_the_centre() -> None:
 
 
 def test_a_long_strip_is_cut_before_it_is_resized() -> None:
-    """Whole it would have 2.5 thousand million pixels in a row."""
+    """Resized as a whole, the strip would have 2.5 thousand million pixels in a row."""
     strip = Image.new("L", (80_000_000, 1))
     strip.paste(255, (40_000_000, 0, 80_000_000, 1))
     pixels = to_pixel_values(strip, 32, fit="crop", mean=(0,) * 3, std=(1,) * 3)

@@ -1,4 +1,4 @@
-"""Documents to samples: structure tokens, windows, broken pictures, batches."""
+"""From documents to samples: structure tokens, windows, broken pictures, batches."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_adjacent_images_and_structure_written_out_in_text() -> None:
 
 
 def test_windows() -> None:
-    """All starts are drawn; an image too many ends the window."""
+    """All starts are drawn, and an image too many ends the window."""
     ids = [1, 9, 2, 9, 3, 9, 4, 5, 6]
     windows = {choose_window(ids, 4, 2, 9, rng(seed)) for seed in range(100)}
     assert windows == {(0, 4), (1, 5), (2, 6), (3, 7), (4, 8), (5, 9)}

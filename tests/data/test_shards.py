@@ -69,7 +69,7 @@ def test_a_member_again_begins_the_next_record(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["1.png", "1.dat"])
 @pytest.mark.parametrize("size", [-512, 2**50, 2**63, 2**70])
 def test_a_member_of_a_damaged_size_says_so(size: int, name: str, tmp_path: Path) -> None:
-    """Sizes in base 256 under a correct checksum."""
+    """The size is in base 256, and the header's checksum is correct."""
     header = bytearray(tarfile.TarInfo(name).tobuf())
     header[124:136] = (
         b"\x80" + size.to_bytes(11, "big") if size > 0 else size.to_bytes(12, "big", signed=True)

@@ -1,4 +1,4 @@
-"""Streams: each record once, disjoint shares, exact resumption, nothing fatal."""
+"""Streams: each record once, disjoint parts, exact resumption, nothing fatal."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_a_position_of_other_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_reader_goes_on_while_other_shards_are_good(tmp_path: Path) -> None:
-    """Of two readers each has epochs of broken shards alone."""
+    """Each of two readers has epochs in which all its shards are broken."""
     paths = numbered_pairs(tmp_path, 2, 5)
     for name in ("torn", "empty"):
         (tmp_path / f"{name}.tar").write_bytes(b"not a tar")

@@ -50,7 +50,7 @@ def command(config: Path, processes: int = 1) -> list[str]:
 
 
 def children_of(process: int) -> list[int]:
-    """What torchrun started; each is in a session of its own."""
+    """Return the processes that torchrun started; each is in its own session."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # ended meanwhile
@@ -230,7 +230,7 @@ def test_resumed_in_process_it_continues_bit_for_bit(compute: str, values) -> No
 def test_killed_and_resumed_gives_the_same_bits(
     processes: int, strategy: str, kills: tuple[int, ...], values, tmp_path
 ) -> None:
-    """Killed after so many lines of the log, wherever the signal happens to meet the processes."""
+    """The kill follows a line of the log; the signal may meet the processes anywhere."""
     values |= {"steps": 20, "save_every": 4, "keep": 1, "distributed": strategy}
     shutil.copy(tmp_path / "pages.jsonl", tmp_path / "pages2.jsonl")  # one for each process
     values["datasets"][0]["shards"] = [str(tmp_path / "pages*.jsonl")]

@@ -1,6 +1,6 @@
-"""Both strategies, DDP and sharded: two gloo processes against one.
+"""Both strategies with two gloo processes, against one process.
 
-Gradients, a rank without images, checkpoints, and what stops or refuses to continue.
+Tested are gradients, a rank without images, checkpoints, and errors on all ranks.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def row(length: int, images: int, seed: int) -> Sample:
 
 
 def rows_of(rank: int, step: int) -> dict[str, list[Sample]]:
-    """Of every step; rank 1 has no image in the first, and no rank has one in ``text``."""
+    """Return a step's rows. Rank 1 has no image in the first step, ``text`` has none at all."""
     mixed = [row(9, 2, 10), row(14, 1, 11)] if rank == 0 else [row(20, step, 12)]
     return {"mixed": mixed, "text": [row(7 + 4 * rank, 0, 20 + rank)]}
 
@@ -82,7 +82,7 @@ class FixedBatches:
 
 @dataclass(frozen=True)
 class Case:
-    """How to train what; ``opt`` is transformers' in place of the package's language model."""
+    """What is trained, and how; ``opt`` names a language model of transformers."""
 
     distributed: str
     language: str = "own"
@@ -136,7 +136,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 
 def run_rank(rank: int, folder: str, case: Case) -> None:
-    """What each of the two processes runs."""
+    """Run one of the two processes."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -190,7 +190,7 @@ def train_save_resume(rank: int, folder: str, case: Case) -> None:
 
 
 def assert_stays_good_on_a_full_disk(trainer: Trainer, saved: Path, rank: int) -> None:
-    """On the disk of the process that writes, and of the last one where all do."""
+    """Fill the disk of the process that writes, or of the last one if all write."""
     whole = trainer.config.distributed == "ddp"
     target = (whole_checkpoints, "save_file") if whole else (FileSystem, "create_stream")
     broken = mock.patch.object(*target, side_effect=OSError(errno.ENOSPC, "No space left"))
@@ -216,7 +216,7 @@ def assert_nan_of_one_process_stops_both(trainer: Trainer, saved: Path, rank: in
 
 
 def assert_refused(trainer: Trainer, rank: int) -> None:
-    """Another base model, another way to share the work, and base models that differ."""
+    """Refuse another base model, another strategy, and base models that differ by rank."""
     own, config = trainer.base_model, trainer.config
     trainer.base_model = {**own, "language_model": "another"}
     with pytest.raises(ValueError, match="was trained on another language_model: resume with"):

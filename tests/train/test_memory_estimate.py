@@ -1,4 +1,4 @@
-"""Memory estimates: counted parameters, and activations as real tensors keep them."""
+"""Memory estimates: counted parameters, and activations as autograd saves real tensors."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def test_bytes_of_parameters_by_hand() -> None:
     assert ddp.activations == fsdp.activations
 
 
-def test_shares_are_as_long_as_the_longest() -> None:
-    """Over three GPUs 64 rows take 22, one takes one, and a gate of one value is on all."""
+def test_shards_are_as_long_as_the_longest() -> None:
+    """On each of three GPUs, 64 rows take 22, one row takes one, and so does a gate."""
     frozen, trainable = memory_estimate.shard_sizes(TINY, 3)
     rows = {name: -(-len(p) // 3) * p[0].numel() for name, p in trainable_of(TINY).items()}
     assert trainable == sum(rows.values())

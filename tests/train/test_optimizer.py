@@ -11,7 +11,7 @@ from testing.tiny_run import make_trainer
 
 
 def test_weight_decay_spares_the_resampler(values) -> None:
-    """With zero gradients an update is the decay alone: lr x 0.1 of each value."""
+    """With zero gradients an update is the decay alone, lr x 0.1 of each value."""
     trainer = make_trainer(values)
     parameters = trainer.masters.parameters
     before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -41,7 +41,7 @@ def test_gates_may_have_a_rate_of_their_own(values) -> None:
 
 
 def test_bfloat16_computes_over_float32_masters(values) -> None:
-    """Updates too small for bfloat16 are not lost: they add up in the masters."""
+    """Updates that are too small for bfloat16 add up in the masters."""
     values["model"]["compute"] = "bfloat16"
     values["optimizer"] = {"lr": 1e-5, "warmup_steps": 0, "weight_decay": 0}
     trainer = make_trainer(values)
