@@ -114,10 +114,10 @@ def run(options: Namespace) -> int:
 
 
 def _build_prompts(model: FlamingoModel, tokenizer: ByteTokenizer, shots: int) -> Prompts:
-    from PIL import Image
+    import PIL.Image
 
     side = model.vision_encoder.image_size
-    with Image.open(FAST_BINDING_GLYPHS) as sheet:
+    with PIL.Image.open(FAST_BINDING_GLYPHS) as sheet:
         drawn = {
             name: [
                 sheet.crop((left, row * side, left + side, (row + 1) * side))

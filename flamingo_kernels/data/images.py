@@ -116,7 +116,8 @@ def to_pixel_values(
         resized = resized.crop((left, top, left + size, top + size))
         width = height = size
     pixels = np.asarray(resized, dtype=np.float32) / 255
-    normalised = (pixels - np.float32(mean or IMAGE_MEAN)) / np.float32(std or IMAGE_STD)
+    offset, scale = (np.asarray(c, np.float32) for c in (mean or IMAGE_MEAN, std or IMAGE_STD))
+    normalised = (pixels - offset) / scale
     top, left = (size - height) // 2, (size - width) // 2
     canvas = np.zeros((3, size, size), dtype=np.float32)
     canvas[:, top : top + height, left : left + width] = normalised.transpose(2, 0, 1)

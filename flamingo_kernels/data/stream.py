@@ -220,8 +220,8 @@ class _Batches(IterableDataset):
         # A DataLoader begins with its worker 0, which takes the place of the next one in turn.
         worker = (self.first_worker + (info.id if info else 0)) % self.workers
         stream = self.make(self.first_part + worker, self.parts)
-        if self.states[worker] is not None:
-            stream.load_state_dict(self.states[worker])
+        if (state := self.states[worker]) is not None:
+            stream.load_state_dict(state)
         while True:
             samples = [next(stream) for _ in range(self.batch_size)]
             keys = [sample.key for sample in samples]

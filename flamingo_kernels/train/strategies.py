@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -82,4 +83,5 @@ class FullySharded:
 
 def build_strategy(name: str) -> Strategy:
     """Return the strategy of a name in ``config.STRATEGIES``."""
-    return {"ddp": Replicated, "fsdp": FullySharded}[name]()
+    strategies: dict[str, Callable[[], Strategy]] = {"ddp": Replicated, "fsdp": FullySharded}
+    return strategies[name]()
