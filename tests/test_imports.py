@@ -22,7 +22,8 @@ LAYERS = (
     ("language", "vision", "nn"),
     ("ops",),
     ("_triton", "_cpp"),
-    ("env", "shipped"),
+    ("transformers_models",),
+    ("env", "fields", "precision", "saved_tensors", "shipped"),
 )
 RANK = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 
@@ -58,6 +59,11 @@ def part(module: str) -> str | None:
     """First-level part of the package that a dotted name lies in."""
     pieces = module.split(".")
     return pieces[1] if pieces[0] == "flamingo_kernels" and len(pieces) > 1 else None
+
+
+def test_every_part_has_a_layer() -> None:
+    parts = {path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in sources(PACKAGE)}
+    assert parts - {"__init__"} == set(RANK)
 
 
 @pytest.mark.parametrize("path", sources(PACKAGE), ids=lambda p: str(p.relative_to(ROOT)))
