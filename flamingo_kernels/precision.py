@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,10 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@overload
+def accumulated(parameter: Tensor, x: Tensor) -> Tensor: ...
+@overload
+def accumulated(parameter: Tensor | None, x: Tensor) -> Tensor | None: ...
 def accumulated(parameter: Tensor | None, x: Tensor) -> Tensor | None:
     """Convert a gate, weight or bias of any floating dtype to the dtype of sums over ``x``."""
     dtype = accumulator(x.dtype)

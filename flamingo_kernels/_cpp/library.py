@@ -57,7 +57,7 @@ def _open(path: Path) -> ctypes.CDLL:
 
 
 def _select(
-    requested: str | None, known: list[str], detected: object, usable: dict[str, int]
+    requested: str | None, known: list[str], detected: dict[str, int], usable: dict[str, int]
 ) -> str:
     if requested is None:
         return list(usable)[-1]
@@ -88,7 +88,7 @@ def _load(path: Path) -> _Library:
     handle.flamingo_multiply_add_rate.restype = ctypes.c_double
     handle.flamingo_multiply_add_rate.argtypes = [ctypes.c_void_p, ctypes.c_double]
 
-    known = []
+    known: list[str] = []
     while name := handle.flamingo_instruction_set_name(len(known)):
         known.append(name.decode())
     detected, usable = (

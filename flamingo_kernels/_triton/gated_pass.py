@@ -24,8 +24,8 @@ PROGRAMS = 2048
 def walk(x: Tensor, gate: Tensor | None) -> tuple[tuple[int, int], dict[str, Any]]:
     """Return the grid and the arguments that the kernels of a gated pass share."""
     block = POINTWISE.keys
-    vector = gate is not None and gate.numel() > 1
-    length = gate.numel() if vector else block
+    gates = 1 if gate is None else gate.numel()
+    length = gates if gates > 1 else block
     columns = -(-length // block)
     groups = min(-(-x.numel() // length), max(PROGRAMS // columns, 1))
     return (groups, columns), {
@@ -33,7 +33,7 @@ def walk(x: Tensor, gate: Tensor | None) -> tuple[tuple[int, int], dict[str, Any
         "N": x.numel(),
         "C": length,
         "GROUPS": groups,
-        "VECTOR": vector,
+        "VECTOR": gates > 1,
         "BLOCK": block,
         "ACC": triton_accumulator(x.dtype),
     }

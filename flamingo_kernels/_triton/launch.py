@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar, overload
 
 import torch
 import triton.language as tl
@@ -26,7 +26,7 @@ from flamingo_kernels._triton.reduce import sum_partials_kernel
 TARGET_PROGRAMS = 256
 
 
-Layout = TypeVar("Layout", bound=NamedTuple)
+Layout = TypeVar("Layout", bound=tuple)
 
 
 def strided(layout: type[Layout], tensor: Tensor) -> Layout:
@@ -35,7 +35,8 @@ def strided(layout: type[Layout], tensor: Tensor) -> Layout:
     ``layout`` is a named tuple of a pointer and of the strides that the kernel uses. The last
     stride of the tensor is 1.
     """
-    return layout(tensor, *tensor.stride()[: len(layout._fields) - 1])
+    strides = len(layout._fields) - 1  # type: ignore[attr-defined]
+    return layout(tensor, *tensor.stride()[:strides])  # type: ignore[call-arg]
 
 
 def tensors_of(arguments: Iterable[Any]) -> Iterator[Tensor]:
@@ -130,6 +131,10 @@ def padded_head_dim(q: Tensor) -> int:
     return padded(q.shape[-1], narrowest)
 
 
+@overload
+def dense(parameter: Tensor) -> Tensor: ...
+@overload
+def dense(parameter: Tensor | None) -> Tensor | None: ...
 def dense(parameter: Tensor | None) -> Tensor | None:
     """Return a gate, weight or bias in contiguous memory; None stays None."""
     return None if parameter is None else parameter.contiguous()

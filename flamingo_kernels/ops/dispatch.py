@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -197,14 +197,14 @@ def choose_for(
     return Choice(_constant_choice(op, kernel, *call), call.needs_grad)
 
 
-def _constant_choice(op: str, kernel: str, *properties: object) -> str:
+def _constant_choice(op: str, kernel: str, *properties: Any) -> str:
     """Apply :func:`choose` as a constant of the graph while torch compiles."""
     return choose(op, kernel, Call(*properties))
 
 
 # The attribute is all that torch.compiler.assume_constant_result sets; importing its module takes
 # 1.6 s. Dynamo rebuilds a named tuple wrongly, so the properties are passed one by one.
-_constant_choice._dynamo_marked_constant = True
+_constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def needs_grad(*tensors: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typing
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -13,13 +13,10 @@ from flamingo_kernels.ops.signature import is_eager
 
 NAMESPACE = "flamingo_kernels"
 
-P = ParamSpec("P")
-Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def operator(
-    name: str, fake: Callable[..., Any]
-) -> Callable[[Callable[P, Result]], Callable[P, Result]]:
+def operator(name: str, fake: Callable[..., Any]) -> Callable[[Function], Function]:
     """Register the decorated function as ``torch.ops.flamingo_kernels.<name>``.
 
     The schema comes from the annotations; an ``int`` becomes a ``SymInt``. The decorated function
@@ -35,7 +32,7 @@ def operator(
     """
     qualified = f"{NAMESPACE}::{name}"
 
-    def register(function: Callable[P, Result]) -> Callable[P, Result]:
+    def register(function: Function) -> Function:
         function.__annotations__ = typing.get_type_hints(function)
         schema = torch.library.infer_schema(function, mutates_args=())
         torch.library.define(qualified, schema)
@@ -44,9 +41,9 @@ def operator(
         registered = getattr(torch.ops.flamingo_kernels, name).default
 
         @wraps(function)
-        def call(*arguments: P.args) -> Result:
+        def call(*arguments: Any) -> Any:
             return (function if is_eager(arguments[0]) else registered)(*arguments)
 
-        return call
+        return cast(Function, call)
 
     return register

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import is_grad_enabled, strided
@@ -20,8 +20,7 @@ _MOST_SIGNATURES = 4096
 _OPTIONS = (str, int, float, bool, type(None))
 _caches: list[dict] = []
 
-P = ParamSpec("P")
-Result = TypeVar("Result")
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_eager(tensor: object) -> bool:
@@ -29,22 +28,22 @@ def is_eager(tensor: object) -> bool:
     return type(tensor) in _PLAIN and not is_compiling()
 
 
-def remembered(function: Callable[P, Result]) -> Callable[P, Result]:
+def remembered(function: Function) -> Function:
     """Call ``function`` once per signature of its arguments, which are positional, and cache it.
 
     The signature holds the metadata of tensors, that of :class:`MediaSpans`, options as they are,
     and whether gradients are enabled. Exceptions are not cached. While torch compiles, and for
     tensor subclasses, the function is called every time.
     """
-    known: dict[tuple, Result] = {}
+    known: dict[tuple, Any] = {}
     _caches.append(known)
 
     @wraps(function)
-    def remembering(*arguments: P.args) -> Result:
+    def remembering(*arguments: Any) -> Any:
         if is_compiling():
             return function(*arguments)
         grad_enabled = is_grad_enabled()
-        signature = [grad_enabled]
+        signature: list[Any] = [grad_enabled]
         for value in arguments:
             if type(value) in _PLAIN and value.layout is strided:
                 # "Contiguous" stands for the strides, and "on the CPU" for the device.
@@ -70,7 +69,7 @@ def remembered(function: Callable[P, Result]) -> Callable[P, Result]:
             known[key] = result
         return result
 
-    return remembering
+    return cast(Function, remembering)
 
 
 def forget() -> None:

@@ -235,7 +235,7 @@ def read(path: Path) -> Tiles:
     FileNotFoundError, ValueError
         There is no such file, or it holds something else; the message names file and entry.
     """
-    entry: object = "the whole file"
+    entry = "the whole file"
     try:
         tiles: Tiles = {}
         for entry, by_architecture in json.loads(path.read_text()).items():

@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -168,20 +169,18 @@ def pointwise_calls(dtype: torch.dtype, channels: int, rows: int = 8192) -> None
 
 
 def cases() -> Iterator[tuple[str, Callable[[], None]]]:
-    """(label, calls) that between them use every shipped config."""
+    """Yield (label, calls) that between them use every shipped config."""
     for name, dtype in DTYPES.items():
         for head_dim in HEAD_DIMS[name]:
             for latents in LATENTS[name]:
-                yield (
-                    f"{name} D{head_dim} R{latents}",
-                    lambda d=dtype, h=head_dim, r=latents: media_calls(d, h, r),
-                )
-            yield f"{name} D{head_dim}", lambda d=dtype, h=head_dim: latent_calls(d, h)
+                label = f"{name} D{head_dim} R{latents}"
+                yield label, partial(media_calls, dtype, head_dim, latents)
+            yield f"{name} D{head_dim}", partial(latent_calls, dtype, head_dim)
         for channels in CHANNELS[name]:
-            yield f"{name} C{channels}", lambda d=dtype, c=channels: pointwise_calls(d, c)
-    yield "fp32 D64 R128", lambda: media_calls(torch.float32, 64, 128)
-    yield "bf16 D64 R64 G4", lambda: media_calls(torch.bfloat16, 64, 64, group=4)
-    yield "bf16 C4096 past 32 bits", lambda: pointwise_calls(torch.bfloat16, 4096, rows=2**20)
+            yield f"{name} C{channels}", partial(pointwise_calls, dtype, channels)
+    yield "fp32 D64 R128", partial(media_calls, torch.float32, 64, 128)
+    yield "bf16 D64 R64 G4", partial(media_calls, torch.bfloat16, 64, 64, group=4)
+    yield "bf16 C4096 past 32 bits", partial(pointwise_calls, torch.bfloat16, 4096, rows=2**20)
 
 
 def record(

@@ -129,7 +129,7 @@ def pointwise() -> Iterator[Traffic]:
     x, y = (meta(8192, 4096, dtype=BF16) for _ in range(2))
     weight, gate = meta(4096, dtype=BF16), meta(1, dtype=torch.float32)
     mean = meta(8192, dtype=torch.float32)
-    calls = {
+    calls: dict[str, tuple[tuple[Any, ...], ...]] = {
         "gated residual": (
             (3, gated_residual.forward, x, y, gate),
             (3, gated_residual.backward, x, y, gate),

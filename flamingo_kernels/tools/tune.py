@@ -42,26 +42,26 @@ def call_of(key: Key, device: str = "cuda") -> Callable[[], object]:
 
     scale = head_dim**-0.5
     if kernel.startswith("media"):
-        from flamingo_kernels.ops.media_attention import impl_triton as op
+        from flamingo_kernels.ops.media_attention import impl_triton as media
 
         q, d_out = random(4, 2048, 16, head_dim), random(4, 2048, 16, head_dim)
         k, v = random(2, 4, 8, keys if keys > 64 else 64, 16, head_dim)
         last = (torch.arange(2048, device=device, dtype=torch.int32) // 256).repeat(4, 1)
         single_item = kernel in ("media_forward", "media_backward")
-        inputs = (q, k, v, last, last, None, scale, single_item)
+        of_media = (q, k, v, last, last, None, scale, single_item)
         if kernel == "media_forward":
-            return lambda: op.forward(*inputs)
-        table = op.segments(last, last, 8, 16, single_item)
-        return lambda: op.backward(d_out, table, *inputs)
-    from flamingo_kernels.ops.latent_attention import impl_triton as op
+            return lambda: media.forward(*of_media)
+        table = media.segments(last, last, 8, 16, single_item)
+        return lambda: media.backward(d_out, table, *of_media)
+    from flamingo_kernels.ops.latent_attention import impl_triton as latent
 
     q, k_latents, v_latents, d_out = (random(64, 64, 16, head_dim) for _ in range(4))
     k, v = random(2, 64, 256, 16, head_dim)
     inputs = (q, k, v, k_latents, v_latents, None)
     if kernel == "latent_forward":
-        return lambda: op.forward(*inputs, scale)
-    out, lse = op.forward(*inputs, scale)
-    return lambda: op.backward(d_out, *inputs, out, lse, scale)
+        return lambda: latent.forward(*inputs, scale)
+    out, lse = latent.forward(*inputs, scale)
+    return lambda: latent.backward(d_out, *inputs, out, lse, scale)
 
 
 def best_tile(

@@ -53,7 +53,9 @@ def backward(
         ACTIVATION=activation,
         **shared,
     )
-    return d_x, x.new_empty(0) if gate is None else gate_gradient(d_tanh, gate)
+    if gate is None or d_tanh is None:
+        return d_x, x.new_empty(0)
+    return d_x, gate_gradient(d_tanh, gate)
 
 
 @triton.jit

@@ -73,5 +73,6 @@ class _GatedResidual(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        d_y, d_gate = operators.backward(d_out, *ctx.saved_tensors, ctx.kernel)
+        y, gate = ctx.saved_tensors
+        d_y, d_gate = operators.backward(d_out, y, gate, ctx.kernel)
         return d_out, d_y, d_gate, None

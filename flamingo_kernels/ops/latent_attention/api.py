@@ -85,14 +85,33 @@ def _runner(
     if chosen == "torch":
         return partial(impl_torch.forward, scale=scale)
     if needs_grad:
-        return lambda *inputs: _LatentAttention.apply(*inputs, scale, chosen)
+        return partial(_attend_with_gradients, scale=scale, kernel=chosen)
     if not is_eager(q):
-        return lambda *inputs: operators.forward(*inputs, scale, chosen)[0]
+        return partial(_attend, scale=scale, kernel=chosen)
     if chosen == "cpp":
         return impl_cpp.bind_forward(*tensors, scale)
     from flamingo_kernels.ops.latent_attention import impl_triton
 
-    return lambda *inputs: impl_triton.forward(*inputs, scale)[0]
+    forward = partial(impl_triton.forward, scale=scale)
+    return lambda *inputs: forward(*inputs)[0]
+
+
+def _attend(
+    q: Tensor,
+    k_media: Tensor,
+    v_media: Tensor,
+    k_latents: Tensor,
+    v_latents: Tensor,
+    lengths: Tensor | None,
+    scale: float,
+    kernel: str,
+) -> Tensor:
+    out, _ = operators.forward(q, k_media, v_media, k_latents, v_latents, lengths, scale, kernel)
+    return out
+
+
+def _attend_with_gradients(*inputs: Tensor | None, scale: float, kernel: str) -> Tensor:
+    return _LatentAttention.apply(*inputs, scale, kernel)
 
 
 class _LatentAttention(torch.autograd.Function):

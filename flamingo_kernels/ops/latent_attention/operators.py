@@ -9,7 +9,7 @@ from flamingo_kernels.ops.operator import operator
 from flamingo_kernels.precision import accumulator
 
 
-def _forward_shapes(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+def _forward_shapes(q: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
     items, latents, heads, _ = q.shape
     lse = q.new_empty((items, heads, latents), dtype=accumulator(q.dtype))
     return q.new_empty(q.shape), lse

@@ -154,8 +154,8 @@ class _MediaCrossAttention(torch.autograd.Function):
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         d_q, d_k, d_v, d_gate = operators.backward(d_out, *saved, *ctx.options)
-        d_gate = None if saved[-1] is None else d_gate
-        return None, d_q, d_k, d_v, None, None, d_gate, None, None, None
+        given_gate = None if saved[-1] is None else d_gate
+        return None, d_q, d_k, d_v, None, None, given_gate, None, None, None
 
 
 def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> MediaSpans:

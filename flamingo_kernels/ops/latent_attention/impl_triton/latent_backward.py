@@ -76,7 +76,8 @@ def backward(
     for partials, gradient, count in zip(into, gradients, shares, strict=True):
         if count > 1:
             reduce_partials(partials, gradient)
-    return tuple(gradients)
+    d_q, d_k_media, d_v_media, d_k_latents, d_v_latents = gradients
+    return d_q, d_k_media, d_v_media, d_k_latents, d_v_latents
 
 
 @triton.jit

@@ -8,6 +8,8 @@ on the shape of one item alone, so an item's bits do not depend on the batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -46,7 +48,7 @@ def forward(
     config = config_of("latent_forward", q)
     arguments = shared_arguments(config, q, k_media, v_media, k_latents, v_latents, lengths, scale)
     items, latents, heads, head_dim = q.shape
-    sums = {"dtype": accumulator(q.dtype), "device": q.device}
+    sums: dict[str, Any] = {"dtype": accumulator(q.dtype), "device": q.device}
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((items, heads, latents), **sums)
     steps = -(-SPLIT_KEYS // config.keys)

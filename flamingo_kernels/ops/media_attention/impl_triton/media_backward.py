@@ -9,22 +9,23 @@ accumulate in registers. They are final too if the item's tokens are one chunk; 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from flamingo_kernels._triton import configs
+from flamingo_kernels._triton.configs import POINTWISE, LaunchConfig
 from flamingo_kernels._triton.device import LOG2E
 from flamingo_kernels._triton.launch import gate_gradient, launch
 from flamingo_kernels.ops.media_attention.impl_triton import media_segments
 from flamingo_kernels.ops.media_attention.impl_triton.media_backward_two_pass import (
     backward_two_pass,
 )
-from flamingo_kernels.ops.media_attention.impl_triton.media_forward import MOST_KEYS
 from flamingo_kernels.ops.media_attention.impl_triton.media_rows import (
     clipped_ranges,
-    config_of,
+    config_of_item,
     pointers,
     shared_arguments,
     tanh_of_gate,
@@ -47,18 +48,21 @@ def backward(
     single_item: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``operators.backward``."""
-    in_one_tile = single_item and k.shape[2] <= MOST_KEYS
-    one_pass = in_one_tile and config_of("media_backward", q, k.shape[2]) is not None
     if segments is None:
         segments = media_segments.segments(first, last, k.shape[1], k.shape[3], single_item)
     inputs = (segments, d_out, q, k, v, first, last, gate, scale)
-    d_q, d_k, d_v, d_tanh = (backward_one_pass if one_pass else backward_two_pass)(*inputs)
-    if gate is None:
+    config = config_of_item("media_backward", q, k.shape[2]) if single_item else None
+    if config is not None:
+        d_q, d_k, d_v, d_tanh = backward_one_pass(config, *inputs)
+    else:
+        d_q, d_k, d_v, d_tanh = backward_two_pass(*inputs)
+    if gate is None or d_tanh is None:
         return d_q, d_k, d_v, q.new_empty(0)
     return d_q, d_k, d_v, gate_gradient(d_tanh.reshape(-1, 1), gate)
 
 
 def backward_one_pass(
+    config: LaunchConfig,
     segments: Tensor,
     d_out: Tensor,
     q: Tensor,
@@ -70,12 +74,11 @@ def backward_one_pass(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k and v, and partial sums of that of tanh(gate)."""
-    config = config_of("media_backward", q, k.shape[2])
     arguments = shared_arguments(config, q, k, v, first, last, gate, scale)
     batch, tokens, media = q.shape[0], q.shape[1], k.shape[1]
     latents, kv_heads, head_dim = k.shape[2:]
     _, slots, places = media_segments.chunking(batch, tokens, media, kv_heads)
-    sums = {"dtype": accumulator(q.dtype), "device": q.device}
+    sums: dict[str, Any] = {"dtype": accumulator(q.dtype), "device": q.device}
     partials = torch.empty((2, batch, places, kv_heads, latents, head_dim), **sums)
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     d_tanh = None if gate is None else torch.empty((batch, slots, kv_heads), **sums)
@@ -101,7 +104,7 @@ def backward_one_pass(
         launch(
             sum_media_partials_kernel,
             (batch * media * kv_heads, -(-latents * head_dim // block)),
-            configs.POINTWISE,
+            POINTWISE,
             segments=segments,
             partials=partials,
             d_k=d_k,

@@ -5,6 +5,8 @@ Each pass is final in what it writes: by rows, the softmax statistics and dQ; by
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -42,7 +44,7 @@ def backward_two_pass(
     batch, tokens, media = q.shape[0], q.shape[1], k.shape[1]
     latents, kv_heads = k.shape[2:4]
     rows = tokens * (q.shape[2] // kv_heads)
-    sums = {"dtype": accumulator(q.dtype), "device": q.device}
+    sums: dict[str, Any] = {"dtype": accumulator(q.dtype), "device": q.device}
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
     log2_sum, delta = torch.empty((2, batch, kv_heads, rows), **sums)
 

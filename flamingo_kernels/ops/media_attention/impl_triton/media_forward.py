@@ -17,6 +17,7 @@ from flamingo_kernels._triton.launch import launch
 from flamingo_kernels.ops.media_attention.impl_triton.media_rows import (
     clipped_ranges,
     config_of,
+    config_of_item,
     items_of_tile,
     keys_of_step,
     pointers,
@@ -25,9 +26,6 @@ from flamingo_kernels.ops.media_attention.impl_triton.media_rows import (
     token_and_head,
     tokens_of,
 )
-
-# Latents of an item that one tile may hold.
-MOST_KEYS = 128
 
 
 def forward(
@@ -43,8 +41,7 @@ def forward(
     """See ``operators.forward``."""
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     latents = k.shape[2]
-    in_one_tile = config_of("media_forward", q, latents) if latents <= MOST_KEYS else None
-    config = in_one_tile or config_of("media_forward", q)
+    config = config_of_item("media_forward", q, latents) or config_of("media_forward", q)
     arguments = shared_arguments(config, q, k, v, first, last, gate, scale)
     tiles = -(-q.shape[1] * arguments["G"] // arguments["BLOCK_T"])
     launch(

@@ -28,6 +28,9 @@ from flamingo_kernels._triton.launch import (
 from flamingo_kernels.ops import tiles
 from flamingo_kernels.ops.rows import unit_stride
 
+# Latents of an item that one tile may hold.
+MOST_KEYS = 128
+
 
 class Tokens(NamedTuple):
     """A tensor [B, T, H, D]."""
@@ -61,10 +64,19 @@ def tokens_of(tensor: Tensor) -> Tokens:
     return strided(Tokens, unit_stride(tensor))
 
 
-def config_of(kernel: str, q: Tensor, latents: int = 64) -> LaunchConfig | None:
-    return tiles.lookup(
-        kernel, padded_head_dim(q), q.element_size(), architecture(q), padded(latents)
-    )
+def config_of(kernel: str, q: Tensor) -> LaunchConfig:
+    """Return the config of a kernel that loops over the keys of an item."""
+    config = tiles.lookup(kernel, padded_head_dim(q), q.element_size(), architecture(q))
+    assert config is not None  # a test holds that there is one for every head dim and dtype
+    return config
+
+
+def config_of_item(kernel: str, q: Tensor, latents: int) -> LaunchConfig | None:
+    """Return the config of a kernel whose tile holds an item, or None if none does."""
+    if latents > MOST_KEYS:
+        return None
+    sizes = (q.element_size(), architecture(q), padded(latents))
+    return tiles.lookup(kernel, padded_head_dim(q), *sizes)
 
 
 def shared_arguments(
