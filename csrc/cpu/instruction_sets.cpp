@@ -12,7 +12,8 @@ constexpr uint32_t bit(int position) { return uint32_t{1} << position; }
 
 constexpr bool has_all(uint32_t value, uint32_t mask) { return (value & mask) == mask; }
 
-// Which register states the operating system saves; without them a supported instruction faults.
+// Returns the register states that the operating system saves. An instruction on any other state
+// faults, even if the processor supports it.
 uint32_t enabled_register_states() {
     uint32_t low = 0;
     uint32_t high = 0;

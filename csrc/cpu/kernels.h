@@ -1,4 +1,4 @@
-// The attention kernels of every instruction set.
+// The kernels of every instruction set.
 //
 // Each file in kernels/ is compiled once per set, with FLAMINGO_ISA as the namespace of its
 // kernels. All else that such a file defines is in an anonymous namespace, and it calls no inline
@@ -7,15 +7,22 @@
 #pragma once
 
 #include "flamingo_cpu.h"
+#include "flamingo_pointwise.h"
 #include "task_plan.h"
 
-// Each returns false if it is out of memory.
+// A kernel that returns bool returns false if it is out of memory.
 #define FLAMINGO_DECLARE_KERNELS(isa)                                                              \
     namespace flamingo::isa {                                                                      \
     bool media_attention_forward(const flamingo_media_attention_params &p, const TaskPlan &plan);  \
     bool media_attention_backward(const flamingo_media_attention_params &p, const TaskPlan &plan); \
     bool latent_attention_forward(const flamingo_latent_attention_params &p);                      \
     bool latent_attention_backward(const flamingo_latent_attention_params &p);                     \
+    bool gated_residual_forward(const flamingo_gated_residual_params &p);                          \
+    bool gated_residual_backward(const flamingo_gated_residual_params &p);                         \
+    bool gated_activation_forward(const flamingo_gated_activation_params &p);                      \
+    bool gated_activation_backward(const flamingo_gated_activation_params &p);                     \
+    bool layer_norm_forward(const flamingo_layer_norm_params &p);                                  \
+    bool layer_norm_backward(const flamingo_layer_norm_params &p);                                 \
     double multiply_add_rate(const flamingo_execution &execution, double seconds);                 \
     }
 

@@ -1,6 +1,6 @@
-// Entry points of the pointwise kernels: validation and the instruction set.
+// Entry points of gated residual, gated activation and LayerNorm: they validate and choose the
+// instruction set.
 #include "kernels.h"
-#include "kernels_pointwise.h"
 #include "validate.h"
 
 namespace {
@@ -65,50 +65,55 @@ int32_t validate(const flamingo_layer_norm_params &p, bool backward) {
     return FLAMINGO_OK;
 }
 
-int32_t status_of(bool had_memory) { return had_memory ? FLAMINGO_OK : FLAMINGO_OUT_OF_MEMORY; }
+// Returns the status of a call: of its params, or of `kernel`, which returns false if it is out of
+// memory.
+template <typename Params, typename Kernel>
+int32_t checked(const Params &p, bool backward, Kernel kernel) {
+    const int32_t status = validate(p, backward);
+    if (status != FLAMINGO_OK) {
+        return status;
+    }
+    return kernel() ? FLAMINGO_OK : FLAMINGO_OUT_OF_MEMORY;
+}
 
 } // namespace
 
 int32_t flamingo_gated_residual_forward(const flamingo_gated_residual_params *params) {
-    const int32_t status = validate(*params, false);
-    return status != FLAMINGO_OK ? status
-                                 : status_of(FLAMINGO_RUN_KERNEL(params->execution.instruction_set,
-                                                                 gated_residual_forward, *params));
+    return checked(*params, false, [&] {
+        return FLAMINGO_RUN_KERNEL(params->execution.instruction_set, gated_residual_forward,
+                                   *params);
+    });
 }
 
 int32_t flamingo_gated_residual_backward(const flamingo_gated_residual_params *params) {
-    const int32_t status = validate(*params, true);
-    return status != FLAMINGO_OK ? status
-                                 : status_of(FLAMINGO_RUN_KERNEL(params->execution.instruction_set,
-                                                                 gated_residual_backward, *params));
+    return checked(*params, true, [&] {
+        return FLAMINGO_RUN_KERNEL(params->execution.instruction_set, gated_residual_backward,
+                                   *params);
+    });
 }
 
 int32_t flamingo_gated_activation_forward(const flamingo_gated_activation_params *params) {
-    const int32_t status = validate(*params, false);
-    return status != FLAMINGO_OK
-               ? status
-               : status_of(FLAMINGO_RUN_KERNEL(params->execution.instruction_set,
-                                               gated_activation_forward, *params));
+    return checked(*params, false, [&] {
+        return FLAMINGO_RUN_KERNEL(params->execution.instruction_set, gated_activation_forward,
+                                   *params);
+    });
 }
 
 int32_t flamingo_gated_activation_backward(const flamingo_gated_activation_params *params) {
-    const int32_t status = validate(*params, true);
-    return status != FLAMINGO_OK
-               ? status
-               : status_of(FLAMINGO_RUN_KERNEL(params->execution.instruction_set,
-                                               gated_activation_backward, *params));
+    return checked(*params, true, [&] {
+        return FLAMINGO_RUN_KERNEL(params->execution.instruction_set, gated_activation_backward,
+                                   *params);
+    });
 }
 
 int32_t flamingo_layer_norm_forward(const flamingo_layer_norm_params *params) {
-    const int32_t status = validate(*params, false);
-    return status != FLAMINGO_OK ? status
-                                 : status_of(FLAMINGO_RUN_KERNEL(params->execution.instruction_set,
-                                                                 layer_norm_forward, *params));
+    return checked(*params, false, [&] {
+        return FLAMINGO_RUN_KERNEL(params->execution.instruction_set, layer_norm_forward, *params);
+    });
 }
 
 int32_t flamingo_layer_norm_backward(const flamingo_layer_norm_params *params) {
-    const int32_t status = validate(*params, true);
-    return status != FLAMINGO_OK ? status
-                                 : status_of(FLAMINGO_RUN_KERNEL(params->execution.instruction_set,
-                                                                 layer_norm_backward, *params));
+    return checked(*params, true, [&] {
+        return FLAMINGO_RUN_KERNEL(params->execution.instruction_set, layer_norm_backward, *params);
+    });
 }

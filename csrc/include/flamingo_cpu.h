@@ -36,7 +36,8 @@ typedef enum flamingo_status {
     FLAMINGO_UNKNOWN_ACTIVATION = 8
 } flamingo_status;
 
-/* Of storage. Sums, softmax and gates are in float32, for float64 in float64. */
+/* The dtype of storage. The accumulation dtype, of sums, softmax and gates, is float64 for float64
+ * and float32 for the others. */
 typedef enum flamingo_dtype {
     FLAMINGO_FLOAT32 = 0,
     FLAMINGO_FLOAT64 = 1,
@@ -54,13 +55,13 @@ typedef enum flamingo_instruction_set {
 
 /* How to run a kernel. */
 typedef struct flamingo_execution {
-    int32_t dtype;           /* flamingo_dtype of every tensor that is not said to have another */
+    int32_t dtype;           /* flamingo_dtype of every tensor without a stated dtype */
     int32_t instruction_set; /* one bit of flamingo_usable_instruction_sets() */
     int32_t threads;         /* OpenMP threads to use, at least 1; results do not depend on it */
 } flamingo_execution;
 
-/* A tensor: its first element, and the distance in elements between neighbours of every dimension
- * but the last, whose neighbours adjoin. */
+/* A tensor: its first element, and the stride in elements of every dimension but the last, whose
+ * stride is 1. */
 typedef struct flamingo_tensor {
     void *data;
     int64_t stride[4];
@@ -71,14 +72,14 @@ typedef struct flamingo_media_attention_params {
     flamingo_tensor k;     /* [B, I, R, Hkv, D] */
     flamingo_tensor v;     /* [B, I, R, Hkv, D] */
     flamingo_tensor out;   /* [B, T, H, D], written by the forward */
-    flamingo_tensor d_out; /* [B, T, H, D], read by the backward as are all of the following */
-    flamingo_tensor d_q;   /* [B, T, H, D] written */
-    flamingo_tensor d_k;   /* [B, I, R, Hkv, D] written */
-    flamingo_tensor d_v;   /* [B, I, R, Hkv, D] written */
-    const int32_t *first;  /* [B, T] contiguous: first media item a token sees */
-    const int32_t *last;   /* [B, T] contiguous: last one, inclusive; empty if first > last */
-    const void *gate;      /* [1] in the accumulation dtype, or null for no gate */
-    void *d_gate;          /* [1] in the accumulation dtype, written; null without a gate */
+    flamingo_tensor d_out; /* [B, T, H, D], read by the backward */
+    flamingo_tensor d_q;   /* [B, T, H, D], written by the backward */
+    flamingo_tensor d_k;   /* [B, I, R, Hkv, D], written by the backward */
+    flamingo_tensor d_v;   /* [B, I, R, Hkv, D], written by the backward */
+    const int32_t *first;  /* [B, T] contiguous: first media item that a token sees */
+    const int32_t *last;   /* [B, T] contiguous: last one, inclusive; none if first > last */
+    const void *gate;      /* [1], accumulation dtype; null for no gate */
+    void *d_gate; /* [1], accumulation dtype, written by the backward; null without a gate */
 
     int64_t rows;     /* B */
     int64_t tokens;   /* T */
@@ -93,19 +94,19 @@ typedef struct flamingo_media_attention_params {
 } flamingo_media_attention_params;
 
 typedef struct flamingo_latent_attention_params {
-    flamingo_tensor q;         /* [N, L, H, D] */
-    flamingo_tensor k_media;   /* [N, M, H, D] */
-    flamingo_tensor v_media;   /* [N, M, H, D] */
-    flamingo_tensor k_latents; /* [N, L, H, D] */
-    flamingo_tensor v_latents; /* [N, L, H, D] */
-    flamingo_tensor out;       /* [N, L, H, D], written by the forward, read by the backward */
-    flamingo_tensor d_out;     /* [N, L, H, D], read by the backward */
-    flamingo_tensor d_q; /* [N, L, H, D], written by the backward as are all of the following */
-    flamingo_tensor d_k_media;
-    flamingo_tensor d_v_media;
-    flamingo_tensor d_k_latents;
-    flamingo_tensor d_v_latents;
-    const int64_t *lengths; /* [N] contiguous: valid media keys of each item; null: all M */
+    flamingo_tensor q;           /* [N, L, H, D] */
+    flamingo_tensor k_media;     /* [N, M, H, D] */
+    flamingo_tensor v_media;     /* [N, M, H, D] */
+    flamingo_tensor k_latents;   /* [N, L, H, D] */
+    flamingo_tensor v_latents;   /* [N, L, H, D] */
+    flamingo_tensor out;         /* [N, L, H, D], written by the forward, read by the backward */
+    flamingo_tensor d_out;       /* [N, L, H, D], read by the backward */
+    flamingo_tensor d_q;         /* [N, L, H, D], written by the backward */
+    flamingo_tensor d_k_media;   /* [N, M, H, D], written by the backward */
+    flamingo_tensor d_v_media;   /* [N, M, H, D], written by the backward */
+    flamingo_tensor d_k_latents; /* [N, L, H, D], written by the backward */
+    flamingo_tensor d_v_latents; /* [N, L, H, D], written by the backward */
+    const int64_t *lengths;      /* [N] contiguous: valid media keys of each item; null for all M */
     void *lse; /* [N, H, L] contiguous, accumulation dtype: log of the sum of exp(scores) per query;
                   written by the forward unless null, read by the backward */
 
@@ -127,35 +128,36 @@ FLAMINGO_API const char *flamingo_status_message(int32_t status);
  * header has a struct of that name. */
 FLAMINGO_API int64_t flamingo_sizeof(const char *name);
 
-/* What this processor and its operating system support, by cpuid and xgetbv. */
+/* Mask of what this processor and its operating system support, by cpuid and xgetbv. */
 FLAMINGO_API uint32_t flamingo_detected_instruction_sets(void);
-/* The detected ones that kernels were compiled for. */
+/* Mask of the detected sets that kernels were compiled for. */
 FLAMINGO_API uint32_t flamingo_usable_instruction_sets(void);
-/* Name of the set at bit number `bit` (0 for FLAMINGO_PORTABLE), null past the last. */
+/* Name of the set of bit number `bit` (0 for FLAMINGO_PORTABLE), null after the last. */
 FLAMINGO_API const char *flamingo_instruction_set_name(int32_t bit);
 
 /* out = tanh(gate) * softmax(scale * q k^T) v over the R latents of media items first..last of each
- * token, the range clipped to [0, I). An empty range gives exact zeros. Media outside every range
- * is never read. The bits of a row depend on nothing but that row: not on the batch, not on
- * threads. Both return a flamingo_status; unless it is FLAMINGO_OK or FLAMINGO_OUT_OF_MEMORY
- * nothing is written. */
+ * token, a range that is clipped to [0, I). An empty range gives exact zeros. Media outside every
+ * range is never read. The bits of a row depend on that row alone, not on the batch or on threads.
+ * Both functions return a flamingo_status; unless it is FLAMINGO_OK or FLAMINGO_OUT_OF_MEMORY they
+ * write nothing. */
 FLAMINGO_API int32_t
 flamingo_media_attention_forward(const flamingo_media_attention_params *params);
-/* All gradients from the inputs alone: nothing is saved by the forward. d_gate is that of the gate
- * before its tanh. Deterministic: the order of every sum is fixed by shapes and ranges. */
+/* Computes all gradients from the inputs; the forward saves nothing. d_gate is the gradient of the
+ * gate before its tanh. Shapes and ranges fix the order of every sum. */
 FLAMINGO_API int32_t
 flamingo_media_attention_backward(const flamingo_media_attention_params *params);
 
 /* out = softmax(scale * q [k_media; k_latents]^T) [v_media; v_latents] per item and head. Media
- * keys from lengths[n] on are never read, and their gradients are zero. Returns a flamingo_status.
- */
+ * keys from lengths[n] on are never read, and their gradients are zero. Both functions return a
+ * flamingo_status. */
 FLAMINGO_API int32_t
 flamingo_latent_attention_forward(const flamingo_latent_attention_params *params);
 FLAMINGO_API int32_t
 flamingo_latent_attention_backward(const flamingo_latent_attention_params *params);
 
-/* Multiply-adds per second times two that `threads` cores reach on registers alone, over about
- * `seconds`: the ceiling of the attention kernels in the accumulation dtype of `dtype`. */
+/* Returns the floating point operations per second that `threads` threads reach on registers alone,
+ * two for each multiply-add, measured for about `seconds`: the ceiling of the attention kernels in
+ * the accumulation dtype of `dtype`. Returns 0 for an invalid `execution`. */
 FLAMINGO_API double flamingo_multiply_add_rate(const flamingo_execution *execution, double seconds);
 
 #ifdef __cplusplus

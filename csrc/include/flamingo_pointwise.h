@@ -1,8 +1,8 @@
-/* C interface of the flamingo_kernels CPU library: the pointwise kernels.
+/* C interface of the flamingo_kernels CPU library: gated residual, gated activation and LayerNorm.
  *
- * A tensor [..., C] is rows of `channels` adjoining values. Forward and backward of an op share a
- * struct; each reads the pointers that its line names and ignores the others. Outputs are
- * contiguous.
+ * A tensor [..., C] is a list of rows of `channels` values with stride 1. Forward and backward of
+ * an op share a struct; each uses the pointers whose comment names it and ignores the others.
+ * Outputs are contiguous.
  */
 #ifndef FLAMINGO_POINTWISE_H
 #define FLAMINGO_POINTWISE_H
@@ -20,7 +20,7 @@ typedef enum flamingo_activation {
 } flamingo_activation;
 
 /* Row r of an input starts (r / inner_rows) * outer_stride + (r % inner_rows) * inner_stride
- * elements after `data`; with inner_rows = 0 all rows are inner_stride apart. */
+ * elements after `data`. With inner_rows = 0 it starts r * inner_stride elements after `data`. */
 typedef struct flamingo_rows {
     const void *data;
     int64_t inner_rows;
@@ -39,7 +39,7 @@ typedef struct flamingo_gated_residual_params {
 
     int64_t rows;
     int64_t channels;
-    int32_t gate_per_channel; /* 0: one gate */
+    int32_t gate_per_channel; /* 0 for one gate */
     flamingo_execution execution;
 } flamingo_gated_residual_params;
 
@@ -67,8 +67,8 @@ typedef struct flamingo_layer_norm_params {
     void *mean;     /* [rows], accumulation dtype, written by the forward unless null, read by the
                        backward */
     void *rstd;     /* [rows], accumulation dtype: 1 / sqrt(variance + eps); as mean */
-    void *d_weight; /* [channels], accumulation dtype, written by the backward; null: not wanted */
-    void *d_bias;   /* [channels], accumulation dtype, written by the backward; null: not wanted */
+    void *d_weight; /* [channels], accumulation dtype, written by the backward unless null */
+    void *d_bias;   /* [channels], accumulation dtype, written by the backward unless null */
 
     int64_t rows;
     int64_t channels;
@@ -77,8 +77,8 @@ typedef struct flamingo_layer_norm_params {
 } flamingo_layer_norm_params;
 
 /* All return a flamingo_status; nothing is written unless it is FLAMINGO_OK. The bits of a row of a
- * forward depend on nothing but that row. Gradients of parameters sum blocks of rows that depend on
- * the number of rows alone, in their order. */
+ * forward depend on that row alone. Gradients of parameters are sums over blocks of rows in their
+ * order; the blocks depend on the number of rows alone. */
 
 /* out = x + tanh(gate) * y; the gradient of x is d_out. */
 FLAMINGO_API int32_t flamingo_gated_residual_forward(const flamingo_gated_residual_params *params);

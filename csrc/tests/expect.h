@@ -1,5 +1,4 @@
-// The few lines of test framework the native tests need: expectations that count, and a closing
-// line.
+// The test framework of the native tests: expectations that are counted, and a closing line.
 #pragma once
 
 #include <cstdio>

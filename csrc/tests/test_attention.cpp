@@ -93,18 +93,18 @@ bool within_budget(const Vectors<Scalar> &actual, const Vectors<Scalar> &plain,
             magnitude = std::max(magnitude, std::fabs(exact[i][d]));
         }
     }
-    // Scores of up to about 10: one that is off by a rounding moves its weight by ten of them.
+    // Scores reach about 10: one that is off by a rounding changes its weight by ten roundings.
     const long double unit = std::numeric_limits<Scalar>::epsilon();
     return error <= factor * plain_error + 10 * unit * std::max(magnitude, 1.0L);
 }
 
-// One query against keys: out and, from d_out, its gradients, all added to what is there.
+// Attention of one query, which adds to `out` and to the gradients for `d_out`.
 template <typename Real> struct Naive {
     const Vectors<Real> &q, &k, &v, &d_out;
     Vectors<Real> &out, &d_q, &d_k, &d_v;
     Real scale, gate;
 
-    // Returns the share of the gradient of tanh(gate).
+    // Returns what the query adds to the gradient of tanh(gate).
     Real run(int64_t query, const std::vector<int64_t> &keys) {
         if (keys.empty()) {
             return 0;
@@ -339,7 +339,7 @@ template <typename Scalar> struct LatentCase {
         const int32_t status = flamingo_latent_attention_forward(&p);
         return status || !trains ? status : flamingo_latent_attention_backward(&p);
     }
-    // Results in one order: out, d_q, d_k, d_v with media keys before latents, per item.
+    // The results with the keys of each item in one tensor, media before latents.
     template <typename Real> Results<Real> joined() const {
         const int64_t keys = s.M + s.L;
         Results<Real> r = {widened<Real>(out), widened<Real>(d_q),

@@ -1,4 +1,4 @@
-// The parts of the interface that compute nothing, and every status of a rejected call.
+// The parts of the interface that do not compute, and every status of a rejected call.
 #include "flamingo_cpu.h"
 #include "flamingo_pointwise.h"
 

@@ -18,7 +18,7 @@ namespace {
 
 using Wide = long double;
 
-// Storage types: the value that bits stand for, and the bits of a value that has them.
+// A 16-bit storage type: the value of its bits, and the bits of a value that it can hold.
 template <typename Bits, int EXPONENT_BITS, int MANTISSA_BITS> struct Small {
     Bits bits;
     static constexpr int bias = (1 << (EXPONENT_BITS - 1)) - 1;
@@ -79,7 +79,7 @@ double unit_of_sums = std::numeric_limits<typename traits<T>::Real>::epsilon();
 
 std::mt19937 generator(1234);
 
-// Eight significant bits: every dtype has them.
+// Returns a value of eight significant bits, which every dtype can hold.
 double random_value() {
     std::normal_distribution<double> normal;
     int exponent = 0;
@@ -95,7 +95,7 @@ const Shape shapes[] = {{1, 1}, {3, 5}, {4, 64}, {2, 65}, {97, 33}, {70, 1100}, 
 enum class Layout { contiguous, gaps, two_levels };
 const Layout layouts[] = {Layout::contiguous, Layout::gaps, Layout::two_levels};
 
-// [rows, channels] in a layout, with NaN wherever no value is.
+// A tensor [rows, channels] in a layout, with NaN between its rows.
 template <typename T> struct Input {
     Shape shape;
     std::vector<T> storage;
@@ -124,7 +124,7 @@ template <typename T> struct Input {
     Wide operator()(int64_t r, int64_t c) const { return Wide(double(storage[at(r, c)])); }
 };
 
-// Contiguous, filled with NaN, and with a margin that must keep it.
+// A contiguous output filled with NaN, followed by a margin that must stay NaN.
 template <typename T> struct Output {
     int64_t size;
     std::vector<T> storage;
@@ -139,10 +139,11 @@ template <typename T> struct Output {
     }
 };
 
-// The largest error of an output in units of what is allowed.
+// The largest error of outputs, relative to the allowed error.
 struct Budget {
     double worst = 0;
-    // `terms`: largest sum on the way of absolute values, in the type of accumulation.
+    // `terms` is the largest sum of absolute values on the way to a result, in the accumulation
+    // type.
     template <typename T> void add(T actual, Wide exact, Wide terms) {
         const Wide rounding = traits<T>::epsilon * std::fabs(exact) * Wide(0.5001);
         const Wide smallest = dtype_of<T> == FLAMINGO_FLOAT16 ? 6e-8L : 1e-37L;
@@ -382,15 +383,16 @@ template <typename T> void test_all(int32_t set) {
     }
 }
 
-// Distance of two values in units in the last place of fp32 at `exact`, no smaller than that of the
-// smallest normal number.
+// Distance of two values in units in the last place of fp32 at `exact`, or at the smallest normal
+// number if that is larger.
 double units(float actual, Wide exact) {
     int exponent = 0;
     std::frexp(std::max(std::fabs(exact), Wide(std::numeric_limits<float>::min())), &exponent);
     return double(std::fabs(Wide(actual) - exact) / std::ldexp(Wide(1), exponent - 24));
 }
 
-// The bounds that elementwise.h states, on thousands of values an octave, of both signs.
+// Checks the bounds that gate.h and activations.h state, on thousands of values of both signs in
+// each octave.
 void test_function_errors(int32_t set) {
     std::vector<float> values;
     for (float x = std::ldexp(1.0f, -30); x < 20; x *= 1 + 1.0f / 8191) {
@@ -467,7 +469,7 @@ void test_special_values(int32_t set) {
     }
 }
 
-// A row alone has the same bits as among others.
+// Checks that a row alone has the same bits as among others.
 template <typename T> void test_row_alone(int32_t set) {
     const Shape s = {70, 1100};
     const Input<T> x(s, Layout::gaps);
@@ -541,7 +543,7 @@ void test_no_work(int32_t set) {
     }
 }
 
-// Rows more than 2^31 elements apart, in memory that is only reserved.
+// Checks rows more than 2^31 elements apart, in memory that is reserved but not touched.
 void test_large_strides(int32_t set) {
     const int64_t stride = (int64_t{1} << 31) + 4096, bytes = 3 * stride * 2;
     void *memory = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE,

@@ -1,7 +1,7 @@
 // Products of bfloat16 tiles in fp32, two neighbours of the inner dimension at a time.
 //
-// With AVX-512 BF16 a step is one instruction; without it (FLAMINGO_BFLOAT16_DOT set by hand, for
-// tests) the same sum by shifts and fp32 multiply-adds.
+// With AVX-512 BF16 a step is one instruction. Without it, which is for tests
+// (FLAMINGO_BFLOAT16_DOT), a step is shifts and fp32 multiply-adds.
 #pragma once
 
 #include "tile.h"
@@ -26,8 +26,8 @@ inline vec<float> add_pair_products(vec<float> sum, uint32_t left, pair_vector r
 #endif
 }
 
-// As product_tile: C[ROWS, VECTORS * lanes] = A[ROWS, 2 depth] B[2 depth, VECTORS * lanes], A as
-// rows of pairs, B as [depth, columns] pairs.
+// C[ROWS, VECTORS * lanes] = A[ROWS, 2 depth] B[2 depth, VECTORS * lanes], like product_tile. A is
+// rows of `depth` pairs, B is [depth, columns] pairs.
 template <int ROWS, int VECTORS>
 inline void pair_product_tile(int64_t depth, const pair *a, int64_t a_row, const pair *__restrict b,
                               int64_t b_row, float *__restrict c, int64_t c_row) {
@@ -69,7 +69,7 @@ inline void pair_product_rows(int64_t depth, const pair *a, int64_t a_row, const
     }
 }
 
-// C[rows, columns] = A B, with A as rows of `depth` pairs and B as [depth, columns] pairs.
+// C[rows, columns] = A B, where A is rows of `depth` pairs and B is [depth, columns] pairs.
 inline void pair_product(int64_t rows, int64_t columns, int64_t depth, const pair *a, int64_t a_row,
                          const pair *b, int64_t b_row, float *c, int64_t c_row) {
     int64_t i = 0;
@@ -89,13 +89,13 @@ inline uint32_t make_pair(bfloat16 first, bfloat16 second) {
     return uint32_t(first.bits) | uint32_t(second.bits) << 16;
 }
 
-// to[(size + 1) / 2]: a row of `size` values.
+// Packs a row of `size` values as to[(size + 1) / 2] pairs.
 inline void pair_row(const bfloat16 *from, int64_t size, pair *to) {
     for (int64_t i = 0; i < size; i += 2) {
         to[i / 2] = make_pair(from[i], i + 1 < size ? from[i + 1] : bfloat16{0});
     }
 }
-// The same from fp32, in place: a pair is written behind the values it is made of.
+// The same from fp32 in place: no pair overwrites a value that is still to be read.
 inline void narrow_to_pairs(float *row, int64_t size) {
     pair *to = reinterpret_cast<pair *>(row);
     for (int64_t i = 0; i < size; i += 2) {

@@ -1,5 +1,5 @@
 // Gated activation: tanh(gate) * activation(x).
-#include "../kernels_pointwise.h"
+#include "../kernels.h"
 #include "activations.h"
 #include "gate.h"
 #include "row_blocks.h"

@@ -1,5 +1,5 @@
 // Gated residual: x + tanh(gate) * y, with one gate or one for each channel.
-#include "../kernels_pointwise.h"
+#include "../kernels.h"
 #include "gate.h"
 #include "row_blocks.h"
 #include "row_vectors.h"

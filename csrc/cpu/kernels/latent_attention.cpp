@@ -151,8 +151,9 @@ template <typename T> struct Latents {
         const Real *lse = lse_of(item, head);
         fill_deltas(rows_of<const T>(p.out, item, 0, head), d_out, s);
         const auto pack_queries = [&](int64_t r) {
-            queries.template pack<T>({q_rows[r], q_rows.stride}, {d_out[r], d_out.stride},
-                                     smaller(score_rows, p.latents - r), p.head_dim);
+            queries.rows = smaller(score_rows, p.latents - r);
+            queries.template pack<T>(0, {q_rows[r], q_rows.stride}, {d_out[r], d_out.stride},
+                                     queries.rows, p.head_dim);
         };
         const bool packed_once = p.latents <= score_rows;
         if (packed_once) {
@@ -174,7 +175,7 @@ template <typename T> struct Latents {
                     Real *weights = queries.weights + i * keys.padded_keys;
                     weigh_row(weights, keys.keys, keys.padded_keys, lse[r + i]);
                     score_gradient_row(weights, queries.score_grads + i * keys.padded_keys,
-                                       keys.padded_keys, s.deltas[r + i], Real(1));
+                                       keys.padded_keys, s.deltas[r + i]);
                 }
                 queries.query_gradients(keys, s.d_q + r * padded_dim, !first_block);
                 queries.key_gradients(keys, s.d_k, s.d_v, r > 0);

@@ -1,5 +1,5 @@
 // LayerNorm over the channels of a row.
-#include "../kernels_pointwise.h"
+#include "../kernels.h"
 #include "row_blocks.h"
 #include "row_vectors.h"
 #include "storage_type.h"

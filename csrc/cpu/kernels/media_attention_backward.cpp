@@ -97,13 +97,11 @@ template <typename T> struct MediaBackward : Media<T> {
                        int64_t first_unpacked, TaskScratch &s, Real *sums) const {
         QueryRows<Real> &queries = s.queries;
         queries.rows = smaller(score_rows, group * (c.end - c.begin) - begin);
-        for_each_head(c, kv_head, begin, queries.rows,
-                      [&](int64_t h, int64_t t, int64_t r, int64_t n) {
-                          pack_rows(text_rows<const T>(p.q, c.row, t, h), n, p.head_dim, Real(1),
-                                    queries.q + r * padded_dim, padded_dim);
-                          pack_rows(text_rows<const T>(p.d_out, c.row, t, h), n, p.head_dim,
-                                    Real(1), queries.d_out + r * padded_dim, padded_dim);
-                      });
+        for_each_head(
+            c, kv_head, begin, queries.rows, [&](int64_t h, int64_t t, int64_t r, int64_t n) {
+                queries.template pack<T>(r, text_rows<const T>(p.q, c.row, t, h),
+                                         text_rows<const T>(p.d_out, c.row, t, h), n, p.head_dim);
+            });
         RowState<Real> states[score_rows];
         clear_states(states, queries.rows);
         const int64_t first = (c.first - task.first) * blocks;

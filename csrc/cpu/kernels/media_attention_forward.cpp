@@ -1,6 +1,7 @@
 // Forward of media attention: a task attends for one chunk of tokens and one kv head.
 #include "../kernels.h"
 #include "attend.h"
+#include "bfloat16_tile.h"
 #include "media_attention.h"
 #include "storage_type.h"
 

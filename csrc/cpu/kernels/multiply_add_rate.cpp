@@ -1,4 +1,4 @@
-// The ceiling of the attention kernels: multiply-adds on registers alone.
+// Measures the ceiling of the attention kernels: multiply-adds on registers alone.
 #include <time.h>
 
 #include "../kernels.h"
@@ -22,7 +22,7 @@ template <typename Real> double rate(int threads, double seconds) {
         for (int i = 0; i < chains; ++i) {
             sums[i] = broadcast(Real(i));
         }
-        // Opaque to the compiler, or it would solve the recurrence.
+        // Volatile, so that the compiler cannot solve the recurrence.
         volatile Real shrink_value = Real(0.999), shift_value = Real(0.001);
         const vec<Real> shrink = broadcast(Real(shrink_value)),
                         shift = broadcast(Real(shift_value));

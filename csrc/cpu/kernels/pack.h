@@ -5,7 +5,7 @@
 
 namespace {
 
-// Vectors of adjoining values, each `stride` elements after the one before.
+// Vectors of contiguous values, each `stride` elements after the one before.
 template <typename T> struct Rows {
     T *data;
     int64_t stride;

@@ -9,8 +9,7 @@ namespace {
 // Query rows whose scores a backward holds at once: all latents of a published resampler.
 constexpr int64_t score_rows = 64;
 
-// Up to score_rows query rows of a backward with their scores against one or several blocks of
-// keys.
+// Up to score_rows query rows with their scores against one or several blocks of keys.
 template <typename Real> struct QueryRows {
     int64_t rows = 0; // at most score_rows
     int64_t padded_dim = 0;
@@ -35,11 +34,12 @@ template <typename Real> struct QueryRows {
         result.score_grads += block * block_size;
         return result;
     }
+    // Packs q and d_out of `count` rows as rows `first`, `first` + 1, ...
     template <typename T>
-    void pack(Rows<const T> q_rows, Rows<const T> d_out_rows, int64_t count, int64_t head_dim) {
-        rows = count;
-        pack_rows(q_rows, count, head_dim, Real(1), q, padded_dim);
-        pack_rows(d_out_rows, count, head_dim, Real(1), d_out, padded_dim);
+    void pack(int64_t first, Rows<const T> q_rows, Rows<const T> d_out_rows, int64_t count,
+              int64_t head_dim) const {
+        pack_rows(q_rows, count, head_dim, Real(1), q + first * padded_dim, padded_dim);
+        pack_rows(d_out_rows, count, head_dim, Real(1), d_out + first * padded_dim, padded_dim);
     }
     // weights = q k^T, times the scale that the packed keys carry.
     void scores(const KeyBlock<Real> &block, int64_t head_dim) const {

@@ -94,12 +94,11 @@ inline Real weighted_sum(const Real *weights, const Real *d_weights, int64_t pad
     return sum_of<Real>(total);
 }
 
-// Turns d_weights[padded] into the gradient of the scores: factor * weights * (d_weights - delta).
+// Turns d_weights[padded] into the gradient of the scores: weights * (d_weights - delta).
 template <typename Real>
-inline void score_gradient_row(const Real *weights, Real *d_weights, int64_t padded, Real delta,
-                               Real factor) {
+inline void score_gradient_row(const Real *weights, Real *d_weights, int64_t padded, Real delta) {
     for (int64_t j = 0; j < padded; j += lanes<Real>) {
-        store(d_weights + j, factor * load(weights + j) * (load(d_weights + j) - delta));
+        store(d_weights + j, load(weights + j) * (load(d_weights + j) - delta));
     }
 }
 

@@ -85,8 +85,8 @@ inline void product_panel(int64_t rows, int64_t depth, Left<Real> left, const Re
     }
 }
 
-// C[rows, columns] (+)= A[rows, depth] B[depth, columns]; columns a multiple of the vector length.
-// A panel of B stays in the first level of cache while all rows pass.
+// C[rows, columns] (+)= A[rows, depth] B[depth, columns], where `columns` is a multiple of the
+// vector length. A panel of B stays in the first level of cache while all rows of A pass.
 template <typename Real>
 void product(int64_t rows, int64_t columns, int64_t depth, Left<Real> left, const Real *b,
              int64_t b_row, Real *c, int64_t c_row, bool accumulate) {

@@ -1,7 +1,7 @@
-// Vectors of the instruction set a file is compiled for, storage types, and exp.
+// Vectors of the instruction set that a file is compiled for, storage types, and exp.
 //
-// GCC's vector extensions lower a width the processor lacks, so that the tile shapes of AVX-512 can
-// be tested on any machine (FLAMINGO_VECTOR_BYTES).
+// GCC's vector extensions also compile widths that the processor lacks, so that any machine can
+// test the tile shapes of AVX-512 (FLAMINGO_VECTOR_BYTES).
 #pragma once
 
 #include <math.h>
@@ -30,13 +30,13 @@ template <typename Real> inline vec<Real> load(const Real *from) {
 template <typename Real> inline void store(Real *to, vec<Real> value) {
     *reinterpret_cast<typename vector_of<Real>::unaligned *>(to) = value;
 }
-// x - 0 is x for every x, -0 included, so that nothing but the broadcast is left.
+// Compiles to a broadcast alone: x - 0 is x for every x, -0 included.
 template <typename Real> inline vec<Real> broadcast(Real value) { return value - vec<Real>{}; }
 
 template <typename Real> inline vec<Real> largest(vec<Real> a, vec<Real> b) {
     return a > b ? a : b;
 }
-// Reductions by halves: lanes i and i + step, for step = lanes / 2 ... 1.
+// Reductions by halves: they combine lanes i and i ^ step for step = lanes / 2, ..., 1.
 template <typename Real> inline Real sum_of(vec<Real> value) {
 #pragma GCC unroll 8
     for (int step = lanes<Real> / 2; step > 0; step /= 2) {
@@ -62,7 +62,7 @@ template <typename Real> inline Real largest_of(vec<Real> value) {
     return value[0];
 }
 
-// Lanes of a and b at once: lane i of the result is lane from[i] of the two laid end to end.
+// Lane i of the result is lane from[i] of `a` followed by `b`.
 template <typename Real> struct lane_index;
 template <> struct lane_index<float> {
     typedef int32_t type __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
@@ -98,7 +98,7 @@ inline void exchange(vec<Real> *rows, std::index_sequence<LANE...>) {
         }
     }
 }
-// Transposes lanes x lanes values: halves change places, then quarters, down to neighbours.
+// Transposes lanes x lanes values by exchanging halves, then quarters, down to neighbours.
 template <typename Real, int STEP = lanes<Real> / 2> inline void transpose_square(vec<Real> *rows) {
     exchange<Real, STEP>(rows, std::make_index_sequence<lanes<Real>>{});
     if constexpr (STEP > 1) {
@@ -167,7 +167,7 @@ inline void narrow(float value, float16 *to) {
 #endif
 }
 
-// `size` values, from storage to accumulation type and back.
+// Copy `size` values from storage to accumulation type, and back times `factor`.
 template <typename T, typename Real>
 inline void widen_row(const T *__restrict from, Real *__restrict to, int64_t size) {
     for (int64_t i = 0; i < size; ++i) {
@@ -193,9 +193,9 @@ inline void widen_row(const float16 *__restrict from, float *__restrict to, int6
 }
 #endif
 
-// exp(x) for x <= 0, within 1.3 units in the last place of fp32; exactly 0 below -88. x = n ln 2 +
-// r with |r| <= ln 2 / 2, and the minimax polynomial of Cephes' expf for r. At n = -127, the lowest
-// there is, the bits of 2^n come out as 0.
+// exp(x) for x <= 0, within 1.3 units in the last place of fp32, and exactly 0 below -88. With x =
+// n ln 2 + r and |r| <= ln 2 / 2, exp(r) is the minimax polynomial of Cephes' expf. The lowest n is
+// -127, for which the bits of 2^n come out as 0.
 inline vec<float> exponential(vec<float> x) {
     typedef int32_t integers __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
     x = largest<float>(broadcast(-88.0f), x); // a NaN stays
