@@ -155,7 +155,7 @@ template <typename T> struct MediaForward : Media<T> {
                 online_softmax<Real>(s.weights, count, s.keys.keys, s.keys.padded_keys, s.states,
                                      nullptr);
                 products.values(count);
-                write_rows(s, 0, count, text_rows<T>(p.out, c.row, t, h));
+                write_rows(s.out, s.states, count, text_rows<T>(p.out, c.row, t, h));
             }
         }
     }
@@ -169,11 +169,12 @@ template <typename T> struct MediaForward : Media<T> {
             }
         }
     }
-    // Writes `count` rows of `s.out` from `first` on, normalised and gated.
-    void write_rows(const ForwardScratch<T> &s, int64_t first, int64_t count, Rows<T> to) const {
+    // Writes rows out[count, padded_dim], normalised and gated. Not inlined, it costs a forward in
+    // bfloat16 5% of its time.
+    __attribute__((always_inline)) void write_rows(const Real *out, const RowState<Real> *states,
+                                                   int64_t count, Rows<T> to) const {
         for (int64_t r = 0; r < count; ++r) {
-            narrow_row(s.out + (first + r) * padded_dim, gate / s.states[first + r].sum, to[r],
-                       p.head_dim);
+            narrow_row(out + r * padded_dim, gate / states[r].sum, to[r], p.head_dim);
         }
     }
 
@@ -189,7 +190,7 @@ template <typename T> struct MediaForward : Media<T> {
         attend(c, kv_head, s);
         const int64_t length = c.end - c.begin;
         for (int64_t g = 0; g < group; ++g) {
-            write_rows(s, g * length, length,
+            write_rows(s.out + g * length * padded_dim, s.states + g * length, length,
                        text_rows<T>(p.out, c.row, c.begin, kv_head * group + g));
         }
     }
