@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint aot build native-test lock clean
+.PHONY: demo test test-fast lint docs aot build native-test lock clean
 
 demo: build
 	$(BIN)/python -m flamingo_kernels demo
@@ -20,6 +20,13 @@ test-fast: build
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.h' -o -name '*.cpp' | xargs $(BIN)/clang-format --dry-run -Werror
+
+# The site of docs/, from Markdown and docstrings; a warning is a failure.
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "== build/docs/index.html"
 
 # Needs no GPU. Triton caches what it compiled, so that a second run is quick.
 aot: $(STAMP)
@@ -56,4 +63,4 @@ lock:
 	sed -i -E "/^(cuda|nvidia)-|sys_platform == '(win32|emscripten)'/d" requirements.lock
 
 clean:
-	rm -rf build dist *.egg-info flamingo_kernels/_cpp/libflamingo_cpu.so .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info flamingo_kernels/_cpp/libflamingo_cpu.so .pytest_cache .ruff_cache .mypy_cache
