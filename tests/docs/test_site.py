@@ -1,0 +1,99 @@
+"""The site builds without a warning, and its API reference has every public name."""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("ops", "nn", "model", "language", "vision", "convert", "data", "train")
+
+pytest.importorskip("sphinx")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built site; warnings are failures, as in ``make docs``."""
+    out = tmp_path_factory.mktemp("site")
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", out],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def public_names(package: ModuleType) -> list[tuple[str, object]]:
+    """Names of ``__all__``; without one, the functions and classes of each public module."""
+    if hasattr(package, "__all__"):
+        return [(name, getattr(package, name)) for name in package.__all__]
+    found: list[tuple[str, object]] = []
+    for info in pkgutil.iter_modules(package.__path__):
+        module = import_module(f"{package.__name__}.{info.name}")
+        found += [
+            (name, value)
+            for name, value in vars(module).items()
+            if not name.startswith("_")
+            and (inspect.isfunction(value) or inspect.isclass(value))
+            and value.__module__ == module.__name__
+        ]
+    return found
+
+
+@pytest.mark.slow
+def test_every_public_name_is_in_the_reference(site: Path) -> None:
+    from sphinx.util.inventory import InventoryFile
+
+    with (site / "objects.inv").open("rb") as file:
+        inventory = InventoryFile.load(file, "", lambda base, uri: uri)
+    documented = {
+        name
+        for kind, entries in getattr(inventory, "data", inventory).items()
+        if kind.startswith("py:")
+        for name in entries
+    }
+    missing = []
+    for package in PACKAGES:
+        for name, value in public_names(import_module(f"flamingo_kernels.{package}")):
+            home = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', '')}"
+            if not {f"flamingo_kernels.{package}.{name}", home} & documented:
+                missing.append(f"flamingo_kernels.{package}.{name}")
+    assert not missing
+
+
+def test_the_typed_usage_has_every_public_name() -> None:
+    """mypy reads that file in ``make lint``."""
+    text = (ROOT / "tests/docs/typed_usage.py").read_text()
+    words = set(re.findall(r"\w+", text))
+    for package in PACKAGES:
+        module = import_module(f"flamingo_kernels.{package}")
+        assert set(getattr(module, "__all__", ())) <= words
+
+
+def test_names_of_the_package_itself_have_a_home_in_the_reference() -> None:
+    import flamingo_kernels
+
+    page = (ROOT / "docs/api/index.md").read_text()
+    assert [name for name in flamingo_kernels.__all__ if f"`{name}`" not in page] == []
+
+
+@pytest.mark.slow
+def test_the_site_needs_no_network(site: Path) -> None:
+    """No page loads a script, a style, a font or a picture from elsewhere."""
+    for page in site.rglob("*.html"):
+        for line in page.read_text().splitlines():
+            for loads in ('<script src="http', '<img src="http', "@import url(http"):
+                assert loads not in line, f"{page.name}: {line.strip()}"
+            if "<link" in line and 'rel="stylesheet"' in line:
+                assert 'href="http' not in line, f"{page.name}: {line.strip()}"
