@@ -55,9 +55,11 @@ def stand_in_kernels(
     def stand_in(name: str) -> Callable[..., Any]:
         def zeros(*inputs: Any) -> Any:
             called.append(name)
+            flat = [part for x in inputs for part in (x if isinstance(x, tuple) else (x,))]
+            flat.sort(key=lambda value: isinstance(value, int | float))  # as in the operators
             registered = getattr(torch.ops.flamingo_kernels, name).default
             with FakeTensorMode() as mode:
-                fakes = tree_map_only(torch.Tensor, mode.from_tensor, inputs)
+                fakes = tree_map_only(torch.Tensor, mode.from_tensor, flat)
                 promised = registered(*fakes, "triton")
             return tree_map_only(
                 torch.Tensor, lambda t: torch.zeros(t.shape, dtype=t.dtype), promised

@@ -33,8 +33,10 @@ from flamingo_kernels._triton.launch import Launch, recording
 from flamingo_kernels.ops.gated_activation import impl_triton as gated_activation
 from flamingo_kernels.ops.gated_residual import impl_triton as gated_residual
 from flamingo_kernels.ops.latent_attention import impl_triton as latent_attention
+from flamingo_kernels.ops.latent_attention.arguments import Arguments as LatentArguments
 from flamingo_kernels.ops.layer_norm import impl_triton as layer_norm
 from flamingo_kernels.ops.media_attention import impl_triton as media_attention
+from flamingo_kernels.ops.media_attention.arguments import Arguments as MediaArguments
 from flamingo_kernels.tools import traffic
 from flamingo_kernels.tools.traffic import meta
 
@@ -135,11 +137,11 @@ def media_calls(dtype: torch.dtype, head_dim: int, latents: int, group: int = 1)
     first, last = (meta(2, 4096, dtype=torch.int32) for _ in range(2))
     gate = meta(1, dtype=torch.float32)
     for single_item in (True, False):
-        rest = (q, k, v, first, last, gate, head_dim**-0.5, single_item)
-        media_attention.forward(*rest)
+        arguments = MediaArguments(q, k, v, first, last, gate, head_dim**-0.5, single_item)
+        media_attention.forward(arguments)
         # The two passes loop over an item's tiles: one head dim shows that several of them compile.
         if single_item or latents == 64 or head_dim == 64:
-            media_attention.backward(d_out, None, *rest)
+            media_attention.backward(d_out, None, arguments)
 
 
 def latent_calls(dtype: torch.dtype, head_dim: int) -> None:
@@ -148,9 +150,9 @@ def latent_calls(dtype: torch.dtype, head_dim: int) -> None:
     for keys in (256, 8192):
         q, k_latents, v_latents, d_out = (meta(2, 64, 8, head_dim, dtype=dtype) for _ in range(4))
         k, v = meta(2, keys, 2, 8, head_dim, dtype=dtype).unbind(2)
-        inputs = (q, k, v, k_latents, v_latents, lengths)
-        out, lse = latent_attention.forward(*inputs, head_dim**-0.5)
-        latent_attention.backward(d_out, *inputs, out, lse, head_dim**-0.5)
+        arguments = LatentArguments(q, k, v, k_latents, v_latents, lengths, head_dim**-0.5)
+        out, lse = latent_attention.forward(arguments)
+        latent_attention.backward(d_out, arguments, out, lse)
 
 
 def pointwise_calls(dtype: torch.dtype, channels: int, rows: int = 8192) -> None:

@@ -19,8 +19,10 @@ from flamingo_kernels._triton.launch import recording, tensors_of
 from flamingo_kernels.ops.gated_activation import impl_triton as gated_activation
 from flamingo_kernels.ops.gated_residual import impl_triton as gated_residual
 from flamingo_kernels.ops.latent_attention import impl_triton as latent_attention
+from flamingo_kernels.ops.latent_attention.arguments import Arguments as LatentArguments
 from flamingo_kernels.ops.layer_norm import impl_triton as layer_norm
 from flamingo_kernels.ops.media_attention import impl_triton as media_attention
+from flamingo_kernels.ops.media_attention.arguments import Arguments as MediaArguments
 from flamingo_kernels.ops.media_attention.impl_triton import media_segments
 from flamingo_kernels.ops.media_attention.impl_triton.media_backward import (
     media_backward_kernel,
@@ -92,15 +94,15 @@ def media(name: str, single_item: bool) -> Iterator[Traffic]:
     first, last = (meta(batch, tokens, dtype=torch.int32) for _ in range(2))
     gate = meta(1, dtype=torch.float32)
     _, segments = _moved(media_attention.segments, first, last, images, heads, single_item)
-    rest = (q, k, v, first, last, gate, head_dim**-0.5, single_item)
+    arguments = MediaArguments(q, k, v, first, last, gate, head_dim**-0.5, single_item)
     case = f"media attention, {name}" + ("" if single_item else ", all previous images")
     yield Traffic(
         case,
         "forward",
         _size(q, k, v, q) / q.numel(),
-        _moved(media_attention.forward, *rest)[0] / q.numel(),
+        _moved(media_attention.forward, arguments)[0] / q.numel(),
     )
-    moved, _ = _moved(media_attention.backward, d_out, segments, *rest)
+    moved, _ = _moved(media_attention.backward, d_out, segments, arguments)
     if single_item:
         chunk, _, _ = media_segments.chunking(batch, tokens, images, heads)
         chunks = -(-tokens // images // chunk)
@@ -117,10 +119,11 @@ def latent(name: str) -> Iterator[Traffic]:
     )
     k, v = (meta(items, features, heads, head_dim, dtype=BF16) for _ in range(2))
     inputs = (q, k, v, k_latents, v_latents)
-    moved, (out, lse) = _moved(latent_attention.forward, *inputs, None, head_dim**-0.5)
+    arguments = LatentArguments(*inputs, None, head_dim**-0.5)
+    moved, (out, lse) = _moved(latent_attention.forward, arguments)
     case = f"latent attention, {name}"
     yield Traffic(case, "forward", _size(*inputs, out) / q.numel(), moved / q.numel())
-    moved, _ = _moved(latent_attention.backward, d_out, *inputs, None, out, lse, head_dim**-0.5)
+    moved, _ = _moved(latent_attention.backward, d_out, arguments, out, lse)
     yield Traffic(case, "backward", _size(*inputs, *inputs, d_out) / q.numel(), moved / q.numel())
 
 

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from flamingo_kernels import _triton
 from flamingo_kernels.ops import tiles
+from flamingo_kernels.ops.latent_attention.arguments import Arguments as LatentArguments
+from flamingo_kernels.ops.media_attention.arguments import Arguments as MediaArguments
 from flamingo_kernels.ops.tiles import Key, Tile
 
 # A config is replaced by one that takes at most this share of its time: less is noise.
@@ -48,20 +50,20 @@ def call_of(key: Key, device: str = "cuda") -> Callable[[], object]:
         k, v = random(2, 4, 8, keys if keys > 64 else 64, 16, head_dim)
         last = (torch.arange(2048, device=device, dtype=torch.int32) // 256).repeat(4, 1)
         single_item = kernel in ("media_forward", "media_backward")
-        of_media = (q, k, v, last, last, None, scale, single_item)
+        of_media = MediaArguments(q, k, v, last, last, None, scale, single_item)
         if kernel == "media_forward":
-            return lambda: media.forward(*of_media)
+            return lambda: media.forward(of_media)
         table = media.segments(last, last, 8, 16, single_item)
-        return lambda: media.backward(d_out, table, *of_media)
+        return lambda: media.backward(d_out, table, of_media)
     from flamingo_kernels.ops.latent_attention import impl_triton as latent
 
     q, k_latents, v_latents, d_out = (random(64, 64, 16, head_dim) for _ in range(4))
     k, v = random(2, 64, 256, 16, head_dim)
-    inputs = (q, k, v, k_latents, v_latents, None)
+    of_latents = LatentArguments(q, k, v, k_latents, v_latents, None, scale)
     if kernel == "latent_forward":
-        return lambda: latent.forward(*inputs, scale)
-    out, lse = latent.forward(*inputs, scale)
-    return lambda: latent.backward(d_out, *inputs, out, lse, scale)
+        return lambda: latent.forward(of_latents)
+    out, lse = latent.forward(of_latents)
+    return lambda: latent.backward(d_out, of_latents, out, lse)
 
 
 def best_tile(

@@ -17,7 +17,8 @@ import torch
 
 import flamingo_kernels
 from flamingo_kernels._cpp import library
-from flamingo_kernels.ops.media_attention.impl_cpp import backward, forward
+from flamingo_kernels.ops.media_attention import impl_cpp
+from flamingo_kernels.ops.media_attention.arguments import Arguments
 from testing.budgets import assert_close_to_reference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -175,6 +176,14 @@ def expected_attention(
                 weights = (keys[:, kv_head] @ q[b, t, h].double() * scale).softmax(0)
                 out_BTHD[b, t, h] = weights @ values[:, kv_head]
     return out_BTHD if gate is None else out_BTHD * gate.double().tanh()
+
+
+def forward(*arguments) -> torch.Tensor:
+    return impl_cpp.forward(Arguments(*arguments, single_item=False))
+
+
+def backward(d_out: torch.Tensor, *arguments) -> tuple[torch.Tensor, ...]:
+    return impl_cpp.backward(d_out, Arguments(*arguments, single_item=False))
 
 
 def strided(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

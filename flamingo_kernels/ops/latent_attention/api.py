@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.latent_attention import impl_cpp, impl_torch, operators
+from flamingo_kernels.ops.latent_attention.arguments import Arguments
 from flamingo_kernels.ops.signature import is_eager, remembered
 
 
@@ -85,52 +87,23 @@ def _runner(
     if chosen == "torch":
         return partial(impl_torch.forward, scale=scale)
     if needs_grad:
-        return partial(_attend_with_gradients, scale=scale, kernel=chosen)
+        return lambda *inputs: _LatentAttention.apply(*inputs, scale, chosen)
     if not is_eager(q):
-        return partial(_attend, scale=scale, kernel=chosen)
+        return lambda *inputs: operators.forward(*Arguments(*inputs, scale), chosen)[0]
     if chosen == "cpp":
         return impl_cpp.bind_forward(*tensors, scale)
     from flamingo_kernels.ops.latent_attention import impl_triton
 
-    forward = partial(impl_triton.forward, scale=scale)
-    return lambda *inputs: forward(*inputs)[0]
-
-
-def _attend(
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-    kernel: str,
-) -> Tensor:
-    out, _ = operators.forward(q, k_media, v_media, k_latents, v_latents, lengths, scale, kernel)
-    return out
-
-
-def _attend_with_gradients(*inputs: Tensor | None, scale: float, kernel: str) -> Tensor:
-    return _LatentAttention.apply(*inputs, scale, kernel)
+    return lambda *inputs: impl_triton.forward(Arguments(*inputs, scale))[0]
 
 
 class _LatentAttention(torch.autograd.Function):
     """Save inputs, output and one number per query; to_out keeps the output alive."""
 
     @staticmethod
-    def forward(
-        ctx,
-        q: Tensor,
-        k_media: Tensor,
-        v_media: Tensor,
-        k_latents: Tensor,
-        v_latents: Tensor,
-        lengths: Tensor | None,
-        scale: float,
-        kernel: str,
-    ) -> Tensor:
-        inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
-        out, lse = operators.forward(*inputs, scale, kernel)
+    def forward(ctx, *arguments: Any) -> Tensor:
+        *inputs, scale, kernel = arguments
+        out, lse = operators.forward(*arguments)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.options = (scale, kernel)
         return out

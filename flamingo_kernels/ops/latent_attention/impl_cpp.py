@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flamingo_kernels._cpp import layouts, library
 from flamingo_kernels._cpp.layouts import TENSOR, address, new_like
+from flamingo_kernels.ops.latent_attention.arguments import Arguments
 from flamingo_kernels.ops.rows import unit_stride
 from flamingo_kernels.precision import accumulator
 
@@ -87,42 +88,25 @@ def bind_forward(
     return launch
 
 
-def forward(
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
+    q, tensors = arguments.q, arguments[:5]
     items, latents, heads, _ = q.shape
     lse = q.new_empty((items, heads, latents), dtype=accumulator(q.dtype))
-    tensors = (q, k_media, v_media, k_latents, v_latents)
-    return bind_forward(*tensors, scale)(*tensors, lengths, lse), lse
+    return bind_forward(*tensors, arguments.scale)(*tensors, arguments.lengths, lse), lse
 
 
 def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
+    d_out: Tensor, arguments: Arguments, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return contiguous gradients of the five inputs."""
+    *inputs, lengths, scale = arguments
     d_out, lengths = unit_stride(d_out), _int64(lengths)
-    inputs = (q, k_media, v_media, k_latents, v_latents)
     d_q, d_k_media, d_v_media, d_k_latents, d_v_latents = gradients = tuple(map(new_like, inputs))
     params = PARAMS.pack(
         *layouts.tensors(*inputs, out, d_out, *gradients),
         address(lengths),
         lse.data_ptr(),
-        _sizes(q, k_media, scale),
+        _sizes(arguments.q, arguments.k_media, scale),
         torch.get_num_threads(),
     )
     library.function("flamingo_latent_attention_backward")(params)

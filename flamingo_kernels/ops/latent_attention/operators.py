@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flamingo_kernels.ops.latent_attention import impl_cpp
+from flamingo_kernels.ops.latent_attention.arguments import Arguments
 from flamingo_kernels.ops.operator import operator
 from flamingo_kernels.precision import accumulator
 
@@ -31,12 +32,12 @@ def forward(
     kernel: str,
 ) -> tuple[Tensor, Tensor]:
     """Return the output, and log(sum(exp(scores))) per query, [N, H, L], accumulation dtype."""
-    inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
+    arguments = Arguments(q, k_media, v_media, k_latents, v_latents, lengths, scale)
     if kernel == "cpp":
-        return impl_cpp.forward(*inputs, scale)
+        return impl_cpp.forward(arguments)
     from flamingo_kernels.ops.latent_attention import impl_triton
 
-    return impl_triton.forward(*inputs, scale)
+    return impl_triton.forward(arguments)
 
 
 @operator("latent_attention_backward", fake=_backward_shapes)
@@ -54,9 +55,9 @@ def backward(
     kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, k_media, v_media, k_latents and v_latents."""
-    inputs = (q, k_media, v_media, k_latents, v_latents, lengths)
+    arguments = Arguments(q, k_media, v_media, k_latents, v_latents, lengths, scale)
     if kernel == "cpp":
-        return impl_cpp.backward(d_out, *inputs, out, lse, scale)
+        return impl_cpp.backward(d_out, arguments, out, lse)
     from flamingo_kernels.ops.latent_attention import impl_triton
 
-    return impl_triton.backward(d_out, *inputs, out, lse, scale)
+    return impl_triton.backward(d_out, arguments, out, lse)

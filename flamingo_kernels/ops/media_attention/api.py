@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.media_attention import impl_cpp, impl_torch, operators
+from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.signature import is_eager, remembered
 from flamingo_kernels.ops.spans import MediaSpans, SegmentTable
 from flamingo_kernels.precision import accumulated
@@ -85,69 +87,40 @@ def _runner(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "torch":
         return partial(impl_torch.forward, scale=scale)
-    if needs_grad or not is_eager(q):
-        run = _attend_with_gradients if needs_grad else _attend
-        return partial(run, scale=scale, kernel=chosen)
+    if needs_grad:
+        return partial(_attend_with_gradients, scale=scale, kernel=chosen)
+    if not is_eager(q):
+        return lambda *inputs: operators.forward(*_arguments(*inputs, scale), chosen)
     if chosen == "cpp":
         return impl_cpp.bind_forward(q, k, v, spans, gate, scale)
     from flamingo_kernels.ops.media_attention import impl_triton
 
-    return lambda q, k, v, spans, gate: impl_triton.forward(
-        q, k, v, spans.first, spans.last, accumulated(gate, q), scale, spans.single_item
-    )
+    return lambda *inputs: impl_triton.forward(_arguments(*inputs, scale))
 
 
-def _attend(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spans: MediaSpans,
-    gate: Tensor | None,
-    scale: float,
-    kernel: str,
-) -> Tensor:
-    ranges, gate = (spans.first, spans.last), accumulated(gate, q)
-    return operators.forward(q, k, v, *ranges, gate, scale, spans.single_item, kernel)
+def _arguments(
+    q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None, scale: float
+) -> Arguments:
+    gate = accumulated(gate, q)
+    return Arguments(q, k, v, spans.first, spans.last, gate, scale, spans.single_item)
 
 
-def _attend_with_gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    spans: MediaSpans,
-    gate: Tensor | None,
-    scale: float,
-    kernel: str,
-) -> Tensor:
-    segments = None
-    if spans.segments is not None and dispatch.CAPABILITIES[_OP, kernel].needs_segments:
-        segments = spans.segments.table
-    ranges, gate = (spans.first, spans.last), accumulated(gate, q)
-    return _MediaCrossAttention.apply(
-        segments, q, k, v, *ranges, gate, scale, spans.single_item, kernel
-    )
+def _attend_with_gradients(*inputs: Any, scale: float, kernel: str) -> Tensor:
+    _, _, _, spans, _ = inputs
+    uses_segments = dispatch.CAPABILITIES[_OP, kernel].needs_segments
+    table = spans.segments.table if uses_segments and spans.segments is not None else None
+    return _MediaCrossAttention.apply(table, *_arguments(*inputs, scale), kernel)
 
 
 class _MediaCrossAttention(torch.autograd.Function):
     """Save the inputs alone, with the segments; the backward recomputes the softmax."""
 
     @staticmethod
-    def forward(
-        ctx,
-        segments: Tensor | None,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        first: Tensor,
-        last: Tensor,
-        gate: Tensor | None,
-        scale: float,
-        single_item: bool,
-        kernel: str,
-    ) -> Tensor:
-        ctx.save_for_backward(segments, q, k, v, first, last, gate)
+    def forward(ctx, segments: Tensor | None, *arguments: Any) -> Tensor:
+        *tensors, scale, single_item, kernel = arguments
+        ctx.save_for_backward(segments, *tensors)
         ctx.options = (scale, single_item, kernel)
-        return operators.forward(q, k, v, first, last, gate, scale, single_item, kernel)
+        return operators.forward(*arguments)
 
     @staticmethod
     @once_differentiable

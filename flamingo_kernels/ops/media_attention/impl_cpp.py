@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flamingo_kernels._cpp import layouts, library
 from flamingo_kernels._cpp.layouts import TENSOR, address, new_like
+from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.rows import unit_stride
 from flamingo_kernels.ops.spans import MediaSpans
 from flamingo_kernels.precision import accumulated
@@ -69,30 +70,15 @@ def bind_forward(
     return lambda q, k, v, spans, gate: launch(q, k, v, _dense(spans), accumulated(gate, q))
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
-) -> Tensor:
+def forward(arguments: Arguments) -> Tensor:
+    q, k, v, first, last, gate, scale, _single_item = arguments
     spans = MediaSpans(first, last)
     return bind_forward(q, k, v, spans, gate, scale)(q, k, v, spans, gate)
 
 
-def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(d_out: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return contiguous gradients of q, k and v, and that of the gate, empty without a gate."""
+    q, k, v, first, last, gate, scale, _single_item = arguments
     d_out, first, last = unit_stride(d_out), first.contiguous(), last.contiguous()
     d_q, d_k, d_v = (new_like(t) for t in (q, k, v))
     d_gate = q.new_empty(0) if gate is None else torch.zeros_like(gate)

@@ -5,9 +5,12 @@ Gates are in the dtype of accumulation. The gradient of the gate has no element 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from flamingo_kernels.ops.media_attention import impl_cpp
+from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.media_attention.segment_sizes import table_entries
 from flamingo_kernels.ops.operator import operator
 
@@ -24,16 +27,9 @@ def _forward_shape(q: Tensor, *_: object) -> Tensor:
 
 
 def _backward_shapes(
-    d_out: Tensor,
-    segments: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    *_: object,
+    d_out: Tensor, segments: Tensor | None, *inputs: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    q, k, v, _first, _last, gate, *_ = inputs
     d_gate = q.new_empty(0) if gate is None else gate.new_empty(gate.shape)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), d_gate
 
@@ -61,11 +57,12 @@ def forward(
     kernel: str,
 ) -> Tensor:
     """Return the output [B, T, H, D]."""
+    arguments = Arguments(q, k, v, first, last, gate, scale, single_item)
     if kernel == "cpp":
-        return impl_cpp.forward(q, k, v, first, last, gate, scale)
+        return impl_cpp.forward(arguments)
     from flamingo_kernels.ops.media_attention import impl_triton
 
-    return impl_triton.forward(q, k, v, first, last, gate, scale, single_item)
+    return impl_triton.forward(arguments)
 
 
 @operator("media_attention_backward", fake=_backward_shapes)
@@ -86,8 +83,9 @@ def backward(
 
     A kernel that needs the segment table and is given none makes its own.
     """
+    arguments = Arguments(q, k, v, first, last, gate, scale, single_item)
     if kernel == "cpp":
-        return impl_cpp.backward(d_out, q, k, v, first, last, gate, scale)
+        return impl_cpp.backward(d_out, arguments)
     from flamingo_kernels.ops.media_attention import impl_triton
 
-    return impl_triton.backward(d_out, segments, q, k, v, first, last, gate, scale, single_item)
+    return impl_triton.backward(d_out, segments, arguments)

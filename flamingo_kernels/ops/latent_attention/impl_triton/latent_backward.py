@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flamingo_kernels._triton.device import LOG2E
 from flamingo_kernels._triton.launch import TARGET_PROGRAMS, launch, reduce_partials
+from flamingo_kernels.ops.latent_attention.arguments import Arguments
 from flamingo_kernels.ops.latent_attention.impl_triton.latent_rows import (
     blocks_of,
     config_of,
@@ -28,29 +29,20 @@ from flamingo_kernels.precision import accumulator
 
 
 def backward(
-    d_out: Tensor,
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
+    d_out: Tensor, arguments: Arguments, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``operators.backward``."""
+    q = arguments.q
     config = config_of("latent_backward", q)
-    arguments = shared_arguments(config, q, k_media, v_media, k_latents, v_latents, lengths, scale)
+    shared = shared_arguments(config, arguments)
     items, latents, heads, _ = q.shape
-    tiles = -(-latents // arguments["BLOCK_L"])
-    blocks = blocks_of(arguments)
+    tiles = -(-latents // shared["BLOCK_L"])
+    blocks = blocks_of(shared)
     splits = max(1, min(TARGET_PROGRAMS // max(items * heads * tiles, 1), blocks))
     steps = -(-blocks // splits)
     splits = -(-blocks // steps)
 
-    inputs = (q, k_media, v_media, k_latents, v_latents)
-    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in inputs]
+    gradients = [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in arguments[:5]]
     shares = [splits, tiles, tiles, tiles, tiles]
     into = [
         gradient
@@ -65,7 +57,7 @@ def backward(
         latent_backward_kernel,
         (items * splits * tiles * heads,),
         config,
-        **arguments,
+        **shared,
         **dict(zip(names, into, strict=True)),
         out=rows_of(out),
         d_out=rows_of(d_out),

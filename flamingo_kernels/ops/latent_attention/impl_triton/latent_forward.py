@@ -18,6 +18,7 @@ from torch import Tensor
 from flamingo_kernels._triton.configs import LaunchConfig
 from flamingo_kernels._triton.device import LN2, LOG2E, online_softmax
 from flamingo_kernels._triton.launch import launch
+from flamingo_kernels.ops.latent_attention.arguments import Arguments
 from flamingo_kernels.ops.latent_attention.impl_triton.latent_rows import (
     blocks_of,
     config_of,
@@ -35,34 +36,27 @@ COMBINE = LaunchConfig(16, 1, 4, 1, "16 latents by the head dim: at most 16 valu
 SPLIT_KEYS = 1024
 
 
-def forward(
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     """See ``operators.forward``."""
+    q = arguments.q
     config = config_of("latent_forward", q)
-    arguments = shared_arguments(config, q, k_media, v_media, k_latents, v_latents, lengths, scale)
+    shared = shared_arguments(config, arguments)
     items, latents, heads, head_dim = q.shape
     sums: dict[str, Any] = {"dtype": accumulator(q.dtype), "device": q.device}
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((items, heads, latents), **sums)
     steps = -(-SPLIT_KEYS // config.keys)
-    splits = max(1, -(-blocks_of(arguments) // steps))
+    splits = max(1, -(-blocks_of(shared) // steps))
     into, into_lse = out, lse
     if splits > 1:
         into = torch.empty((splits, *out.shape), **sums)
         into_lse = torch.empty((splits, *lse.shape), **sums)
-    tiles = -(-latents // arguments["BLOCK_L"])
+    tiles = -(-latents // shared["BLOCK_L"])
     launch(
         latent_forward_kernel,
         (items * splits * tiles * heads,),
         config,
-        **arguments,
+        **shared,
         out=into,
         lse=into_lse,
         SPLITS=splits,
@@ -70,7 +64,7 @@ def forward(
         IS_SPLIT=splits > 1,
     )
     if splits > 1:
-        block_l = min(arguments["BLOCK_L"], COMBINE.rows)
+        block_l = min(shared["BLOCK_L"], COMBINE.rows)
         launch(
             latent_combine_kernel,
             (items * -(-latents // block_l) * heads,),
@@ -85,8 +79,8 @@ def forward(
             SPLITS=splits,
             D=head_dim,
             BLOCK_L=block_l,
-            BLOCK_D=arguments["BLOCK_D"],
-            ACC=arguments["ACC"],
+            BLOCK_D=shared["BLOCK_D"],
+            ACC=shared["ACC"],
         )
     return out, lse
 

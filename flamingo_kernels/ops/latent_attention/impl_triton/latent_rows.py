@@ -21,6 +21,7 @@ from flamingo_kernels._triton.launch import (
     triton_accumulator,
 )
 from flamingo_kernels.ops import tiles
+from flamingo_kernels.ops.latent_attention.arguments import Arguments
 from flamingo_kernels.ops.rows import unit_stride
 
 
@@ -38,9 +39,9 @@ def rows_of(tensor: Tensor) -> Rows:
     return strided(Rows, unit_stride(tensor))
 
 
-def blocks_of(arguments: dict[str, Any]) -> int:
+def blocks_of(shared: dict[str, Any]) -> int:
     """Return the number of key blocks of an item, those of the media and of the latents."""
-    return sum(-(-arguments[size] // arguments["BLOCK_K"]) for size in ("M", "L"))
+    return sum(-(-shared[size] // shared["BLOCK_K"]) for size in ("M", "L"))
 
 
 def config_of(kernel: str, q: Tensor) -> LaunchConfig:
@@ -49,17 +50,9 @@ def config_of(kernel: str, q: Tensor) -> LaunchConfig:
     return config
 
 
-def shared_arguments(
-    config: LaunchConfig,
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-) -> dict[str, Any]:
+def shared_arguments(config: LaunchConfig, arguments: Arguments) -> dict[str, Any]:
     """Return the arguments that forward and backward take."""
+    q, k_media, v_media, k_latents, v_latents, lengths, scale = arguments
     items, latents, heads, head_dim = q.shape
     return {
         "q": rows_of(q),

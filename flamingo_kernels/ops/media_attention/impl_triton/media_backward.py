@@ -19,6 +19,7 @@ from torch import Tensor
 from flamingo_kernels._triton.configs import POINTWISE, LaunchConfig
 from flamingo_kernels._triton.device import LOG2E
 from flamingo_kernels._triton.launch import gate_gradient, launch
+from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.media_attention.impl_triton import media_segments
 from flamingo_kernels.ops.media_attention.impl_triton.media_backward_two_pass import (
     backward_two_pass,
@@ -36,57 +37,40 @@ from flamingo_kernels.precision import accumulator
 
 
 def backward(
-    d_out: Tensor,
-    segments: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    single_item: bool,
+    d_out: Tensor, segments: Tensor | None, arguments: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``operators.backward``."""
+    q, k, _v, first, last, gate, _scale, single_item = arguments
     if segments is None:
         segments = media_segments.segments(first, last, k.shape[1], k.shape[3], single_item)
-    inputs = (segments, d_out, q, k, v, first, last, gate, scale)
     config = config_of_item("media_backward", q, k.shape[2]) if single_item else None
     if config is not None:
-        d_q, d_k, d_v, d_tanh = backward_one_pass(config, *inputs)
+        d_q, d_k, d_v, d_tanh = backward_one_pass(config, segments, d_out, arguments)
     else:
-        d_q, d_k, d_v, d_tanh = backward_two_pass(*inputs)
+        d_q, d_k, d_v, d_tanh = backward_two_pass(segments, d_out, arguments)
     if gate is None or d_tanh is None:
         return d_q, d_k, d_v, q.new_empty(0)
     return d_q, d_k, d_v, gate_gradient(d_tanh.reshape(-1, 1), gate)
 
 
 def backward_one_pass(
-    config: LaunchConfig,
-    segments: Tensor,
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
+    config: LaunchConfig, segments: Tensor, d_out: Tensor, arguments: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k and v, and partial sums of that of tanh(gate)."""
-    arguments = shared_arguments(config, q, k, v, first, last, gate, scale)
+    q, k, v = arguments[:3]
+    shared = shared_arguments(config, arguments)
     batch, tokens, media = q.shape[0], q.shape[1], k.shape[1]
     latents, kv_heads, head_dim = k.shape[2:]
     _, slots, places = media_segments.chunking(batch, tokens, media, kv_heads)
     sums: dict[str, Any] = {"dtype": accumulator(q.dtype), "device": q.device}
     partials = torch.empty((2, batch, places, kv_heads, latents, head_dim), **sums)
     d_q, d_k, d_v = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (q, k, v))
-    d_tanh = None if gate is None else torch.empty((batch, slots, kv_heads), **sums)
+    d_tanh = None if arguments.gate is None else torch.empty((batch, slots, kv_heads), **sums)
     launch(
         media_backward_kernel,
         (batch * slots * kv_heads,),
         config,
-        **arguments,
+        **shared,
         d_out=tokens_of(d_out),
         segments=segments,
         d_q=tokens_of(d_q),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flamingo_kernels._triton.device import LOG2E, online_softmax
 from flamingo_kernels._triton.launch import TARGET_PROGRAMS, launch, reduce_partials
+from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.media_attention.impl_triton.media_rows import (
     clipped_ranges,
     config_of,
@@ -30,17 +31,10 @@ from flamingo_kernels.precision import accumulator
 
 
 def backward_two_pass(
-    segments: Tensor,
-    d_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
+    segments: Tensor, d_out: Tensor, arguments: Arguments
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Return the gradients of q, k and v, and partial sums of that of tanh(gate)."""
+    q, k, v = arguments[:3]
     batch, tokens, media = q.shape[0], q.shape[1], k.shape[1]
     latents, kv_heads = k.shape[2:4]
     rows = tokens * (q.shape[2] // kv_heads)
@@ -49,14 +43,14 @@ def backward_two_pass(
     log2_sum, delta = torch.empty((2, batch, kv_heads, rows), **sums)
 
     config = config_of("media_rows_backward", q)
-    arguments = shared_arguments(config, q, k, v, first, last, gate, scale)
-    tiles = -(-rows // arguments["BLOCK_T"])
-    d_tanh = None if gate is None else torch.empty((batch, tiles, kv_heads), **sums)
+    shared = shared_arguments(config, arguments)
+    tiles = -(-rows // shared["BLOCK_T"])
+    d_tanh = None if arguments.gate is None else torch.empty((batch, tiles, kv_heads), **sums)
     launch(
         media_rows_backward_kernel,
         (batch * tiles * kv_heads,),
         config,
-        **arguments,
+        **shared,
         d_out=tokens_of(d_out),
         d_q=tokens_of(d_q),
         log2_sum=log2_sum,
@@ -65,9 +59,9 @@ def backward_two_pass(
     )
 
     config = config_of("media_keys_backward", q)
-    arguments = shared_arguments(config, q, k, v, first, last, gate, scale)
-    programs = batch * media * kv_heads * -(-latents // arguments["BLOCK_R"])
-    longest_split = 4 * arguments["BLOCK_T"]
+    shared = shared_arguments(config, arguments)
+    programs = batch * media * kv_heads * -(-latents // shared["BLOCK_R"])
+    longest_split = 4 * shared["BLOCK_T"]
     splits = max(1, min(TARGET_PROGRAMS // max(programs, 1), -(-rows // longest_split)))
     final = splits == 1
     into_k, into_v = (d_k, d_v) if final else torch.empty((2, splits, *d_k.shape), **sums)
@@ -75,7 +69,7 @@ def backward_two_pass(
         media_keys_backward_kernel,
         (programs * splits,),
         config,
-        **arguments,
+        **shared,
         d_out=tokens_of(d_out),
         segments=segments,
         log2_sum=log2_sum,

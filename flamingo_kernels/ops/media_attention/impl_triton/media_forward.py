@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flamingo_kernels._triton.device import LOG2E, online_softmax, tanh
 from flamingo_kernels._triton.launch import launch
+from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.media_attention.impl_triton.media_rows import (
     clipped_ranges,
     config_of,
@@ -28,29 +29,20 @@ from flamingo_kernels.ops.media_attention.impl_triton.media_rows import (
 )
 
 
-def forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
-    single_item: bool,
-) -> Tensor:
+def forward(arguments: Arguments) -> Tensor:
     """See ``operators.forward``."""
+    q, latents = arguments.q, arguments.k.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    latents = k.shape[2]
     config = config_of_item("media_forward", q, latents) or config_of("media_forward", q)
-    arguments = shared_arguments(config, q, k, v, first, last, gate, scale)
-    tiles = -(-q.shape[1] * arguments["G"] // arguments["BLOCK_T"])
+    shared = shared_arguments(config, arguments)
+    tiles = -(-q.shape[1] * shared["G"] // shared["BLOCK_T"])
     launch(
         media_forward_kernel,
-        (q.shape[0] * tiles * arguments["KV_HEADS"],),
+        (q.shape[0] * tiles * shared["KV_HEADS"],),
         config,
-        **arguments,
+        **shared,
         out=tokens_of(out),
-        ONE_TILE=single_item and latents <= arguments["BLOCK_R"],
+        ONE_TILE=arguments.single_item and latents <= shared["BLOCK_R"],
     )
     return out
 

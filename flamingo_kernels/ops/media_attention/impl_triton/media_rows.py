@@ -26,6 +26,7 @@ from flamingo_kernels._triton.launch import (
     triton_accumulator,
 )
 from flamingo_kernels.ops import tiles
+from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.rows import unit_stride
 
 # Latents of an item that one tile may hold.
@@ -79,17 +80,9 @@ def config_of_item(kernel: str, q: Tensor, latents: int) -> LaunchConfig | None:
     return tiles.lookup(kernel, padded_head_dim(q), *sizes)
 
 
-def shared_arguments(
-    config: LaunchConfig,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first: Tensor,
-    last: Tensor,
-    gate: Tensor | None,
-    scale: float,
-) -> dict[str, Any]:
+def shared_arguments(config: LaunchConfig, arguments: Arguments) -> dict[str, Any]:
     """Return the arguments that all kernels of this op take."""
+    q, k, v, first, last, gate, scale, _single_item = arguments
     tokens, heads, head_dim = q.shape[1:]
     media, latents, kv_heads = k.shape[1:4]
     group = heads // kv_heads
