@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--results", type=Path, nargs="+", help="files or folders of .jsonl")
     report.add_argument("--output", type=Path, default=Path("build/benchmarks"))
 
-    commands.add_parser("publish", help="the newest reports beside their results, and the README")
+    commands.add_parser("publish", help="the newest reports beside their results, README and docs")
 
     compare = commands.add_parser("compare", help="this tree against another git revision")
     compare.add_argument("ref", metavar="REF")
@@ -68,9 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
                 print(page)
             return 0
         if options.command == "publish":
-            from benchmarks import report, results
+            from benchmarks import publish, results
 
-            for page in report.publish(results.ROOT / "README.md"):
+            for page in publish.publish(results.ROOT):
                 print(page)
             return 0
         if options.command == "compare":

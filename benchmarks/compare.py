@@ -18,12 +18,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import results
+from benchmarks import results, tables
 from benchmarks.peers import load_all
 from benchmarks.results import ROOT, Record
 
 PASSES = 2
-_KINDS = ("ours-", "module-", "model-")
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def _measure(overlay: Path, output: Path, arguments: list[str]) -> list[Record]:
 
 def run_arguments(options: argparse.Namespace) -> list[str]:
     """Of the two ``run`` commands: this library's kernels only, unless peers are named."""
-    peers = options.peers or [n for n in load_all() if n.startswith(_KINDS)]
+    peers = options.peers or [name for name in load_all() if tables.is_own(name)]
     arguments = ["--suite", options.suite, "--peers", *peers]
     if options.ops:
         arguments += ["--ops", *options.ops]

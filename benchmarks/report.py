@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import re
-import statistics
 from pathlib import Path
 
 from benchmarks import ceilings, page, plots, results, tables
 from benchmarks.results import Record
 from benchmarks.tables import Table
-
-BEGIN, END = "<!-- figures: python -m benchmarks publish -->", "<!-- end of figures -->"
-_SHOWN = ("media_cross_attention", "latent_attention", "block")
 
 
 def load(paths: list[Path] | None) -> dict[tuple[str, str, str], list[Record]]:
@@ -78,44 +72,12 @@ def write(paths: list[Path] | None, output: Path) -> list[Path]:
     pages = []
     for (device, commit, dirty), records in load(paths).items():
         folder = output / device / (commit[:12] + (f"-{dirty}" if dirty else ""))
-        pages += _write_one(records, folder)
+        pages += write_one(records, folder)
     return pages
 
 
-def publish(readme: Path) -> list[Path]:
-    """Write the newest report of each device beside its results, and the README's figures.
-
-    Raises
-    ------
-    ValueError
-        No results, results of a changed tree, or a README without the two markers.
-    """
-    section, written = [], []
-    for (device, commit, dirty), records in load(None).items():
-        if dirty:
-            raise ValueError(
-                f"the newest results of {device} are of a changed tree ({commit[:12]}): commit, "
-                "measure again, then publish"
-            )
-        folder = results.RESULTS / device / "report"
-        for old in folder.glob("*"):
-            old.unlink()
-        written += _write_one(records, folder)
-        section += _readme_section(records, folder.relative_to(readme.parent))
-    text = readme.read_text()
-    found = re.subn(
-        re.escape(BEGIN) + ".*?" + re.escape(END),
-        lambda match: "\n".join([BEGIN, "", *section, END]),
-        text,
-        flags=re.DOTALL,
-    )
-    if found[1] != 1:
-        raise ValueError(f"{readme} needs the lines {BEGIN} and {END} once each")
-    readme.write_text(found[0])
-    return [*written, readme]
-
-
-def _write_one(records: list[Record], folder: Path) -> list[Path]:
+def write_one(records: list[Record], folder: Path) -> list[Path]:
+    """Write report.md, index.html and pictures of one device and commit; returns the pages."""
     folder.mkdir(parents=True, exist_ok=True)
     found = tables.all_tables(records)
     pictures = plots.write(records, folder)
@@ -124,56 +86,6 @@ def _write_one(records: list[Record], folder: Path) -> list[Path]:
     html = folder / "index.html"
     html.write_text(page.render(records, found, pictures))
     return [markdown, html]
-
-
-def _readme_section(records: list[Record], folder: Path) -> list[str]:
-    """Medians over cases for each op and peer, and the pictures of the ops."""
-    last = records[-1]
-    lines = [
-        f"### {last['device_name']}, {last['threads']} threads, {last['instruction_set']}",
-        "",
-        f"Commit {last['commit'][:12]}, torch {last['versions']['torch']}. How many times as long "
-        "as ours each peer takes: median over the cases of an op, lowest and highest; below 1 it "
-        "is faster than ours. Only pairs of one run are counted. "
-        f"[Every figure]({folder}/report.md).",
-        "",
-        *markdown_table(_ratio_summary(records)),
-        "",
-    ]
-    names = [f"speed-up-{op}-{phase}" for op in _SHOWN for phase in ("forward", "forward_backward")]
-    for name in [*names, "scaling-media_cross_attention-images-forward"]:
-        if (results.ROOT / folder / f"{name}.svg").exists():
-            lines.append(f"![{name}]({folder}/{name}.svg)")
-    for name, lines_of in (
-        (tables.DECODING_FILE, tables.decoding_lines),
-        (tables.OVERHEAD_FILE, tables.overhead_lines),
-    ):
-        path = results.ROOT / folder.parent / name
-        if path.exists():
-            lines += ["", *lines_of(json.loads(path.read_text()))]
-    missing = tables.unmeasured(records)
-    lines += ["", f"Not measured there: {len(missing)} cases of the full suite."] if missing else []
-    return [*lines, ""]
-
-
-def _ratio_summary(records: list[Record]) -> Table:
-    table = Table("", ["op", "phase", "peer", "cases", "median", "lowest", "highest"])
-    for op in dict.fromkeys(r["op"] for r in records):
-        for phase in tables.PHASES[::2]:
-            ratios: dict[str, list[float]] = {}
-            of_op = [r for r in records if r["op"] == op]
-            for lines in tables.by_case(of_op, phase).values():
-                ours = tables.baseline(lines)
-                for peer in lines if ours else ():
-                    if peer != ours and lines[peer]["run"] == lines[ours]["run"]:
-                        ratio = lines[peer]["median_s"] / lines[ours]["median_s"]
-                        ratios.setdefault(peer, []).append(ratio)
-            for peer, found in ratios.items():
-                values = (statistics.median(found), min(found), max(found))
-                row = [tables.text(op), tables.text(tables.PHASE_TITLES[phase]), tables.text(peer)]
-                row += [tables.number(len(found)), *(tables.number(v, "{:.2f}") for v in values)]
-                table.rows.append(row)
-    return table
 
 
 def _markdown(records: list[Record], found: list[Table], pictures: list[str]) -> str:

@@ -18,11 +18,11 @@ PHASE_TITLES = {
     "backward": "backward",
     "forward_backward": "forward + backward",
 }
+# The peers that are this library's own, by the part of their names before the kernel.
+OWN_KINDS = ("ours", "module", "model")
 # The kernel that the others are compared with: the first of these that was measured.
 OURS = tuple(
-    f"{kind}-{kernel}"
-    for kernel in ("triton", "cpp", "auto", "torch")
-    for kind in ("ours", "module", "model")
+    f"{kind}-{kernel}" for kernel in ("triton", "cpp", "auto", "torch") for kind in OWN_KINDS
 )
 
 
@@ -78,6 +78,11 @@ def baseline(peers: Iterable[str]) -> str | None:
     return next((name for name in OURS if name in present), None)
 
 
+def is_own(peer: str) -> bool:
+    """Whether a peer is one of this library's kernels, modules or models."""
+    return peer.split("-")[0] in OWN_KINDS
+
+
 def by_case(records: Iterable[Record], phase: str) -> dict[str, dict[str, Record]]:
     """Case -> peer -> line."""
     found: dict[str, dict[str, Record]] = {}
@@ -87,7 +92,20 @@ def by_case(records: Iterable[Record], phase: str) -> dict[str, dict[str, Record
     return found
 
 
-def _case_name(record: Record) -> str:
+def speed_ups(records: Iterable[Record], op: str, phase: str) -> dict[str, dict[str, float]]:
+    """Baseline -> case -> baseline time over our time, both measured in the same run."""
+    found: dict[str, dict[str, float]] = {}
+    for case, lines in by_case((r for r in records if r["op"] == op), phase).items():
+        ours = baseline(lines)
+        for peer in lines if ours else ():
+            if peer != ours and lines[peer]["run"] == lines[ours]["run"]:
+                speed_up = lines[peer]["median_s"] / lines[ours]["median_s"]
+                found.setdefault(peer, {})[case] = speed_up
+    return found
+
+
+def case_name(record: Record) -> str:
+    """Shape and dtype."""
     return f"{record['label']}, {record['dtype']}"
 
 
@@ -106,7 +124,7 @@ def ratio_table(records: list[Record], op: str, phase: str) -> Table | None:
     )
     for lines in cases.values():
         ours = lines[baseline(lines)]
-        row = [text(_case_name(ours)), text(ours["peer"]), number(ours["median_s"], scale=1e3)]
+        row = [text(case_name(ours)), text(ours["peer"]), number(ours["median_s"], scale=1e3)]
         for peer in peers:
             other = lines.get(peer)
             ratio = other["median_s"] / ours["median_s"] if other else None
@@ -146,7 +164,7 @@ def detail_table(records: list[Record], op: str) -> Table | None:
     for r in lines:
         table.rows.append(
             [
-                text(_case_name(r)),
+                text(case_name(r)),
                 text(r["peer"]),
                 text(PHASE_TITLES[r["phase"]]),
                 text(r["cache"]),
@@ -199,7 +217,7 @@ def missing_table(records: list[Record]) -> Table | None:
         if r["status"] != "ok" or r["reason"]:
             status = "no backward" if r["status"] == "ok" else r["status"]
             key = (r["op"], r["peer"], status, r["reason"])
-            name = _case_name(r)
+            name = case_name(r)
             if name not in reasons.setdefault(key, []):
                 reasons[key].append(name)
     table = Table(
@@ -254,13 +272,20 @@ def environment_lines(records: list[Record]) -> list[str]:
     return lines + ([f"driver: {last['driver']}"] if last["driver"] else [])
 
 
+def decoding_sentence(record: Record) -> str:
+    """The result of ``decode_model`` in one sentence."""
+    return (
+        f"Decoding with transformers' `generate`, float32 ({record['setting']}; commit "
+        f"{record['commit'][:12]}): a step with {record['images']} images is "
+        f"{record['times_as_fast']:.1f} times as fast as open-flamingo's and takes "
+        f"{record['many_images_over_one']:.3f} times as long as a step with one image."
+    )
+
+
 def decoding_lines(record: Record) -> list[str]:
     """What ``decode_model`` measured, as Markdown."""
     lines = [
-        f"Decoding with transformers' `generate`, float32 ({record['setting']}; commit "
-        f"{record['commit'][:12]}): a step with {record['images']} images is "
-        f"{record['times_as_fast']:.1f} times as fast as open-flamingo's, and takes "
-        f"{record['many_images_over_one']:.3f} times that with one image.",
+        decoding_sentence(record),
         "",
         "| | step, ms | 20 % | 80 % | tokens/s | with the prompt, s |",
         "| --- | --- | --- | --- | --- | --- |",

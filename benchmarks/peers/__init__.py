@@ -77,26 +77,45 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Peer:
-    """A name, the ops it is compared on, and how to set it up."""
+    """An implementation that is measured: its name, what it is, and how to set it up.
+
+    Attributes
+    ----------
+    name : str
+        As in tables and on the command line.
+    description : str
+        What it computes with, in one sentence; published with the figures.
+    ops : tuple of str
+        The ops and modules that it is compared on.
+    setup : callable
+        Problem -> implementation; raises :class:`UnavailableError` with the reason.
+    devices : tuple of str
+        Kinds of device that it can run on.
+    compiled : bool
+        Whether it compiles for every shape, which takes seconds: left out of sweeps.
+    quick : bool
+        Whether it is part of the quick suite.
+    """
 
     name: str
+    description: str
     ops: tuple[str, ...]
     setup: Callable[[Problem], Implementation]
     devices: tuple[str, ...] = ("cpu", "cuda")
-    compiled: bool = False  # takes seconds to compile for every shape: left out of sweeps
-    quick: bool = True  # part of the quick suite
+    compiled: bool = False
+    quick: bool = True
 
 
 REGISTRY: dict[str, Peer] = {}
 _MODULES = ("ours", "attention", "segments", "modules", "models")
 
 
-def peer(name: str, *ops: str, **options: Any) -> Callable:
-    """Register ``setup`` under ``name`` for ``ops``."""
+def peer(name: str, description: str, *ops: str, **options: Any) -> Callable:
+    """Register the decorated ``setup`` as a :class:`Peer`."""
 
     def register(setup: Callable[[Problem], Implementation]) -> Callable:
         assert name not in REGISTRY, name
-        REGISTRY[name] = Peer(name, ops, setup, **options)
+        REGISTRY[name] = Peer(name, description, ops, setup, **options)
         return setup
 
     return register

@@ -17,6 +17,7 @@ from benchmarks.problems.ops import concatenated, textbook_pointwise
 from testing.peers import open_flamingo_helpers
 
 MEDIA, LATENT = "media_cross_attention", "latent_attention"
+POINTWISE = ("layer_norm", "gated_residual", "gated_activation")
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -107,13 +108,29 @@ def _open_flamingo_latent(compile: bool, problem: Problem) -> Implementation:
     )
 
 
-peer("openflamingo", MEDIA, LATENT)(functools.partial(_open_flamingo, False))
-peer("openflamingo-compile", MEDIA, LATENT, compiled=True, quick=False)(
-    functools.partial(_open_flamingo, True)
+peer(
+    "openflamingo",
+    "The attention of open-flamingo 2.0.1 without its norm and projections: it computes the scores "
+    "of all images and masks them; for `latent_attention`, the formula of its Perceiver.",
+    MEDIA,
+    LATENT,
+)(functools.partial(_open_flamingo, False))
+peer(
+    "openflamingo-compile",
+    "`openflamingo` under `torch.compile`.",
+    MEDIA,
+    LATENT,
+    compiled=True,
+    quick=False,
+)(functools.partial(_open_flamingo, True))
+
+
+@peer(
+    "flamingo-pytorch",
+    "The attention of flamingo-pytorch without its norm and projections: it computes the scores of "
+    "all images and masks them.",
+    MEDIA,
 )
-
-
-@peer("flamingo-pytorch", MEDIA)
 def _flamingo_pytorch(problem: Problem) -> Implementation:
     if problem.case.shape.layout == "decode":
         raise UnavailableError("has no cached decoding")
@@ -159,14 +176,28 @@ def sdpa_choice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> 
         return f"unknown ({type(error).__name__})"
 
 
-peer("sdpa-mask", MEDIA)(functools.partial(_sdpa, ""))
+peer(
+    "sdpa-mask",
+    "`scaled_dot_product_attention` on the keys of all images, with a boolean mask that is made "
+    "once per step.",
+    MEDIA,
+)(functools.partial(_sdpa, ""))
 for _name in _BACKENDS:
-    peer(f"sdpa-mask-{_name}", MEDIA, devices=("cuda",))(functools.partial(_sdpa, _name))
+    peer(
+        f"sdpa-mask-{_name}",
+        f"`sdpa-mask` with the {_name} backend.",
+        MEDIA,
+        devices=("cuda",),
+    )(functools.partial(_sdpa, _name))
 
 
-@peer("sdpa-concat", LATENT)
+@peer(
+    "sdpa-concat",
+    "`scaled_dot_product_attention` on the concatenated keys of features and latents; the "
+    "concatenation is part of the call.",
+    LATENT,
+)
 def _sdpa_concat(problem: Problem) -> Implementation:
-    """SDPA on concatenated keys; the concatenation is part of the call."""
     leaves = problem.leaves
 
     def transposed() -> list[Tensor]:
@@ -214,19 +245,36 @@ def _flex(block_size: tuple[int, int] | None, problem: Problem) -> Implementatio
     )
 
 
-peer("flex", MEDIA, compiled=True, quick=False)(functools.partial(_flex, None))
-peer("flex-64", MEDIA, compiled=True, quick=False)(functools.partial(_flex, (128, 64)))
+peer(
+    "flex",
+    "Compiled FlexAttention with a block mask that is made once per step; it has no CPU backward.",
+    MEDIA,
+    compiled=True,
+    quick=False,
+)(functools.partial(_flex, None))
+peer(
+    "flex-64",
+    "`flex` with blocks of 128 tokens and 64 keys, so that no block of keys has two images of 64 "
+    "latents.",
+    MEDIA,
+    compiled=True,
+    quick=False,
+)(functools.partial(_flex, (128, 64)))
 
 
 @peer(
-    "torch-compile", "layer_norm", "gated_residual", "gated_activation", compiled=True, quick=False
+    "torch-compile",
+    "The op's formula in PyTorch under `torch.compile`.",
+    *POINTWISE,
+    compiled=True,
+    quick=False,
 )
 def _compiled_pointwise(problem: Problem) -> Implementation:
     call = compiled(lambda leaves: textbook_pointwise(problem.case, leaves))
     return Implementation(lambda: call(problem.leaves), problem.leaves, "inductor")
 
 
-@peer("eager", "layer_norm", "gated_residual", "gated_activation")
+@peer("eager", "The op's formula in PyTorch, operator by operator.", *POINTWISE)
 def _eager_pointwise(problem: Problem) -> Implementation:
     return Implementation(
         lambda: textbook_pointwise(problem.case, problem.leaves), problem.leaves, "eager"

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from benchmarks.peers import Implementation, peer
-from benchmarks.peers.ours import kernels_used
+from benchmarks.peers.ours import kernels_used, register
 from benchmarks.problems import Problem
 from benchmarks.problems.models import make_model
 from benchmarks.problems.modules import parameters_of
@@ -40,16 +38,16 @@ def _setup(kernel: str, problem: Problem) -> Implementation:
     return Implementation(step, {}, backend, before=copy_cache, ours=True)
 
 
-for _kernel in ("cpp", "triton", "auto", "torch"):
-    _devices = {"cpp": ("cpu",), "triton": ("cuda",)}.get(_kernel, ("cpu", "cuda"))
-    peer(f"model-{_kernel}", TRAINING, DECODE, devices=_devices)(functools.partial(_setup, _kernel))
+register("model", "This library's `FlamingoModel`", _setup, TRAINING, DECODE, auto=True)
 
 
+@peer(
+    "model-no-cache",
+    "This library's `FlamingoModel` without a cache: every step computes the whole text and all "
+    "images again.",
+    DECODE,
+)
 def _recompute(problem: Problem) -> Implementation:
-    """No cache: the whole text and all images again for every token."""
     model = make_model(problem, "torch").eval().requires_grad_(False)
     ids, pixels = problem.fixed["input_ids"], problem.fixed["pixel_values"]
     return Implementation(lambda: model(ids, pixels).logits[:, -1:], {}, "torch, no cache")
-
-
-peer("model-no-cache", DECODE)(_recompute)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks import gate
 from benchmarks.peers import Implementation, UnavailableError, peer, require
 from benchmarks.peers.attention import compiled, helpers
-from benchmarks.peers.ours import kernels_used
+from benchmarks.peers.ours import kernels_used, register
 from benchmarks.problems import Leaves, Problem
 from benchmarks.problems.modules import (
     PARAMETERS,
@@ -59,9 +59,14 @@ def _ours(kernel: str, problem: Problem) -> Implementation:
     )
 
 
-for _kernel in ("cpp", "triton", "auto", "torch"):
-    _devices = {"cpp": ("cpu",), "triton": ("cuda",)}.get(_kernel, ("cpu", "cuda"))
-    peer(f"module-{_kernel}", BLOCK, RESAMPLER, devices=_devices)(functools.partial(_ours, _kernel))
+register(
+    "module",
+    "This library's `GatedCrossAttentionBlock` or `PerceiverResampler`",
+    _ours,
+    BLOCK,
+    RESAMPLER,
+    auto=True,
+)
 
 
 def _open_flamingo(compile: bool, problem: Problem) -> Implementation:
@@ -89,13 +94,28 @@ def _their_block(problem: Problem, module: nn.Module, call, name: str) -> Implem
     )
 
 
-peer("openflamingo-module", BLOCK, RESAMPLER)(functools.partial(_open_flamingo, False))
-peer("openflamingo-module-compile", BLOCK, RESAMPLER, compiled=True, quick=False)(
-    functools.partial(_open_flamingo, True)
+peer(
+    "openflamingo-module",
+    "`GatedCrossAttentionBlock` or `PerceiverResampler` of open-flamingo 2.0.1 with the same "
+    "weights; a decoding step projects all media again.",
+    BLOCK,
+    RESAMPLER,
+)(functools.partial(_open_flamingo, False))
+peer(
+    "openflamingo-module-compile",
+    "`openflamingo-module` under `torch.compile`.",
+    BLOCK,
+    RESAMPLER,
+    compiled=True,
+    quick=False,
+)(functools.partial(_open_flamingo, True))
+
+
+@peer(
+    "flamingo-pytorch-module",
+    "`GatedCrossAttentionBlock` of flamingo-pytorch with the same weights.",
+    BLOCK,
 )
-
-
-@peer("flamingo-pytorch-module", BLOCK)
 def _flamingo_pytorch(problem: Problem) -> Implementation:
     shape = problem.case.shape
     if shape.media.layout == "decode":
@@ -134,7 +154,12 @@ class _StockBlock(nn.Module):
         return x + update * self.gates[1].tanh()
 
 
-@peer("torch-mha", BLOCK)
+@peer(
+    "torch-mha",
+    "A gated block of stock parts with the same weights: `torch.nn.MultiheadAttention` with a "
+    "boolean mask, `LayerNorm`, `Linear` and GELU.",
+    BLOCK,
+)
 def _multihead(problem: Problem) -> Implementation:
     shape, leaves = problem.case.shape, problem.leaves
     media = shape.media
@@ -183,7 +208,14 @@ def _own_truth(problem: Problem, module: nn.Module, call) -> gate.Truth:
     return gate.Truth(*copies)
 
 
-@peer("hf-idefics", BLOCK, RESAMPLER)
+@peer(
+    "hf-idefics",
+    "`IdeficsGatedCrossAttentionLayer` or `IdeficsPerceiverResampler` of transformers in the same "
+    "sizes; they compute another function (RMSNorm and SwiGLU, ReLU) and are checked against "
+    "themselves in fp64.",
+    BLOCK,
+    RESAMPLER,
+)
 def _hf_idefics(problem: Problem) -> Implementation:
     """IdeficsGatedCrossAttentionLayer, or IdeficsPerceiverResampler; as wide and as many weights.
 

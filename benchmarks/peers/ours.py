@@ -65,6 +65,25 @@ def kernels_used(kernel: str, problem: Problem) -> str:
     return "; ".join(f"{name}: {', '.join(ops)}" for name, ops in taken.items())
 
 
-for _kernel in ("cpp", "triton", "torch"):
-    _devices = {"cpp": ("cpu",), "triton": ("cuda",), "torch": ("cpu", "cuda")}[_kernel]
-    peer(f"ours-{_kernel}", *OPS, devices=_devices)(functools.partial(_setup, _kernel))
+DEVICES = {"cpp": ("cpu",), "triton": ("cuda",), "auto": ("cpu", "cuda"), "torch": ("cpu", "cuda")}
+KERNELS = {
+    "cpp": "the C++ kernels",
+    "triton": "the Triton kernels",
+    "auto": "the best available kernel for each op",
+    "torch": "the PyTorch implementation",
+}
+
+
+def register(
+    kind: str, what: str, setup: Callable[[str, Problem], Implementation], *ops: str, auto: bool
+) -> None:
+    """Register ``<kind>-<kernel>`` for every kernel; ``what`` they are in their descriptions."""
+    for kernel, meaning in KERNELS.items():
+        if kernel != "auto" or auto:
+            description = f'{what} with `kernel="{kernel}"`: {meaning}.'
+            peer(f"{kind}-{kernel}", description, *ops, devices=DEVICES[kernel])(
+                functools.partial(setup, kernel)
+            )
+
+
+register("ours", "This library's op", _setup, *OPS, auto=False)

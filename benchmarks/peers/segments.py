@@ -82,7 +82,12 @@ def _per_segment(problem: Problem, attention: Attention, backend: str) -> Implem
     )
 
 
-@peer("segments-sdpa", MEDIA)
+@peer(
+    "segments-sdpa",
+    "One `scaled_dot_product_attention` for each run of tokens that see the same images; one "
+    "batched call where all runs are of one length.",
+    MEDIA,
+)
 def _segments_sdpa(problem: Problem) -> Implementation:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
@@ -92,7 +97,11 @@ def _segments_sdpa(problem: Problem) -> Implementation:
     return _per_segment(problem, attention, f"sdpa {sdpa_choice(q, k, v)}")
 
 
-@peer("segments-bmm", MEDIA)
+@peer(
+    "segments-bmm",
+    "`segments-sdpa` with `torch.bmm`, softmax, `torch.bmm` in place of SDPA.",
+    MEDIA,
+)
 def _segments_bmm(problem: Problem) -> Implementation:
     scale = problem.case.shape.head_dim**-0.5
 
@@ -147,7 +156,12 @@ def _varlen(problem: Problem, call: Callable, backend: str) -> Implementation:
     return Implementation(forward, leaves, backend, prepare=lambda: packed(problem))
 
 
-@peer("torch-varlen", MEDIA, devices=("cpu", "cuda"))
+@peer(
+    "torch-varlen",
+    "`torch.nn.attention.varlen.varlen_attn` with one packed sequence per image; it has no CPU "
+    "path.",
+    MEDIA,
+)
 def _torch_varlen(problem: Problem) -> Implementation:
     module = require("torch.nn.attention.varlen")
     if problem.device.type != "cuda":
@@ -164,7 +178,12 @@ def _torch_varlen(problem: Problem) -> Implementation:
     return _varlen(problem, call, "torch varlen")
 
 
-@peer("flash-attn", MEDIA, devices=("cuda",))
+@peer(
+    "flash-attn",
+    "`flash_attn_varlen_func` of flash-attn with one packed sequence per image.",
+    MEDIA,
+    devices=("cuda",),
+)
 def _flash_attn(problem: Problem) -> Implementation:
     module = require("flash_attn", "flash-attn")
 

@@ -51,7 +51,9 @@ def test_gate_is_red_for_a_missing_gradient() -> None:
 
 def test_red_peer_gets_a_line_and_no_figure(tmp_path: Path, monkeypatch, capsys) -> None:
     load_all()
-    monkeypatch.setitem(REGISTRY, "wrong", Peer("wrong", ("media_cross_attention",), wrong_peer))
+    monkeypatch.setitem(
+        REGISTRY, "wrong", Peer("wrong", "Test.", ("media_cross_attention",), wrong_peer)
+    )
     path = run.run(dataclasses.replace(options(tmp_path), peers=("ours-torch", "wrong")), [MEDIA])
     (line,) = (r for r in records_of(path) if r["peer"] == "wrong")
     assert line["status"] == "red" and "exceeds" in line["reason"]
@@ -63,7 +65,9 @@ def test_a_slow_peer_is_left_out_before_its_results_are_checked(
     tmp_path: Path, monkeypatch
 ) -> None:
     load_all()
-    monkeypatch.setitem(REGISTRY, "wrong", Peer("wrong", ("media_cross_attention",), wrong_peer))
+    monkeypatch.setitem(
+        REGISTRY, "wrong", Peer("wrong", "Test.", ("media_cross_attention",), wrong_peer)
+    )
     impatient = dataclasses.replace(options(tmp_path), peers=("wrong",), patience=0.0)
     (line,) = records_of(run.run(impatient, [MEDIA]))
     assert line["status"] == "unavailable" and "TooSlowError: forward took" in line["reason"]
@@ -74,7 +78,9 @@ def test_a_peer_that_fails_is_a_reason_not_a_crash(tmp_path: Path, monkeypatch) 
         raise KeyError("surprise")
 
     load_all()
-    monkeypatch.setitem(REGISTRY, "broken", Peer("broken", ("media_cross_attention",), broken))
+    monkeypatch.setitem(
+        REGISTRY, "broken", Peer("broken", "Test.", ("media_cross_attention",), broken)
+    )
     path = run.run(dataclasses.replace(options(tmp_path), peers=("ours-torch", "broken")), [MEDIA])
     (line,) = (r for r in records_of(path) if r["peer"] == "broken")
     assert (line["status"], line["reason"]) == ("unavailable", "KeyError: 'surprise'")

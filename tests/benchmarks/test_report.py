@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as command_line
-from benchmarks import compare, page, plots, report, results, tables
+from benchmarks import compare, plots, publish, report, results, tables
 from benchmarks.cases import OPS
+from benchmarks.page import render
+from benchmarks.peers import load_all
 from benchmarks.testing import fixture_records, write_lines
 
 
@@ -36,32 +38,77 @@ def test_report_has_tables_plots_and_a_page(tmp_path: Path) -> None:
         assert f"{wanted}.svg" in markdown
 
 
-def test_publish_fills_the_readme_between_its_markers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(results, "ROOT", tmp_path)
+@pytest.fixture
+def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    """Both pages with the two markers, and results in the same folder."""
     monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    found = {"README": tmp_path / "README.md", "docs": tmp_path / "docs" / "benchmarks.md"}
+    found["docs"].parent.mkdir()
+    for page in found.values():
+        page.write_text(f"before\n{publish.BEGIN}\nold\n{publish.END}\nafter\n")
+    return found
+
+
+def test_publish_fills_both_pages_between_their_markers(
+    pages: dict[str, Path], tmp_path: Path
+) -> None:
     records = fixture_records(slower=0.5)
     write_lines(tmp_path / "results" / records[0]["device"] / "a.jsonl", records)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):  # the second time over the first
-        report.publish(readme)
-        text = readme.read_text()
-        assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-        assert "| media_cross_attention | forward | " in text and "| 0.50 |" in text
-        for target in re.findall(r"\]\((.+?)\)", text):
-            assert (tmp_path / target).is_file(), target
-    readme.write_text("no markers")
+        publish.publish(tmp_path)
+        for page in pages.values():
+            text = page.read_text()
+            assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+            assert "| media_cross_attention | forward | " in text and "| 0.50 |" in text
+            for target in re.findall(r"\]\((.+?)\)", text):
+                assert (page.parent / target).is_file(), target
+        summary = pages["README"].read_text()
+        for expected in ("Test, 2 threads, avx2; commit cccccccccccc; torch 2:", "| 0.50 | 0.50 |"):
+            assert expected in summary
+        assert "| sdpa-mask (3 of 3) |" in summary and " ms (B1 T2048 I2 " in summary
+    pages["docs"].write_text("no markers")
     with pytest.raises(ValueError, match="once each"):
-        report.publish(readme)
+        publish.publish(tmp_path)
 
 
-def test_publish_adds_what_other_commands_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(results, "ROOT", tmp_path)
-    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+def test_the_summary_names_the_fastest_baseline_and_the_worst_case() -> None:
+    def factor(record: dict) -> float:
+        return 0.4 if "I8" in record["case"] else 3.0
+
+    records = fixture_records(slower=2.0)
+    fast = [
+        {**r, "peer": "segments-sdpa", "median_s": r["median_s"] * factor(r)}
+        for r in records
+        if r["peer"] == "sdpa-mask"
+    ]
+    own = [{**r, "peer": "ours-torch"} for r in records if r["peer"] == "ours-cpp"]
+    row = publish.summary_table([*records, *fast, *own]).rows[0]
+    assert [cell.text for cell in row[:6]] == [
+        "media_cross_attention", "forward", "3", "sdpa-mask (2 of 3)", "2.00", "0.80"
+    ]  # fmt: skip
+
+
+def test_every_peer_is_defined(pages: dict[str, Path], tmp_path: Path) -> None:
+    records = fixture_records()
+    write_lines(tmp_path / "results" / records[0]["device"] / "a.jsonl", records)
+    publish.publish(tmp_path)
+    text = pages["docs"].read_text()
+    for peer in load_all().values():
+        assert peer.description.endswith(".") and f"| `{peer.name}` | {peer.description} |" in text
+
+
+def test_the_pages_of_this_tree_are_what_publish_writes() -> None:
+    """README.md and docs/benchmarks.md hold the figures of the committed results."""
+    for page, expected in publish.render(results.ROOT).items():
+        text = page.read_text()
+        assert text == expected
+        for target in re.findall(r"\]\((\.\./benchmarks/.+?)\)", text):
+            assert (page.parent / target).is_file(), target
+    for records in report.load(None).values():
+        assert len(publish.summary_table(records).rows) == 8
+
+
+def test_publish_adds_what_other_commands_measured(pages: dict[str, Path], tmp_path: Path) -> None:
     records = fixture_records()
     folder = tmp_path / "results" / records[0]["device"]
     write_lines(folder / "a.jsonl", records)
@@ -78,12 +125,12 @@ def test_publish_adds_what_other_commands_measured(
     costs = {"call": 9.0, "kernel": 2.0, "overhead": 7.0, "lowest_overhead": 6.5, "torch": 4.0}
     overhead = {"device": folder.name, "commit": "d" * 40, "figures": {"layer_norm": costs}}
     results.write_beside(tables.OVERHEAD_FILE, overhead, results.RESULTS)
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{report.BEGIN}\n{report.END}\n")
-    report.publish(readme)
-    assert "| layer_norm | 9.0 | 2.0 | 7.0 | 6.5 | 4.0 |" in readme.read_text()
-    assert "33 images is 0.5 times as fast" in readme.read_text()
-    assert "| ours | 20.0 | 10.0 | 40.0 | 50.0 | 0.50 |" in readme.read_text()
+    publish.publish(tmp_path)
+    for page in pages.values():
+        assert "33 images is 0.5 times as fast" in page.read_text()
+    text = pages["docs"].read_text()
+    assert "| layer_norm | 9.0 | 2.0 | 7.0 | 6.5 | 4.0 |" in text
+    assert "| ours | 20.0 | 10.0 | 40.0 | 50.0 | 0.50 |" in text
 
 
 def test_losses_are_shown_like_wins() -> None:
@@ -142,7 +189,7 @@ def test_report_without_results(tmp_path: Path) -> None:
 
 def test_page_escapes_and_sorts_by_value() -> None:
     cells = [[tables.text("<b>"), tables.number(12.0)], [tables.text("x"), tables.number(None)]]
-    html = page.render(fixture_records(), [tables.Table("t", ["a", "b"], cells)], [])
+    html = render(fixture_records(), [tables.Table("t", ["a", "b"], cells)], [])
     assert "&lt;b&gt;" in html and "<b>" not in html
     assert 'data-value="12.0"' in html
 

@@ -1,0 +1,226 @@
+"""The published figures: a summary in ``README.md``, every table in ``docs/benchmarks.md``.
+
+Both files hold two markers; what stands between them is generated from ``benchmarks/results``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections import Counter
+from pathlib import Path
+
+from benchmarks import report, results, tables
+from benchmarks.peers import load_all
+from benchmarks.results import Record
+from benchmarks.tables import Table, number, text
+
+BEGIN, END = "<!-- figures: python -m benchmarks publish -->", "<!-- end of figures -->"
+README, PAGE = Path("README.md"), Path("docs/benchmarks.md")
+SUMMARY = (
+    ("media_cross_attention", "forward"),
+    ("media_cross_attention", "backward"),
+    ("latent_attention", "forward"),
+    ("latent_attention", "backward"),
+    ("block", "forward"),
+    ("resampler", "backward"),
+    ("layer_norm", "forward"),
+    ("gated_activation", "backward"),
+)
+_PICTURES = (
+    *(
+        f"speed-up-{op}-{phase}"
+        for op in ("media_cross_attention", "latent_attention", "block")
+        for phase in ("forward", "forward_backward")
+    ),
+    "scaling-media_cross_attention-images-forward",
+)
+
+
+def publish(root: Path) -> list[Path]:
+    """Write the newest report of each device beside its results, and the figures of both pages.
+
+    Parameters
+    ----------
+    root : Path
+        The folder of ``README.md`` and ``docs/benchmarks.md``.
+
+    Returns
+    -------
+    list of Path
+        The files written, pictures excluded.
+
+    Raises
+    ------
+    ValueError
+        No results, results of a changed tree, or a page without the two markers; nothing is
+        written then.
+    """
+    render(root)
+    written = []
+    for folder, records in _latest().items():
+        for old in folder.glob("*"):
+            old.unlink()
+        written += report.write_one(records, folder)
+    for page, content in render(root).items():
+        page.write_text(content)
+        written.append(page)
+    return written
+
+
+def render(root: Path) -> dict[Path, str]:
+    """The text of both pages with the figures of the newest results; writes nothing."""
+    sections: dict[Path, list[str]] = {README: [], PAGE: []}
+    for folder, records in _latest().items():
+        sections[README] += _summary(records)
+        sections[PAGE] += _device(records, folder, (root / PAGE).parent)
+    sections[PAGE] += ["## Baselines", "", *report.markdown_table(peers_table()), ""]
+    return {root / page: _filled(root / page, lines) for page, lines in sections.items()}
+
+
+def _latest() -> dict[Path, list[Record]]:
+    """Folder of the report -> records, for the newest results of each device."""
+    found = {}
+    for (device, commit, dirty), records in report.load(None).items():
+        if dirty:
+            raise ValueError(
+                f"the newest results of {device} are of a changed tree ({commit[:12]}): commit, "
+                "measure again, then publish"
+            )
+        found[results.RESULTS / device / "report"] = records
+    return found
+
+
+def _filled(page: Path, lines: list[str]) -> str:
+    """The text of a page with ``lines`` between its markers."""
+    before, *rest = page.read_text().split(BEGIN)
+    parts = rest[0].split(END) if len(rest) == 1 else []
+    if len(parts) != 2:
+        raise ValueError(f"{page} needs the lines {BEGIN} and {END} once each")
+    return "\n".join([before + BEGIN, "", *lines, END + parts[1]])
+
+
+def _measured_on(records: list[Record]) -> str:
+    last = records[-1]
+    versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
+    return (
+        f"{last['device_name']}, {last['threads']} threads, {last['instruction_set']}; commit "
+        f"{last['commit'][:12]}; {versions}"
+    )
+
+
+def _summary(records: list[Record]) -> list[str]:
+    lines = [
+        f"{_measured_on(records)}:",
+        "",
+        *report.markdown_table(summary_table(records)),
+        "",
+        "Speed-up over the fastest baseline of each case (baseline time / our time, higher is "
+        "better, below 1 the baseline is faster), measured in the same run. "
+        f"[All figures, and what each baseline is]({PAGE}).",
+    ]
+    decoding = _other_figures(records[-1]["device"], tables.DECODING_FILE)
+    return [*lines, *([tables.decoding_sentence(decoding)] if decoding else []), ""]
+
+
+def summary_table(records: list[Record]) -> Table:
+    """One row for each of ``SUMMARY`` that was measured: ours beside the fastest baselines.
+
+    The library's own kernels are no baselines here. The time is that of the case at the median.
+    """
+    table = Table(
+        "",
+        ["op", "phase", "cases", "fastest baseline", "median", "worst", "our time, at the median"],
+    )
+    for op, phase in SUMMARY:
+        fastest: dict[str, tuple[float, str]] = {}
+        for peer, found in tables.speed_ups(records, op, phase).items():
+            if not tables.is_own(peer):
+                for case, speed_up in found.items():
+                    fastest[case] = min(fastest.get(case, (speed_up, peer)), (speed_up, peer))
+        if not fastest:
+            continue
+        values = [speed_up for speed_up, _ in fastest.values()]
+        ((peer, count),) = Counter(peer for _, peer in fastest.values()).most_common(1)
+        middle = next(c for c in fastest if fastest[c][0] == statistics.median_low(values))
+        lines = tables.by_case(records, phase)[middle]
+        ours = lines[tables.baseline(lines)]
+        table.rows.append(
+            [
+                text(op),
+                text(tables.PHASE_TITLES[phase]),
+                number(len(fastest), "{:.0f}"),
+                text(f"{peer} ({count} of {len(fastest)})"),
+                number(statistics.median(values), "{:.2f}"),
+                number(min(values), "{:.2f}"),
+                text(f"{_milliseconds(ours['median_s'])} ms ({tables.case_name(ours)})"),
+            ]
+        )
+    return table
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"
+
+
+def _device(records: list[Record], folder: Path, page_folder: Path) -> list[str]:
+    """The section of one device; links are relative to the folder of the page."""
+    link = os.path.relpath(folder, page_folder)
+    name = records[-1]["device_name"]
+    lines = [
+        f"## {name}",
+        "",
+        f"{_measured_on(records)}.",
+        "",
+        f"### {name}: speed-up over each baseline",
+        "",
+        "Speed-up over each baseline (baseline time / our time, higher is better): median, min, "
+        "max over cases measured in the same run. Below 1 the baseline is faster. "
+        f"[Every figure of every case]({link}/report.md).",
+        "",
+        *report.markdown_table(speed_up_table(records)),
+        "",
+    ]
+    lines += [f"![{p}]({link}/{p}.svg)" for p in _PICTURES if (folder / f"{p}.svg").exists()]
+    device = records[-1]["device"]
+    decoding = _other_figures(device, tables.DECODING_FILE)
+    overhead = _other_figures(device, tables.OVERHEAD_FILE)
+    if decoding:
+        lines += ["", f"### {name}: few-shot decoding", "", *tables.decoding_lines(decoding)]
+    if overhead:
+        lines += ["", f"### {name}: overhead of a call", "", *tables.overhead_lines(overhead)]
+    missing = tables.unmeasured(records)
+    if missing:
+        lines += ["", f"### {name}: not measured", "", *(f"- `{key}`" for key in missing)]
+    return [*lines, ""]
+
+
+def _other_figures(device: str, name: str) -> Record | None:
+    """What ``decode_model`` or ``call_overhead`` wrote for a device."""
+    path = results.RESULTS / device / name
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def speed_up_table(records: list[Record]) -> Table:
+    """One row for each op, phase and baseline."""
+    table = Table("", ["op", "phase", "baseline", "cases", "median", "min", "max"])
+    for op in dict.fromkeys(r["op"] for r in records):
+        for phase in tables.PHASES:
+            for peer, found in tables.speed_ups(records, op, phase).items():
+                values = found.values()
+                row = [text(op), text(tables.PHASE_TITLES[phase]), text(peer)]
+                row += [number(len(values), "{:.0f}")]
+                of_cases = (statistics.median(values), min(values), max(values))
+                table.rows.append([*row, *(number(value, "{:.2f}") for value in of_cases)])
+    return table
+
+
+def peers_table() -> Table:
+    """Every registered peer with what it is."""
+    table = Table("", ["name", "what it is", "measured on", "devices"])
+    for peer in load_all().values():
+        cells = (f"`{peer.name}`", peer.description, ", ".join(peer.ops), ", ".join(peer.devices))
+        table.rows.append([text(cell) for cell in cells])
+    return table
