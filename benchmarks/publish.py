@@ -74,7 +74,7 @@ def render(root: Path) -> dict[Path, str]:
     sections: dict[Path, list[str]] = {README: [], PAGE: []}
     for folder, records in _latest().items():
         sections[README] += _summary(records)
-        sections[PAGE] += _device(records, folder, (root / PAGE).parent)
+        sections[PAGE] += _device(records, folder, root)
     sections[PAGE] += ["## Baselines", "", *report.markdown_table(peers_table()), ""]
     return {root / page: _filled(root / page, lines) for page, lines in sections.items()}
 
@@ -117,8 +117,7 @@ def _summary(records: list[Record]) -> list[str]:
         *report.markdown_table(summary_table(records)),
         "",
         "Speed-up over the fastest baseline of each case (baseline time / our time, higher is "
-        "better, below 1 the baseline is faster), measured in the same run. "
-        f"[All figures, and what each baseline is]({PAGE}).",
+        "better, below 1 the baseline is faster), measured in the same run.",
     ]
     decoding = _other_figures(records[-1]["device"], tables.DECODING_FILE)
     return [*lines, *([tables.decoding_sentence(decoding)] if decoding else []), ""]
@@ -165,9 +164,9 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"
 
 
-def _device(records: list[Record], folder: Path, page_folder: Path) -> list[str]:
-    """The section of one device; links are relative to the folder of the page."""
-    link = os.path.relpath(folder, page_folder)
+def _device(records: list[Record], folder: Path, root: Path) -> list[str]:
+    """Return the section of one device, whose report is in ``folder``."""
+    link = os.path.relpath(folder, (root / PAGE).parent)
     name = records[-1]["device_name"]
     lines = [
         f"## {name}",
@@ -178,7 +177,8 @@ def _device(records: list[Record], folder: Path, page_folder: Path) -> list[str]
         "",
         "Speed-up over each baseline (baseline time / our time, higher is better): median, min, "
         "max over cases measured in the same run. Below 1 the baseline is faster. "
-        f"[Every figure of every case]({link}/report.md).",
+        f"[Every figure of every case]({link}/index.html), also in "
+        f"`{folder.relative_to(root)}/report.md`.",
         "",
         *report.markdown_table(speed_up_table(records)),
         "",
