@@ -148,7 +148,7 @@ def _media() -> Iterator[Case]:
                 yield Case(op, MediaShape(batch, images=images), dtype, quick)
         yield Case(op, MediaShape(8, 256, 5), dtype)
         yield Case(op, MediaShape(1, heads=32, head_dim=128), dtype, devices=("cpu",))
-    for shape in (  # PERFORMANCE: training, IDEFICS-9B, Flamingo-80B
+    for shape in (  # OpenFlamingo in training, IDEFICS-9B, Flamingo-80B
         MediaShape(32, 256, 5),
         MediaShape(8, heads=32, head_dim=128),
         MediaShape(4, images=16, heads=64, head_dim=128),

@@ -3,7 +3,7 @@
 Two situations, two functions:
 
 * a fast path is compared with the fp64 reference *and* with plain PyTorch in the same dtype
-  (SEMANTICS.md point 17): :func:`assert_within_budget`;
+  (semantics, point 17): :func:`assert_within_budget`;
 * two computations of the same quantity that may differ by rounding only:
   :func:`assert_close_to_reference`.
 
@@ -104,7 +104,7 @@ def assert_within_budget(
 
     ``exact`` is the fp64 reference on the same (already rounded) inputs, ``plain`` is stock PyTorch
     in ``dtype``. One unit is the rounding of the largest value to ``dtype``, and of the largest of
-    the ``terms`` summed on the way to the dtype of accumulation (SEMANTICS.md point 17: at least
+    the ``terms`` summed on the way to the dtype of accumulation (semantics, point 17: at least
     fp32). A single value, as a gate's gradient, is one draw of the rounding error, so that plain
     PyTorch's may be zero by luck: its terms are rounded to ``dtype``. In fp64 the reference is no
     more exact than the rest, and rounding alone counts.

@@ -103,9 +103,8 @@ def _latent(case: Case, device: torch.device) -> Problem:
     size = dtype.itemsize
     queries, keys = q.numel() * size, (media.numel() + latents.numel()) * size
     product = 2.0 * q.numel() * (shape.features + shape.latents)
-    cost = Cost(
-        2 * queries + keys, 6 * queries + 2 * keys, 2 * product, 5 * product
-    )  # PERFORMANCE.md, section 1
+    # The floor of docs/performance.md.
+    cost = Cost(2 * queries + keys, 6 * queries + 2 * keys, 2 * product, 5 * product)
     k, v = concatenated(leaves)
     found = attention_terms(q, k, v, shape.head_dim**-0.5, seed)
     terms = {"out": found["out"], **{name: found[f"d{name[0]}"] for name in leaves}}

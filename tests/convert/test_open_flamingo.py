@@ -75,7 +75,7 @@ def test_same_tokens(model_type: str, every: int, num_beams: int) -> None:
 
 
 def test_more_markers_than_images_is_where_we_differ() -> None:
-    """OpenFlamingo spreads such text over all images (SEMANTICS 3); here it is an error."""
+    """OpenFlamingo spreads such text over all images (semantics, point 3); here it is an error."""
     peer = open_flamingo("gpt_neox", 1)
     model = load_open_flamingo(released(peer), clip(), language_model("gpt_neox"))
     batch = prompt()

@@ -1,4 +1,4 @@
-"""SEMANTICS point 15: cached decoding equals recomputation."""
+"""Cached decoding equals recomputation (semantics, point 15)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SEMANTICS.md point by point at the level of the model; each test names its point."""
+"""The points of docs/semantics.md at the level of the model; each test names its point."""
 
 from __future__ import annotations
 

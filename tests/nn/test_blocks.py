@@ -55,7 +55,7 @@ IDS = torch.tensor([[1, IMAGE, 1, IMAGE, IMAGE, 1], [1, 1, 1, IMAGE, 1, 1]])
 def test_block_equals_reference(
     gate: str, media_norm: bool, everywhere: bool, activation: str, attend: str
 ) -> None:
-    """SEMANTICS 8, 9 and 10: output and all gradients, NaN in the slots nobody sees."""
+    """Gates, feed-forward and norms, with NaN in unseen slots (semantics, points 8 to 10)."""
     ours, theirs = block_pair(
         gate=gate,
         media_norm=media_norm,
@@ -85,7 +85,7 @@ def test_block_equals_reference(
 
 
 def test_more_markers_than_images_see_nothing() -> None:
-    """SEMANTICS 3 and 9: also without the feed-forward, and as in the reference."""
+    """Text without media adds nothing to the residual (semantics, points 3 and 9)."""
     ours, theirs = block_pair(feed_forward_without_media=False)
     spans = MediaSpans.from_tokens(torch.tensor([[IMAGE, 1, IMAGE, 1]]), IMAGE)
     x = torch.randn(1, 4, DIM, dtype=torch.float64)
@@ -99,7 +99,7 @@ def test_more_markers_than_images_see_nothing() -> None:
 @pytest.mark.parametrize("input_dim", [None, 6])
 @pytest.mark.parametrize("final_norm", [False, True])
 def test_resampler_equals_reference(frames: int, input_dim: int | None, final_norm: bool) -> None:
-    """SEMANTICS 10 and 12: the trained frame count 3, fewer, more, and a single image."""
+    """The trained three frames, fewer, more, and one image (semantics, points 10 and 12)."""
     options = {"num_latents": 3, "ff_mult": 2, "input_dim": input_dim, "final_norm": final_norm}
     ours = randomise(
         PerceiverResampler(

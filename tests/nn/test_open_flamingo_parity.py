@@ -71,7 +71,7 @@ def test_block_with_cached_media(tokens: int) -> None:
 
 
 def test_pre_image_text_in_previous_mode_is_where_we_differ() -> None:
-    """OpenFlamingo spreads such tokens over all images; here they see nothing (SEMANTICS 3)."""
+    """OpenFlamingo spreads such tokens over all images; ours see nothing (semantics, point 3)."""
     helpers = open_flamingo_helpers()
     theirs = helpers.GatedCrossAttentionBlock(**BLOCK, only_attend_immediate_media=False)
     ours = GatedCrossAttentionBlock(**BLOCK, only_attend_immediate_media=False)

@@ -80,7 +80,7 @@ def test_counts_of_one_byte_do_not_overflow() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_shared_normalised_features_within_budget(dtype: torch.dtype) -> None:
-    """SEMANTICS 17 with each layer's scale and bias in its projection; they stay trainable."""
+    """Folding a layer's scale and bias into its projection keeps the budget and gradients."""
     options = {"num_latents": 4, "ff_mult": 2, "final_norm": True, "activation": "gelu"}
     ours = PerceiverResampler(16, depth=3, dim_head=8, heads=2, **options)
     for parameter in ours.parameters():

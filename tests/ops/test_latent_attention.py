@@ -26,7 +26,7 @@ OP = "latent_attention"
 @pytest.mark.parametrize(("kernel", "dtype"), kernels_for(OP))
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_forward_within_budget(kernel: str, dtype: torch.dtype) -> None:
-    """SEMANTICS 12 and 17: ragged lengths, NaN past them never read."""
+    """Features past a clip's length, NaN here, are never read (semantics, points 12 and 17)."""
 
     @given(shapes)
     def check(shape: dict) -> None:

@@ -26,7 +26,7 @@ def run(case: MediaCase, kernel: str) -> torch.Tensor:
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_forward_within_budget(kernel: str, dtype: torch.dtype) -> None:
-    """SEMANTICS 3, 5 and 17: values, exact zeros, NaN slots never read."""
+    """Empty ranges give exact zeros, padded slots are never read (semantics, points 3, 5, 17)."""
 
     @given(media_shapes)
     def check(shape: dict) -> None:
@@ -46,7 +46,7 @@ def test_forward_within_budget(kernel: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(("kernel", "dtype"), TRAINING)
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_gradients_within_budget(kernel: str, dtype: torch.dtype) -> None:
-    """SEMANTICS 3, 5 and 17 for dq, dk, dv and dgate."""
+    """dq, dk, dv and dgate; padded slots are never read (semantics, points 3, 5 and 17)."""
 
     @given(media_shapes)
     def check(shape: dict) -> None:
@@ -84,7 +84,7 @@ def test_strides(kernel: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
 def test_row_bits_do_not_depend_on_the_batch(kernel: str, dtype: torch.dtype) -> None:
-    """SEMANTICS 18."""
+    """A row gives the same bits alone and in a batch (semantics, point 18)."""
     case = media_case(dtype, batch=3)
     whole = run(case, kernel)
     assert torch.equal(whole, run(case, kernel))
@@ -100,7 +100,7 @@ def test_row_bits_do_not_depend_on_the_batch(kernel: str, dtype: torch.dtype) ->
 def test_row_bits_where_the_batch_moves_the_cuts_of_segments(
     kernel: str, dtype: torch.dtype, tokens: int, segment: int
 ) -> None:
-    """SEMANTICS 18: a cut may leave a piece of a token or two, whatever the batch."""
+    """A cut may leave a piece of one or two tokens, with any batch (semantics, point 18)."""
     torch.manual_seed(0)
     index = torch.arange(tokens) // segment
     media = int(index[-1]) + 1

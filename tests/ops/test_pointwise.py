@@ -170,7 +170,7 @@ def test_a_second_derivative_is_refused(function) -> None:
 
 @pytest.mark.parametrize("vector", [False, True])
 def test_zero_gate_changes_no_bit(vector: bool) -> None:
-    """SEMANTICS 8."""
+    """A zero gate adds nothing, bit for bit (semantics, point 8)."""
     x, y = torch.randn(2, 4, 8)
     assert torch.equal(gated_residual(x, y, torch.zeros(8 if vector else 1)), x)
     assert not gated_activation(x, torch.zeros(1)).any()

@@ -30,7 +30,7 @@ def ranges(first: torch.Tensor, last: torch.Tensor) -> list[list[tuple[int, int]
 
 @given(rows, st.sampled_from(ATTEND_MODES), st.sampled_from(ASSIGN_MODES))
 def test_equals_reference_loop(ids: list[list[int]], attend: str, assign: str) -> None:
-    """SEMANTICS 1, 2 and 13."""
+    """Ranges of every attend mode and assignment (semantics, points 1, 2 and 13)."""
     tokens = torch.tensor(ids)
     spans = MediaSpans.from_tokens(tokens, IMAGE, attend, assign)
     assert spans.first.dtype == spans.last.dtype == torch.int32

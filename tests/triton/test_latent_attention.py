@@ -68,7 +68,7 @@ def on(device: str, tensors: list[Tensor], lengths: Tensor | None):
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"L{s['latents']}-M{s['features']}")
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_within_budget(implementation, shape: dict, ragged: bool, device: str, dtype: torch.dtype):
-    """SEMANTICS 12 and 17; keys past the lengths and fresh memory hold NaN."""
+    """Keys past the lengths and fresh memory hold NaN (semantics, points 12 and 17)."""
     check(*on(device, *latent_case(dtype, ragged=ragged, **shape)), dtype)
 
 

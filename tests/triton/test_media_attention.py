@@ -67,7 +67,7 @@ def run(case: MediaCase) -> Tensor:
 
 
 def check(case: MediaCase, dtype: torch.dtype) -> None:
-    """Output and all gradients within budget, exact zeros where SEMANTICS 3 asks for them."""
+    """Output and all gradients within budget, exact zeros for empty ranges (semantics, point 3)."""
     case.require_grad()
     seed = torch.randn(case.q.shape).to(case.q.device)
     out = run(case)
@@ -94,7 +94,7 @@ def check(case: MediaCase, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"R{s['latents']}-D{s['head_dim']}")
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_within_budget(implementation, shape: dict, attend: str, device: str, dtype: torch.dtype):
-    """SEMANTICS 3, 5 and 17; slots that nothing sees and fresh memory hold NaN."""
+    """Unseen slots and fresh memory hold NaN (semantics, points 3, 5 and 17)."""
     check(on(device, media_case(dtype, tokens=37, attend=attend, **shape)), dtype)
 
 
