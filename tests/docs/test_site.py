@@ -13,7 +13,12 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from testing.markdown import ROOT, pages
+
+# What pages name that a fresh clone does not have.
+OUTPUTS = {"build/docs"}
+# The example of the page about adding an op.
+INVENTED = "soft_cap"
 PACKAGES = ("ops", "nn", "model", "language", "vision", "convert", "data", "train")
 
 pytest.importorskip("sphinx")
@@ -79,6 +84,18 @@ def test_the_typed_usage_has_every_public_name() -> None:
     for package in PACKAGES:
         module = import_module(f"flamingo_kernels.{package}")
         assert set(getattr(module, "__all__", ())) <= words
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page: Path) -> None:
+    """Paths in backticks are of the repository or of the package; links of README are files."""
+    text = page.read_text()
+    named = set(re.findall(r"`([\w.-]+/[\w./-]*)`", text))
+    named |= {path.partition("#")[0] for path in re.findall(r"\]\((?!http)([^)#\s]+)", text)}
+    places = (page.parent, ROOT, ROOT / "flamingo_kernels")
+    missing = [path for path in named if not any((place / path).exists() for place in places)]
+    missing = [path for path in missing if path not in OUTPUTS and INVENTED not in path]
+    assert missing == []
 
 
 def test_names_of_the_package_itself_have_a_home_in_the_reference() -> None:
