@@ -6,12 +6,12 @@ import argparse
 import contextlib
 import io
 import re
+import runpy
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -101,7 +101,6 @@ class _ParsedError(Exception):
 
 def _parse(module: str, arguments: list[str]) -> None:
     """Let the module's own parser read the arguments, and go no further."""
-    name = f"{module}.__main__" if find_spec(module).submodule_search_locations else module
     original = argparse.ArgumentParser.parse_args
 
     def parse(self: argparse.ArgumentParser, args: Any = None, namespace: Any = None) -> None:
@@ -111,22 +110,18 @@ def _parse(module: str, arguments: list[str]) -> None:
     said = io.StringIO()
     with (
         mock.patch.object(argparse.ArgumentParser, "parse_args", parse),
-        mock.patch.object(sys, "argv", [name, *arguments]),
+        mock.patch.object(sys, "argv", [module, *arguments]),
+        warnings.catch_warnings(),
         contextlib.redirect_stderr(said),
     ):
+        warnings.simplefilter("ignore", RuntimeWarning)  # a module that is imported already
         try:
-            _main(name)()
+            runpy.run_module(module, run_name="__main__")
         except _ParsedError:
             return
         except SystemExit:
             raise AssertionError(f"{module} {' '.join(arguments)}: {said.getvalue()}") from None
     raise AssertionError(f"{module} parsed no command line")
-
-
-def _main(name: str) -> Callable[[], Any]:
-    module = import_module(name)
-    assert hasattr(module, "main"), f"{name} has no function main"
-    return module.main
 
 
 def _check_install(words: list[str]) -> None:
