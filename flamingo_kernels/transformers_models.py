@@ -33,15 +33,7 @@ _LONGEST_REASON = 300  # characters; transformers lists all architectures that i
 
 
 class TransformersConfig(Protocol):
-    """The fields that :func:`build_model` reads.
-
-    Attributes
-    ----------
-    model_type : str
-        Name of the architecture in transformers, such as ``"llama"``.
-    options : dict
-        Arguments of its configuration class.
-    """
+    """The fields of a configuration that :func:`build_model` reads."""
 
     model_type: str
     options: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Other projects' checkpoints, key by key; see the tables in the modules."""
+"""Conversion of other projects' checkpoints; the tables in the modules list every key."""
 
 from flamingo_kernels.convert.files import read_tensors
 from flamingo_kernels.convert.idefics import load_idefics

@@ -1,4 +1,4 @@
-"""Tensors out of files: safetensors, and pickles as far as they hold nothing but tensors."""
+"""Read tensors from safetensors, and from pickles that hold nothing but tensors."""
 
 from __future__ import annotations
 
@@ -17,26 +17,32 @@ from torch import Tensor
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
-# What torch.load says of a function or class that it does not call.
+# How torch.load names a function or class that it refuses to call.
 _CALLED = re.compile(r"GLOBAL (\S+)")
 
 
 def read_tensors(source: str | PathLike | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Name -> tensor of a checkpoint, on the CPU.
+    """Read the tensors of a checkpoint.
 
     Parameters
     ----------
-    source : a ``.safetensors`` file; a directory with ``model.safetensors``, in one file or in
-        shards; a file of ``torch.save``, of which plain data alone is read
-        (``weights_only=True``); or a mapping, which is copied. Of nested training checkpoints the
-        ``model_state_dict`` or ``state_dict`` is taken, and ``module.`` is removed.
+    source : str, PathLike or mapping
+        One of: a ``.safetensors`` file; a directory with ``model.safetensors``, in one file or in
+        shards; a file of ``torch.save``, read with ``weights_only=True``; a mapping, which is
+        copied. A training checkpoint may hold them in ``model_state_dict`` or ``state_dict``, and
+        the prefix ``module.`` is removed.
+
+    Returns
+    -------
+    dict of str to Tensor
+        Tensors on the CPU, by name.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        There is no such file.
     ValueError
-        If it is truncated, holds code or something else than tensors by name.
+        The file is truncated, holds code, or holds anything but tensors by name.
     """
     if isinstance(source, Mapping):
         return _state(source, "the mapping")
@@ -48,10 +54,10 @@ def read_tensors(source: str | PathLike | Mapping[str, Tensor]) -> dict[str, Ten
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
     try:
-        with warnings.catch_warnings():  # of odd protocols: the error says enough
+        with warnings.catch_warnings():  # about odd protocols: the error says enough
             warnings.simplefilter("ignore")
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that are no pickle can raise anything in it
+    except Exception as error:  # arbitrary bytes can raise anything
         called = _CALLED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
         if called is None:
             raise ValueError(f"{path} is truncated or not a file of torch.save") from error
@@ -65,7 +71,7 @@ def read_tensors(source: str | PathLike | Mapping[str, Tensor]) -> dict[str, Ten
 
 
 def read_json(path: str | PathLike) -> dict[str, Any]:
-    """The object in a JSON file; ValueError that names the file if there is none."""
+    """Return the object in a JSON file; ValueError, naming the file, if it holds none."""
     try:
         values = json.loads(Path(path).read_bytes())
     except ValueError as error:

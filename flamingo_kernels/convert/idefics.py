@@ -1,7 +1,7 @@
-"""IDEFICS of transformers: `IdeficsForVisionText2Text` with a resampler.
+"""IDEFICS of transformers: ``IdeficsForVisionText2Text`` with a resampler.
 
-Layout: transformers 5.23, `models/idefics`. Its language model is a Llama and its vision model a
-CLIP tower whose class token is kept.
+Layout: transformers 5.23, ``models/idefics``. Its language model is a Llama. Its vision model is a
+CLIP tower that keeps the class token.
 """
 
 from __future__ import annotations
@@ -78,23 +78,27 @@ def load_idefics(
     end_of_chunk_token_id: int | None = None,
     kernel: str = "auto",
 ) -> FlamingoModel:
-    """A model with all weights of an IDEFICS checkpoint; logits are the original's.
+    """Build a model with all weights of an IDEFICS checkpoint.
 
-    One difference stays: after an end-of-text token and before the next image, the processor of
-    IDEFICS hides the last image from the text; here a token sees the last image before it.
+    Its logits are those of the original, with one exception: between an end-of-text token and the
+    next image, the processor of IDEFICS hides the last image from the text. Here a token always
+    sees the last image before it.
 
     Parameters
     ----------
-    checkpoint : a directory with ``config.json`` and safetensors, or a live
-        ``IdeficsForVisionText2Text``, which is copied.
-    image_token_id, end_of_chunk_token_id : default: the two last ids of the additional vocabulary,
-        ``<image>`` last, as in the released models; end of chunk is ``<fake_token_around_image>``.
-    kernel : as in ``FlamingoModel``.
+    checkpoint : str, PathLike or nn.Module
+        A directory with ``config.json`` and safetensors, or a live ``IdeficsForVisionText2Text``,
+        which is copied.
+    image_token_id, end_of_chunk_token_id : int, optional
+        Default: the last two ids of the additional vocabulary, ``<image>`` last, as in the released
+        models. End of chunk is ``<fake_token_around_image>``.
+    kernel : str
+        As in ``FlamingoModel``.
 
     Raises
     ------
     FileNotFoundError, ImportError
-        No such files; no transformers.
+        Missing files, or transformers is not installed.
     ValueError
         Another architecture, IDEFICS without resampler, or keys that do not fit.
     """
@@ -131,7 +135,7 @@ def load_idefics(
 
 
 def _with_defaults(file: Path) -> dict[str, Any]:
-    """The file's values over the defaults of transformers' class, which no code in it changes."""
+    """Return the values of the file over the defaults of the configuration in transformers."""
     values = read_json(file)
     if values.get("model_type") != "idefics":
         return values
@@ -139,7 +143,7 @@ def _with_defaults(file: Path) -> dict[str, Any]:
 
     try:
         return IdeficsConfig(**values).to_dict()
-    except Exception as error:  # of kinds that depend on transformers' version
+    except Exception as error:  # its type depends on the version of transformers
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} is not a config of IDEFICS: {reason}") from error
 

@@ -1,4 +1,4 @@
-"""NFNet weights of timm (``dm_nfnet_f0`` to ``f6``), whose names the encoder here shares."""
+"""NFNet weights of timm (``dm_nfnet_f0`` to ``f6``), whose names ``NFNet`` shares."""
 
 from __future__ import annotations
 
@@ -23,14 +23,19 @@ TABLE = (
 def load_timm_nfnet(
     checkpoint: str | PathLike | Mapping[str, Tensor], config: NFNetConfig
 ) -> NFNet:
-    """An encoder with the weights of a timm model: its file, or ``timm_model.state_dict()``.
+    """Build an encoder with the weights of a timm model.
 
-    ``config`` is ``NFNetConfig.from_variant("F6")`` for ``dm_nfnet_f6.dm_in1k``, and so on.
+    Parameters
+    ----------
+    checkpoint : str, PathLike or mapping
+        File of the model, or ``timm_model.state_dict()``; see ``read_tensors``.
+    config : NFNetConfig
+        ``NFNetConfig.from_variant("F6")`` for ``dm_nfnet_f6.dm_in1k``, and so on.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As ``read_tensors``; or weights of another variant.
+        As ``read_tensors``, or weights of another variant.
     """
     encoder = NFNet(config)
     converted = convert(read_tensors(checkpoint), TABLE, "a timm NFNet")

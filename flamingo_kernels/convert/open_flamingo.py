@@ -1,6 +1,6 @@
-"""OpenFlamingo v2: released checkpoints and those of its training runs, both ways.
+"""OpenFlamingo v2: read its checkpoints, released or of training runs, and write them.
 
-Layout: open_flamingo 2.0.1, `src/flamingo.py`, `src/flamingo_lm.py` and `train/train_utils.py`.
+Layout: open_flamingo 2.0.1, ``src/flamingo.py``, ``src/flamingo_lm.py``, ``train/train_utils.py``.
 """
 
 from __future__ import annotations
@@ -48,24 +48,28 @@ def load_open_flamingo(
     end_of_chunk_token_id: int | None = None,
     kernel: str = "auto",
 ) -> FlamingoModel:
-    """A model with the weights of an OpenFlamingo v2 checkpoint; logits are the original's.
+    """Build a model with the weights of an OpenFlamingo v2 checkpoint.
+
+    Its logits are those of the original.
 
     Parameters
     ----------
-    checkpoint : what ``read_tensors`` takes: a released ``checkpoint.pt``, one of a training run,
-        or the ``state_dict()`` of a live model.
-    vision_encoder, language_model : the backbones it was trained with, as
-        ``FlamingoModel.from_backbones`` takes them. The language model's embeddings are resized
-        to the checkpoint's rows and overwritten with them.
-    image_token_id, end_of_chunk_token_id : default: those that ``add_media_tokens`` has put into
-        the language model's configuration.
-    kernel : as in ``FlamingoModel``.
+    checkpoint : str, PathLike or mapping
+        A released ``checkpoint.pt``, one of a training run, or the ``state_dict()`` of a live
+        model; see ``read_tensors``.
+    vision_encoder, language_model : nn.Module
+        The backbones that it was trained with, as ``FlamingoModel.from_backbones`` takes them. The
+        embeddings of the language model are resized to those of the checkpoint and overwritten.
+    image_token_id, end_of_chunk_token_id : int, optional
+        Default: the ids that ``add_media_tokens`` has stored in the language model's configuration.
+    kernel : str
+        As in ``FlamingoModel``.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As ``read_tensors``; keys that are not of this layout; backbones of other sizes. The
-        backbones are then as they were.
+        As ``read_tensors``; keys of another layout; backbones of other sizes. The backbones are
+        left unmodified.
     """
     tensors = read_tensors(checkpoint)
     ids = {"image_token_id": image_token_id, "end_of_chunk_token_id": end_of_chunk_token_id}
@@ -94,7 +98,7 @@ def _load(
     rows = language_model.vocab_size
     embeddings = [f"lang_encoder.{n}" for n in _names_of_embeddings(_embedding_names(inner))]
     sizes = [_shape(tensors, name, None)[0] for name in embeddings if name in tensors]
-    # Models are published with rows to spare; OpenFlamingo cuts them to the tokenizer's.
+    # Published models have spare rows; OpenFlamingo cuts them to the tokenizer's size.
     resize_embeddings(inner, sizes[0] if sizes else rows)
     config = _config(tensors, default_config(vision_encoder, language_model))
     model = FlamingoModel(
@@ -113,13 +117,17 @@ def convert_open_flamingo_file(
     output: str | PathLike,
     config: FlamingoConfig | None = None,
 ) -> Conversion:
-    """Write a checkpoint of this package from an OpenFlamingo file; no backbone is needed.
+    """Convert an OpenFlamingo file to a checkpoint of this package, without its backbones.
 
     Parameters
     ----------
-    checkpoint : what ``read_tensors`` takes.
-    output : folder for ``model.safetensors``, which appears in one step or not at all.
-    config : default: the named one, such as "open-flamingo-3b", whose sizes the checkpoint has.
+    checkpoint : str, PathLike or mapping
+        As in ``read_tensors``.
+    output : str or PathLike
+        Folder for ``model.safetensors``, which appears in one step or not at all.
+    config : FlamingoConfig, optional
+        Default: the named configuration, such as ``"open-flamingo-3b"``, with the sizes of the
+        checkpoint.
 
     Raises
     ------
@@ -142,18 +150,21 @@ def convert_open_flamingo(
     config: FlamingoConfig,
     language_model: nn.Module,
 ) -> Conversion:
-    """The tensors of a checkpoint by the names that ``FlamingoModel`` gives them.
+    """Rename the tensors of a checkpoint to the names in ``FlamingoModel``.
 
     Parameters
     ----------
-    checkpoint : what ``read_tensors`` takes.
-    config : of the model; fixes which blocks have a cross-attention layer.
-    language_model : the transformers model, which may be on the meta device, for its names.
+    checkpoint : str, PathLike or mapping
+        As in ``read_tensors``.
+    config : FlamingoConfig
+        Configuration of the model; states which blocks have a cross-attention layer.
+    language_model : nn.Module
+        The transformers model, for its names; it may be on the meta device.
 
     Raises
     ------
     FileNotFoundError, ValueError
-        As ``read_tensors``; keys that are not of this layout, or layers elsewhere than in config.
+        As ``read_tensors``; keys of another layout, or layers at other blocks than in ``config``.
     """
     tensors = read_tensors(checkpoint)
     blocks = config.cross_attention_blocks
@@ -187,16 +198,17 @@ def convert_open_flamingo(
 
 
 def to_open_flamingo(model: FlamingoModel) -> dict[str, Tensor]:
-    """The state dict of an OpenFlamingo release: resampler, cross-attention and embeddings.
+    """Return the model's state dict as OpenFlamingo releases it.
 
-    ``torch.save`` it, and ``open_flamingo``'s ``Flamingo`` over the same backbones loads it with
+    It holds resampler, cross-attention and embeddings. Write it with ``torch.save``; the
+    ``Flamingo`` of ``open_flamingo`` over the same backbones loads it with
     ``load_state_dict(..., strict=False)``. Names in the language model are those of the installed
     transformers.
 
     Raises
     ------
     ValueError
-        For an architecture that OpenFlamingo does not have, naming the fields.
+        OpenFlamingo does not have this architecture; the message names the fields.
     """
     config = model.config
     wanted = _architecture(config.resampler.dim, config.cross_attention.every)
@@ -247,7 +259,7 @@ def _architecture(
 
 
 def _config(tensors: Mapping[str, Tensor], base: FlamingoConfig) -> FlamingoConfig:
-    """``base`` with the architecture read off the checkpoint's keys and shapes."""
+    """Return ``base`` with the architecture that keys and shapes of the checkpoint show."""
     _, blocks = _layers(tensors)
     num_latents, dim = _shape(tensors, "perceiver.latents", 2)
     frames = "perceiver.frame_embs"
@@ -263,7 +275,7 @@ def _config(tensors: Mapping[str, Tensor], base: FlamingoConfig) -> FlamingoConf
 
 
 def _released_config(tensors: Mapping[str, Tensor]) -> FlamingoConfig:
-    """The named configuration of a released model, by its blocks and widths."""
+    """Find the named configuration of a released model by its blocks and widths."""
     name, blocks = _layers(tensors)
     gate = f"lang_encoder.{name}.{blocks[0]}.gated_cross_attn_layer.attn.norm.weight"
     width = _shape(tensors, gate, 1)[0] if gate in tensors else 0
@@ -304,7 +316,7 @@ def _check_sizes(
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, rank: int | None) -> tuple[int, ...]:
-    """Of a tensor that must have so many dimensions; None: at least one."""
+    """Return the shape of a tensor that must have ``rank`` dimensions; None: at least one."""
     shape = tuple(tensors[name].shape)
     if not shape or len(shape) != (rank or len(shape)):
         raise ValueError(
@@ -314,7 +326,7 @@ def _shape(tensors: Mapping[str, Tensor], name: str, rank: int | None) -> tuple[
 
 
 def _layers(tensors: Mapping[str, Tensor]) -> tuple[str, list[int]]:
-    """Name of the list of blocks, and which of them have a cross-attention layer."""
+    """Return the name of the list of blocks, and the blocks with a cross-attention layer."""
     matches = [m for m in map(_LAYER.fullmatch, tensors) if m]
     names = {m[1] for m in matches}
     if len(names) != 1:
@@ -326,7 +338,7 @@ def _layers(tensors: Mapping[str, Tensor]) -> tuple[str, list[int]]:
 
 
 def _names_of_embeddings(embeddings: tuple[str, ...]) -> dict[str, str]:
-    """Name in a checkpoint -> name now."""
+    """Map names of embeddings in a checkpoint, old or new, to their names now."""
     old = {}
     for before, after in _RENAMED.items():
         for name in embeddings:
@@ -336,7 +348,7 @@ def _names_of_embeddings(embeddings: tuple[str, ...]) -> dict[str, str]:
 
 
 def _embedding_names(inner: nn.Module) -> tuple[str, ...]:
-    """Names of the input and output embeddings in a Hugging Face language model's state dict."""
+    """Return the names of input and output embeddings in the state dict of a language model."""
     layers = (inner.get_input_embeddings(), inner.get_output_embeddings())
     tied = layers[1] is None or layers[1].weight is layers[0].weight
     wanted = [layer for layer in (layers[:1] if tied else layers)]

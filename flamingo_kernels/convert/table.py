@@ -1,4 +1,4 @@
-"""Conversion tables: every key of a checkpoint is used, or left out for a stated reason."""
+"""Conversion tables: each key of a checkpoint is used, or left out for a stated reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flamingo_kernels.model.saving import misfits
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a table: keys that match ``pattern`` as a whole.
+    """One line of a table, for keys that match all of ``pattern``.
 
     Attributes
     ----------
@@ -54,13 +54,22 @@ class Conversion:
 
 
 def convert(tensors: Mapping[str, Tensor], table: Iterable[Rule], what: str) -> Conversion:
-    """Rename by the first rule that matches each key.
+    """Rename each key by the first rule that matches it.
+
+    Parameters
+    ----------
+    tensors : mapping of str to Tensor
+        The checkpoint.
+    table : iterable of Rule
+        The rules, in order.
+    what : str
+        Name of the checkpoint's kind, for errors.
 
     Raises
     ------
     ValueError
-        For keys that no rule knows, two keys for one tensor, tensors of which parts are missing,
-        and what is no dense floating-point tensor.
+        A key that no rule matches, two keys for one tensor, a missing part of a tensor, or a value
+        that is not a dense floating-point tensor.
     """
     rules = [(re.compile(rule.pattern), rule) for rule in table]
     parts: dict[str, dict[int, Tensor]] = defaultdict(dict)

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a language model and of its cache."""
+"""The interfaces of language models and of their caches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decoding keeps between steps and between turns."""
+"""State that decoding keeps between steps and between turns."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the cross-attention layers of one call see: the text so far, media, and spans."""
+"""The text, media and spans that the cross-attention layers of one call share."""
 
 from __future__ import annotations
 

@@ -14,13 +14,14 @@ class Loan:
     Parameters
     ----------
     parts : sequence of nn.Module
-        The vision encoder and the language model, wrapped where they needed it. All of their
-        parameters lose ``requires_grad``.
+        The vision encoder and the language model, as the model uses them. All of their parameters
+        lose ``requires_grad``.
 
     Attributes
     ----------
     given : dict of str to (nn.Module or int)
-        What the caller passed for a part, by its name, where that was wrapped for the model.
+        What the caller passed for each part, by the part's name, before it was wrapped. Without an
+        entry :meth:`end` returns what is inside the wrapper.
     """
 
     def __init__(self, parts: Sequence[nn.Module]) -> None:

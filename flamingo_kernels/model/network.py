@@ -50,9 +50,11 @@ class FlamingoOutput:
 
 
 class FlamingoNetwork(nn.Module):
-    """Flamingo's frozen parts, its trainable bridge between them, and one forward through all.
+    """The modules of Flamingo and the forward through them; see ``FlamingoModel`` for parameters.
 
-    Parameters, errors and the way in for users are in :class:`FlamingoModel`.
+    :meth:`encode_context` turns images into keys and values for every cross-attention layer.
+    :meth:`block_hook` runs those layers before the blocks of the frozen language model, which
+    gives the logits. :meth:`forward` is both, and the loss.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of a vision encoder."""
+"""The interface of vision encoders."""
 
 from __future__ import annotations
 

@@ -164,19 +164,24 @@ class HuggingFaceLanguageModel(nn.Module):
         if not options["use_cache"]:
             return LanguageModelOutput(output.logits, None)
         masked = attention_mask is not None or (cache is not None and cache.masked)
+        grown = self._checked_cache(output, held + input_ids.shape[1], masked)
+        return LanguageModelOutput(output.logits, grown)
+
+    def _checked_cache(self, output: Any, tokens: int, masked: bool) -> HuggingFaceCache:
+        """Return the cache in ``output``; RuntimeError unless it holds that many tokens."""
         if getattr(output, "past_key_values", None) is None:
             raise RuntimeError(
                 f"{type(self.model).__name__} returns no past_key_values: use it with "
                 "use_cache=False only"
             )
-        grown = HuggingFaceCache(output.past_key_values, masked)
-        if grown.length != held + input_ids.shape[1]:
+        cache = HuggingFaceCache(output.past_key_values, masked)
+        if cache.length != tokens:
             raise RuntimeError(
                 f"the cache of {type(self.model).__name__}, a "
-                f"{type(output.past_key_values).__name__}, says that it holds {grown.length} "
-                f"tokens after {held + input_ids.shape[1]}: use it with use_cache=False only"
+                f"{type(output.past_key_values).__name__}, says that it holds {cache.length} "
+                f"tokens after {tokens}: use it with use_cache=False only"
             )
-        return LanguageModelOutput(output.logits, grown)
+        return cache
 
     def _run(self, call: Call, input_ids: Tensor, options: dict[str, Any]) -> Any:
         if call.block_hook is not None:

@@ -1,4 +1,4 @@
-"""What can be wrapped: decoder blocks found by structure, and checks for a causal model."""
+"""Find the decoder blocks of a model by its structure, and check that it is causal."""
 
 from __future__ import annotations
 
