@@ -16,7 +16,9 @@ from flamingo_kernels.train.datasets import build_loaders
 
 def add(parser: ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file; see README.md")
+    parser.add_argument(
+        "config", type=Path, metavar="CONFIG", help="YAML file; see docs/training.md"
+    )
 
 
 def run(options: Namespace) -> int:

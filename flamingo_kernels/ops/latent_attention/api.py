@@ -89,12 +89,12 @@ def _runner(
     if needs_grad:
         return lambda *inputs: _LatentAttention.apply(*inputs, scale, chosen)
     if not is_eager(q):
-        return lambda *inputs: operators.forward(*Arguments(*inputs, scale), chosen)[0]
+        return lambda *inputs: operators.forward(*Arguments._make((*inputs, scale)), chosen)[0]
     if chosen == "cpp":
         return impl_cpp.bind_forward(*tensors, scale)
     from flamingo_kernels.ops.latent_attention import impl_triton
 
-    return lambda *inputs: impl_triton.forward(Arguments(*inputs, scale))[0]
+    return lambda *inputs: impl_triton.forward(Arguments._make((*inputs, scale)))[0]
 
 
 class _LatentAttention(torch.autograd.Function):

@@ -90,26 +90,25 @@ def _runner(
     if needs_grad:
         return partial(_attend_with_gradients, scale=scale, kernel=chosen)
     if not is_eager(q):
-        return lambda *inputs: operators.forward(*_arguments(*inputs, scale), chosen)
+        return lambda *inputs: operators.forward(*_arguments(inputs, scale), chosen)
     if chosen == "cpp":
         return impl_cpp.bind_forward(q, k, v, spans, gate, scale)
     from flamingo_kernels.ops.media_attention import impl_triton
 
-    return lambda *inputs: impl_triton.forward(_arguments(*inputs, scale))
+    return lambda *inputs: impl_triton.forward(_arguments(inputs, scale))
 
 
-def _arguments(
-    q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None, scale: float
-) -> Arguments:
+def _arguments(inputs: tuple[Any, ...], scale: float) -> Arguments:
+    q, k, v, spans, gate = inputs
     gate = accumulated(gate, q)
     return Arguments(q, k, v, spans.first, spans.last, gate, scale, spans.single_item)
 
 
 def _attend_with_gradients(*inputs: Any, scale: float, kernel: str) -> Tensor:
-    _, _, _, spans, _ = inputs
+    spans = inputs[3]
     uses_segments = dispatch.CAPABILITIES[_OP, kernel].needs_segments
     table = spans.segments.table if uses_segments and spans.segments is not None else None
-    return _MediaCrossAttention.apply(table, *_arguments(*inputs, scale), kernel)
+    return _MediaCrossAttention.apply(table, *_arguments(inputs, scale), kernel)
 
 
 class _MediaCrossAttention(torch.autograd.Function):
