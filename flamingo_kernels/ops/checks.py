@@ -141,24 +141,16 @@ def media_cross_attention(
         require_gate(op, gate, q, (1,))
 
 
-def latent_attention(
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-) -> None:
-    """Raise TypeError or ValueError unless the arguments fit together."""
+def latent_attention(tensors: tuple[Tensor, ...], lengths: Tensor | None) -> None:
+    """Raise TypeError or ValueError unless queries, keys, values and lengths fit together."""
+    q, k_media, v_media, k_latents, v_latents = tensors
     op = "latent_attention"
     require_rank(op, "q", q, "[N, L, H, D]")
     require_rank(op, "k_media", k_media, "[N, M, H, D]")
     require_rank(op, "v_media", v_media, "[N, M, H, D]")
     require_rank(op, "k_latents", k_latents, "[N, L, H, D]")
     require_rank(op, "v_latents", v_latents, "[N, L, H, D]")
-    require_alike(
-        op, "q, k_media, v_media, k_latents, v_latents", q, k_media, v_media, k_latents, v_latents
-    )
+    require_alike(op, "q, k_media, v_media, k_latents, v_latents", *tensors)
     items, latents, heads, head_dim = q.shape
     _require_positive(op, "head_dim D", head_dim)
     _require_positive(op, "latents L", latents)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -79,19 +78,19 @@ def _runner(
 ) -> Callable[..., Tensor]:
     """Check the arguments and return what runs calls of this signature, of the six tensors."""
     tensors = (q, k_media, v_media, k_latents, v_latents)
-    checks.latent_attention(*tensors, lengths)
+    checks.latent_attention(tensors, lengths)
     chosen, needs_grad = dispatch.choose_for(
         "latent_attention", kernel, *tensors, head_dim=q.shape[-1]
     )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "torch":
-        return partial(impl_torch.forward, scale=scale)
+        return lambda *inputs: impl_torch.forward(Arguments._make((*inputs, scale)))
     if needs_grad:
         return lambda *inputs: _LatentAttention.apply(*inputs, scale, chosen)
     if not is_eager(q):
         return lambda *inputs: operators.forward(*Arguments._make((*inputs, scale)), chosen)[0]
     if chosen == "cpp":
-        return impl_cpp.bind_forward(*tensors, scale)
+        return impl_cpp.bind_forward(tensors, scale)
     from flamingo_kernels.ops.latent_attention import impl_triton
 
     return lambda *inputs: impl_triton.forward(Arguments._make((*inputs, scale)))[0]

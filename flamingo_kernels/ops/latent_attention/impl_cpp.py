@@ -33,14 +33,7 @@ def _int64(lengths: Tensor | None) -> Tensor | None:
     return None if lengths is None else lengths.to(torch.int64).contiguous()
 
 
-def bind_forward(
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    scale: float,
-) -> Callable[..., Tensor]:
+def bind_forward(tensors: tuple[Tensor, ...], scale: float) -> Callable[..., Tensor]:
     """Return the forward for calls of this signature, with all parameters but addresses packed.
 
     It takes (q, k_media, v_media, k_latents, v_latents, lengths, lse) and returns out [N, L, H, D],
@@ -49,19 +42,11 @@ def bind_forward(
     """
     function = library.function("flamingo_latent_attention_forward")
     pack = FORWARD_PARAMS.pack
-    packed = [layouts.strides(tensor) for tensor in (q, k_media, v_media, k_latents, v_latents)]
-    q_strides, km_strides, vm_strides, kl_strides, vl_strides = packed
+    q, k_media, *_ = tensors
+    q_strides, km_strides, vm_strides, kl_strides, vl_strides = map(layouts.strides, tensors)
     out_strides, sizes = layouts.contiguous_strides(q), _sizes(q, k_media, scale)
 
-    def launch(
-        q: Tensor,
-        k_media: Tensor,
-        v_media: Tensor,
-        k_latents: Tensor,
-        v_latents: Tensor,
-        lengths: Tensor | None,
-        lse: Tensor | None = None,
-    ) -> Tensor:
+    def launch(q, k_media, v_media, k_latents, v_latents, lengths, lse=None):
         out, lengths = new_like(q), _int64(lengths)
         params = pack(
             q.data_ptr(),
@@ -92,7 +77,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     q, tensors = arguments.q, arguments[:5]
     items, latents, heads, _ = q.shape
     lse = q.new_empty((items, heads, latents), dtype=accumulator(q.dtype))
-    return bind_forward(*tensors, arguments.scale)(*tensors, arguments.lengths, lse), lse
+    return bind_forward(tensors, arguments.scale)(*tensors, arguments.lengths, lse), lse
 
 
 def backward(

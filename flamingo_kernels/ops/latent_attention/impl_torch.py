@@ -6,17 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flamingo_kernels.ops.latent_attention.arguments import Arguments
 
-def forward(
-    q: Tensor,
-    k_media: Tensor,
-    v_media: Tensor,
-    k_latents: Tensor,
-    v_latents: Tensor,
-    lengths: Tensor | None,
-    scale: float,
-) -> Tensor:
+
+def forward(arguments: Arguments) -> Tensor:
     """See ``api.latent_attention``."""
+    q, k_media, v_media, k_latents, v_latents, lengths, scale = arguments
     mask = None
     if lengths is not None:
         keys = torch.arange(k_media.shape[1], device=q.device)
