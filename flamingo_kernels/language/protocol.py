@@ -16,18 +16,17 @@ Head = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 @runtime_checkable
 class LanguageModelCache(Protocol):
-    """What a language model keeps of the tokens that it has read.
+    """What a language model keeps of the tokens that it has read."""
 
-    Attributes
-    ----------
-    length : int
-        Tokens held per row, padding included.
-    masked : bool
-        Whether an attention mask came with them. Later calls must then pass one too.
-    """
+    @property
+    def length(self) -> int:
+        """Tokens held per row, padding included."""
+        ...
 
-    length: int
-    masked: bool
+    @property
+    def masked(self) -> bool:
+        """Whether an attention mask came with them. Later calls must then pass one too."""
+        ...
 
     def index_select(self, rows: Tensor) -> LanguageModelCache:
         """Return a separate cache whose row i is row ``rows[i]`` of this one.
