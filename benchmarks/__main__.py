@@ -18,7 +18,7 @@ def _shard(text: str) -> tuple[int, int]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of all commands."""
     top = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     commands = top.add_subparsers(dest="command", required=True)
 
@@ -28,10 +28,10 @@ def parser() -> argparse.ArgumentParser:
     _add_selection(run)
     run.add_argument("--shard", type=_shard, default=(1, 1), metavar="I/N")
     run.add_argument(
-        "--patience", type=float, help="leave out peers slower than so many seconds a call (CPU)"
+        "--patience", type=float, help="leave out peers whose call takes more seconds (CPU)"
     )
     run.add_argument("--output", type=Path, help="folder; default benchmarks/results")
-    run.add_argument("--fresh", action="store_true", help="measure again what the file has")
+    run.add_argument("--fresh", action="store_true", help="repeat what the file already has")
     run.add_argument("--allow-dirty", action="store_true", help="mark results of a changed tree")
     run.add_argument("--list", action="store_true", help="print the selected cases and stop")
 
@@ -46,7 +46,9 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--device", choices=("cpu", "cuda"))
     compare.add_argument("--suite", choices=("quick", "full"), default="quick")
     _add_selection(compare)
-    compare.add_argument("--threshold", type=float, default=0.05, help="share of the time")
+    compare.add_argument(
+        "--threshold", type=float, default=0.05, help="smallest change that is no noise, as a share"
+    )
     return top
 
 
@@ -58,7 +60,7 @@ def _add_selection(command: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit status 0, 1 for regressions, 2 for wrong options."""
+    """Run a command; return 0, 1 for regressions, or 2 for wrong options."""
     options = parser().parse_args(arguments)
     try:
         if options.command == "report":

@@ -1,12 +1,13 @@
-"""What one call of each op costs beside its kernel: checks, choice, allocation, ctypes.
+"""What one call of each op costs besides its kernel: checks, choice, allocation, ctypes.
 
-The smallest tensors, no gradients, the same call again and again. ``kernel`` is the native function
-alone, given the parameters that the op packed. torch's nearest operator stands beside it; it has a
-kernel of its own in it.
+The same call of the smallest tensors is repeated without gradients. ``kernel`` is the native
+function alone, with the parameters that the op packed. ``torch`` is the nearest operator of torch,
+its kernel included.
 
     python -m benchmarks.call_overhead
 
-It prints and writes ``<output>/<device>/call_overhead.json``; ``publish`` puts it into the README.
+The figures are printed and written to ``<output>/<device>/call_overhead.json``. ``publish`` puts
+them into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ROUNDS, CALLS = 15, 2000
 
 
 def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
-    """Of each op: a call of it with the C++ kernel, and one of torch's nearest operator."""
+    """Return for each op a call of its C++ kernel, and one of torch's nearest operator."""
     x, weight, gate = torch.randn(1, 8), torch.ones(8), torch.tensor([0.5])
     q, kv = torch.randn(1, 1, 1, 8), torch.randn(1, 1, 1, 1, 8)
     spans = MediaSpans.from_media_index(torch.zeros(1, 1, dtype=torch.int32))
@@ -58,7 +59,7 @@ def pairs() -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
 
 
 def native_call(call: Callable[[], object]) -> tuple[Callable[[], object], object]:
-    """The native function that ``call`` ends in, with its parameters, and what keeps them valid."""
+    """Return the native call at the end of ``call``, and the output that keeps pointers valid."""
     recorded: list[tuple[str, bytes]] = []
     functions = library.function
 
@@ -76,7 +77,7 @@ def native_call(call: Callable[[], object]) -> tuple[Callable[[], object], objec
 
 
 def microseconds(call: Callable[[], object]) -> float:
-    """Mean of a round."""
+    """Return the mean time of a call over one round."""
     start = time.perf_counter()
     for _ in range(CALLS):
         call()

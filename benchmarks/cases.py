@@ -14,7 +14,7 @@ LAYOUTS = ("even", "uneven", "late", "decode")
 
 @dataclass(frozen=True)
 class MediaShape:
-    """``media_cross_attention``; ``layout`` says where the <image> tokens stand.
+    """Sizes of ``media_cross_attention``; ``layout`` says where the <image> tokens are.
 
     ``even``: equal segments; ``uneven``: random places, the first at 0; ``late``: equal segments
     after a first half that sees no image; ``decode``: one token after all images. With
@@ -43,7 +43,7 @@ class MediaShape:
 
 @dataclass(frozen=True)
 class LatentShape:
-    """``latent_attention``: ``latents`` queries of N items on ``features`` keys and themselves."""
+    """Sizes of ``latent_attention``: N items, M features and L latents of each."""
 
     items: int = 1
     features: int = 256
@@ -58,7 +58,7 @@ class LatentShape:
 
 @dataclass(frozen=True)
 class PointwiseShape:
-    """Rows times channels; ``activation`` for ``gated_activation`` only."""
+    """Rows and channels; ``activation`` is for ``gated_activation`` only."""
 
     rows: int = 2048
     channels: int = 2048
@@ -166,7 +166,7 @@ def _media() -> Iterator[Case]:
         for images in (1, 8, 33):
             shape = MediaShape(tokens=1, images=images, layout="decode")
             yield Case(op, shape, dtype, training=False, group=f"{op} decode {dtype}")
-    # Nothing to compute: what a call costs.
+    # Next to nothing to compute: the cost of a call.
     yield Case(op, MediaShape(1, 1, 1, 1, 8, 1, layout="decode"), quick=True, training=False)
 
 
@@ -195,7 +195,7 @@ def _latent() -> Iterator[Case]:
         LatentShape(4, 8192, 16, 96),
     ):
         yield Case(op, shape, "bfloat16", quick=shape.items == 160, devices=("cuda",))
-    yield Case(op, LatentShape(1, 1, 1, 8, 1), training=False)  # what a call costs
+    yield Case(op, LatentShape(1, 1, 1, 8, 1), training=False)  # the cost of a call
     points = {
         "frames": [LatentShape(features=256 * f) for f in (1, 2, 4, 8, 16, 32)],
         "batch": [LatentShape(items=n) for n in (1, 2, 4, 8, 16)],
@@ -218,7 +218,7 @@ def _pointwise() -> Iterator[Case]:
         yield Case("gated_residual", PointwiseShape(2048, 2048), dtype)
         for activation in ("gelu", "squared_relu", "relu"):
             yield Case("gated_activation", PointwiseShape(2048, 8192, activation), dtype)
-    # What a call costs.
+    # The cost of a call.
     for op, activation in (
         ("layer_norm", ""),
         ("gated_residual", ""),
@@ -239,7 +239,7 @@ def _modules() -> Iterator[Case]:
                 group=f"block decode {dtype}",
             )
         yield Case("block", BlockShape(MediaShape(tokens=512, images=5)), dtype)
-        # As wide as heads x head dim, text as wide as media: where every peer fits.
+        # Text and media as wide as heads x head dim, which every peer can do.
         square = MediaShape(tokens=512, images=8, heads=16)
         yield Case("block", BlockShape(square, 1024, 1024), dtype)
         yield Case("resampler", ResamplerShape(items=4), dtype)
@@ -260,7 +260,7 @@ def _models() -> Iterator[Case]:
 
 
 def _merge(cases: Iterable[Case]) -> list[Case]:
-    """One case per key, in order; a shape that is both listed and in sweeps is measured once."""
+    """Merge cases of one key: a shape that is listed and in sweeps is measured once."""
     merged: dict[str, Case] = {}
     for case in cases:
         known = merged.get(case.key)

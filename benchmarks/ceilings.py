@@ -1,4 +1,4 @@
-"""What this machine can do, measured in the run that is judged by it."""
+"""Peak rates of this machine, measured in the run that is judged by them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PRODUCT_SIZE = {"cpu": 1024, "cuda": 8192}
 
 @dataclass
 class Ceilings:
-    """Copy bandwidth by bytes moved, arithmetic by dtype; rates per second.
+    """Copy bandwidth by bytes moved, and arithmetic by dtype, per second.
 
     Attributes
     ----------
@@ -32,11 +32,11 @@ class Ceilings:
     source: dict[str, str] = field(default_factory=dict)
 
     def floor_seconds(self, moved: float, operations: float, dtype: str) -> float:
-        """Least time for so many bytes and operations: the roofline."""
+        """Return the least time for these bytes and operations: the roofline."""
         return max(moved / self.bandwidth_for(moved), operations / self.arithmetic[dtype])
 
     def bandwidth_for(self, moved: float) -> float:
-        """Rate of the largest copy that moves no more than ``moved`` bytes, or of a larger one."""
+        """Return the rate of the largest copy within ``moved`` bytes, or of a faster larger one."""
         sizes = sorted(map(int, self.bandwidth))
         fitting = [size for size in sizes if size <= moved] or sizes[:1]
         return max(self.bandwidth[str(size)] for size in sizes if size >= fitting[-1])
@@ -46,7 +46,7 @@ class Ceilings:
 
 
 def highest(found: Iterable[Ceilings]) -> Ceilings:
-    """Of several runs: what disturbs a probe lowers its rate."""
+    """Return the highest rates of several runs: a disturbance only lowers a rate."""
     result = Ceilings()
     for one in found:
         for moved, rate in one.bandwidth.items():
@@ -58,7 +58,7 @@ def highest(found: Iterable[Ceilings]) -> Ceilings:
 
 
 def measure(device: str, dtypes: list[str], seconds: float = 0.15) -> Ceilings:
-    """Probe copies and products; about ``seconds`` per probe."""
+    """Measure copies and products, about ``seconds`` each."""
     found = Ceilings()
     for moved in COPY_BYTES[device]:
         found.bandwidth[str(moved)] = rate_of_copy(device, moved, seconds)
@@ -70,7 +70,7 @@ def measure(device: str, dtypes: list[str], seconds: float = 0.15) -> Ceilings:
 
 
 def rate_of_copy(device: str, moved: int, seconds: float) -> float:
-    """Bytes per second of a copy that reads and writes ``moved`` bytes in all."""
+    """Return bytes per second of a copy that reads and writes ``moved`` bytes in all."""
     source = torch.ones(moved // 8, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
     return moved / _best_seconds(lambda: target.copy_(source), device, seconds)
@@ -84,7 +84,7 @@ def _matrix_product(device: str, dtype: str, seconds: float) -> float:
 
 
 def _native_multiply_add(device: str, dtype: str, seconds: float) -> float | None:
-    """The native library's own loop on registers, in the instruction set its kernels run."""
+    """Return the rate of the native library's loop on registers, in its instruction set."""
     from flamingo_kernels._cpp import library
 
     probe = getattr(library, "multiply_add_rate", None)
@@ -101,7 +101,7 @@ PROBES: dict[str, Callable[[str, str, float], float | None]] = {
 
 
 def _best_seconds(call: Callable[[], object], device: str, seconds: float) -> float:
-    """Fastest of the calls that fit in the time, at least three: a ceiling, not a typical value."""
+    """Return the fastest of at least three calls within the time: a ceiling, not typical."""
     call()
     best, end = float("inf"), time.perf_counter() + seconds
     count, calls = 0, 1
@@ -120,6 +120,6 @@ def _best_seconds(call: Callable[[], object], device: str, seconds: float) -> fl
 
 
 def synchronize(device: str) -> None:
-    """Wait for a GPU; nothing on a CPU."""
+    """Wait for a GPU; do nothing on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()

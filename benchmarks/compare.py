@@ -1,8 +1,8 @@
 """This tree against another git revision: the same benchmark code on two versions of the package.
 
 The revision is checked out in a temporary work tree and its native library is built there. Runs of
-the two alternate as subprocesses; the benchmarks, tests and reference of this tree are used for
-both, so an old revision is measured by today's rules.
+the two alternate as subprocesses. Both use the benchmarks, error budgets and reference of this
+tree, so an old revision is measured by today's rules.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Change:
 
 
 def changes(before: list[Record], now: list[Record], threshold: float) -> list[Change]:
-    """Figures that both have, the largest slow-down first.
+    """Return the figures that both have, the largest slow-down first.
 
     A change is beyond noise if the median moved by more than ``threshold`` and the ranges between
     the 20 and 80 % quantiles, over all passes, do not overlap.
@@ -77,7 +77,7 @@ def _merged(records: list[Record]) -> dict[tuple[str, ...], tuple[float, float, 
 
 @contextmanager
 def checkout(ref: str) -> Iterator[Path]:
-    """A temporary work tree of ``ref`` with its native library built, removed afterwards.
+    """Yield a temporary work tree of ``ref`` with its native library built.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def checkout(ref: str) -> Iterator[Path]:
 
 
 def _build(tree: Path) -> None:
-    """Build the native library; without a compiler the C++ kernels are simply not compared."""
+    """Build the native library; without a compiler the C++ kernels are not compared."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -107,7 +107,7 @@ def _build(tree: Path) -> None:
 
 
 def _overlay(folder: Path, package: Path) -> Path:
-    """A folder with this tree's benchmark code and the package of another tree."""
+    """Make a folder with this tree's benchmark code and the package of another tree."""
     folder.mkdir()
     for name in ("benchmarks", "testing", "reference"):
         (folder / name).symlink_to(ROOT / name, target_is_directory=True)
@@ -124,7 +124,7 @@ def _measure(overlay: Path, output: Path, arguments: list[str]) -> list[Record]:
 
 
 def run_arguments(options: argparse.Namespace) -> list[str]:
-    """Of the two ``run`` commands: this library's kernels only, unless peers are named."""
+    """Return the arguments of ``run``: this library's kernels only, unless peers are named."""
     peers = options.peers or [name for name in load_all() if tables.is_own(name)]
     arguments = ["--suite", options.suite, "--peers", *peers]
     if options.ops:
@@ -162,7 +162,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def lines(found: list[Change], ref: str) -> Iterator[str]:
-    """The comparison as text, slow-downs first."""
+    """Yield the comparison as text, slow-downs first."""
     if not found:
         yield f"nothing that both this tree and {ref} can measure"
         return

@@ -1,13 +1,14 @@
 """Decoding of a whole few-shot prompt beside open-flamingo's own ``generate``.
 
-Both run the same GPT-NeoX with the same random weights, cross-attention before every block, greedy,
-by transformers' ``generate``; the vision tower is a single convolution. They must give the same
-tokens before anything is measured. A step is the time between two tokens.
+Both run the same GPT-NeoX with the same random weights and cross-attention before every block, and
+decode greedily by transformers' ``generate``. The vision tower is a single convolution. Both must
+give the same tokens before anything is measured. A step is the time between two tokens.
 
     python -m benchmarks.decode_model                    # 12 layers, width 768, 32 shots
     python -m benchmarks.decode_model --threads 1 --new-tokens 40 --output /elsewhere
 
-It prints and writes ``<output>/<device>/decode_model.json``; ``publish`` puts it into the README.
+The figures are printed and written to ``<output>/<device>/decode_model.json``. ``publish`` puts
+them into README.md and docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ GATE = 0.5
 
 
 class Tower(nn.Module):
-    """Patches through one convolution; ``visual`` and the pair of outputs are open_clip's."""
+    """A vision tower of one convolution over patches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +46,7 @@ class Tower(nn.Module):
 
 
 class Clock:
-    """A streamer: when each step's tokens came."""
+    """A streamer that notes when the tokens of each step came."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -58,13 +59,13 @@ class Clock:
 
     @property
     def steps(self) -> list[float]:
-        """Seconds between tokens; the prompt and the first token are left out."""
+        """Seconds between tokens, without the prompt and the first token."""
         later = self.times[1:]
         return [b - a for a, b in itertools.pairwise(later)]
 
 
 def prompt(images: int, tokens: int) -> tuple[Tensor, Tensor]:
-    """ids [1, tokens] with evenly spaced <image> tokens, pixels [1, images, 1, 3, H, W]."""
+    """Return ids [1, tokens] with evenly spaced images, and pixels [1, images, 1, 3, H, W]."""
     generator = torch.Generator().manual_seed(images)
     ids = torch.randint(0, END_OF_CHUNK, (1, tokens), generator=generator)
     ids[0, 1 + torch.arange(images) * (tokens - 1) // images] = IMAGE
@@ -72,7 +73,7 @@ def prompt(images: int, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 def build(layers: int, width: int) -> tuple[nn.Module, nn.Module]:
-    """Ours and open-flamingo's, with the same weights and open gates."""
+    """Build our model and open-flamingo's, with the same weights and open gates."""
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
     def language_model() -> nn.Module:

@@ -1,8 +1,8 @@
 """The correctness gate: no figure is printed for a peer whose result is wrong.
 
-The library's own kernels must keep the budget of the test suite (``testing.budgets``). A peer may
-round its scores to the dtype: for it, and for whole modules, an error of a few rounding units of
-the largest value passes as well. That still fails on a wrong mask, scale or gradient.
+The library's ops must keep the budget of the test suite (``testing.budgets``). A peer may round its
+scores to the dtype, so a peer or a whole module also passes with an error of a few rounding units
+of the largest value. A wrong mask, scale or gradient still fails.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.peers import Implementation
 from benchmarks.problems import Leaves, Problem
+from benchmarks.problems.modules import PARAMETERS
 from testing.budgets import assert_within_budget, unit
 
 PEER_UNITS = {torch.float32: 64.0, torch.float16: 32.0, torch.bfloat16: 16.0}
@@ -29,7 +30,7 @@ class Truth:
 
 
 def truth(problem: Problem) -> Truth:
-    """Compute both once per case."""
+    """Compute both, once per case."""
     exact_leaves = {name: leaf.detach().double() for name, leaf in problem.leaves.items()}
     plain_leaves = {name: leaf.detach().clone() for name, leaf in problem.leaves.items()}
     return Truth(
@@ -52,23 +53,23 @@ def _evaluate(problem: Problem, leaves: Leaves, function) -> dict[str, Tensor]:
 
 
 def check(problem: Problem, implementation: Implementation, truth: Truth) -> dict[str, float]:
-    """Relative error of the output and of each gradient of one peer.
+    """Return the relative error of the output and of each gradient of one peer.
 
     Raises
     ------
     AssertionError
-        Red gate: the message says what is off and by how much.
+        The gate is red; the message says which tensor is off and by how much.
     """
     if implementation.exact is not None:
         truth = implementation.exact()
     results = implementation.results(problem)
     trains = problem.case.training and not implementation.no_backward
     wanted = truth.exact if trains else ["out"]
-    # Another's module may name and shape its parameters its own way; its inputs are the case's.
+    # A peer's module may have other parameters; its inputs are those of the case.
     missing = [
         name
         for name in wanted
-        if name not in results and (implementation.ours or not name.startswith("parameters."))
+        if name not in results and (implementation.ours or not name.startswith(PARAMETERS))
     ]
     if missing:
         raise AssertionError(f"no result for {', '.join(missing)}")
@@ -92,7 +93,7 @@ def check(problem: Problem, implementation: Implementation, truth: Truth) -> dic
         except AssertionError:
             if implementation.ours and problem.strict:
                 raise
-            # The gradient of a single value may cancel: its scale is that of the others.
+            # The gradient of a single value may cancel; its scale is that of the others.
             scale = largest if exact.numel() == 1 else _magnitude(exact)
             bound = PEER_UNITS[problem.dtype] * unit(problem.dtype) * scale
             error = _error(value, exact, name)

@@ -1,7 +1,7 @@
 """Timing in alternated rounds, and memory.
 
-``forward`` is measured without a graph, as in inference. A training sample runs forward with a
-graph and then the backward; it gives ``backward`` and ``forward_backward``.
+``forward`` is measured without a graph, as in inference. A training sample runs the forward with a
+graph and then the backward, and gives ``backward`` and ``forward_backward``.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from flamingo_kernels import saved_tensors
 
 MIN_ROUNDS = 3
 SHORT = 50e-6  # calls below this are timed several at a time
-LONG = 0.3  # calls above this wash out every cache: one is not warmed up for the next
-ENOUGH = 6.0  # seconds of a variant's rounds after which MIN_ROUNDS will do
+LONG = 0.3  # calls above this evict every cache, so no warm-up call is made
+ENOUGH = 6.0  # seconds of a variant's rounds after which MIN_ROUNDS suffice
 FLUSH_BYTES = 2**28  # more than any L2 cache
 # GPU cycles to keep the queue busy while a call is launched, so that events time the kernels.
 SLEEP_CYCLES = 400_000
@@ -36,10 +36,19 @@ class TooSlowError(RuntimeError):
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: per round each phase of each peer gets ``seconds``.
+    """How long to measure.
 
-    A peer of which one call on a CPU takes more than ``patience`` seconds is left out, by
-    :func:`try_forward` even before its results are checked.
+    Attributes
+    ----------
+    rounds : int
+        Rounds over all peers.
+    seconds : float
+        Time of each phase of each peer in a round.
+    min_samples, max_samples : int
+        Bounds on the samples of a phase in a round.
+    patience : float
+        A peer whose call on a CPU takes more seconds is left out; :func:`try_forward` finds that
+        out before its results are checked.
     """
 
     rounds: int = 3
@@ -54,11 +63,11 @@ FULL = Effort(rounds=5, seconds=0.1)
 
 
 def keep_freed_memory() -> str:
-    """Let the C library keep what a call frees, for all that is measured after; says what was done.
+    """Make the C library keep freed memory for the rest of the process; return what was done.
 
-    By default glibc hands the top of its heap back after a call and the next call faults it in
-    again, page by page: up to half of the time of a backward. A training process, with other
-    tensors above, seldom sees that.
+    By default glibc returns the top of its heap to the system after a call, and the next call
+    faults it in again, page by page. That takes up to half of the time of a backward. A training
+    process seldom sees it, because other tensors lie above.
     """
     trim_threshold, mmap_threshold, bytes_kept = -1, -3, 2**30
     try:
@@ -87,12 +96,12 @@ class Variant:
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
-    """Median and 20/80 % quantiles.
+    """Return the median and the 20 and 80 % quantiles.
 
     Raises
     ------
     ValueError
-        Without samples.
+        There are no samples.
     """
     if not samples:
         raise ValueError("no samples to summarise")
@@ -115,10 +124,10 @@ def alternate(
     deadline: float = float("inf"),
     progress: Callable[[str], None] = lambda text: None,
 ) -> int:
-    """Run the rounds, each in another order, and fill ``samples``; returns the rounds completed.
+    """Run the rounds, each in another order, and fill ``samples``; return the rounds completed.
 
     Past the deadline (``time.monotonic()``) it stops after ``MIN_ROUNDS``, and so does a variant
-    that has taken ``ENOUGH``. One that fails is dropped, its ``error`` set.
+    that has taken ``ENOUGH``. A variant that fails is dropped, with its ``error`` set.
     """
     for number in range(effort.rounds):
         if number >= MIN_ROUNDS and time.monotonic() > deadline:
@@ -139,7 +148,7 @@ def alternate(
 
 
 def first_line(error: BaseException) -> str:
-    """A short reason."""
+    """Return the error's type and the first line of its message."""
     text = str(error).strip().split("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
@@ -154,7 +163,7 @@ def _one_round(variant: Variant, effort: Effort) -> None:
 
 
 def _repeat(sample: Callable[[], None], effort: Effort) -> None:
-    """Samples until the time is used up."""
+    """Take samples until the time is used up."""
     end = time.perf_counter() + effort.seconds
     for count in range(effort.max_samples):
         if count >= effort.min_samples and time.perf_counter() > end:
@@ -170,12 +179,12 @@ def _check_patience(call: str, seconds: float, effort: Effort) -> None:
 
 
 def try_forward(implementation: Implementation, effort: Effort) -> None:
-    """Call ``forward``, and where that takes long once more: the first call may compile.
+    """Call ``forward``, and a second time if that was slow: the first call may compile.
 
     Raises
     ------
     TooSlowError
-        Both took longer than the patience.
+        Both calls took longer than the patience.
     """
     before, seconds = implementation.before or (lambda: None), float("inf")
     with torch.no_grad():
@@ -233,7 +242,7 @@ def _cpu_round(variant: Variant, effort: Effort) -> None:
 
 
 def _cuda_round(variant: Variant, effort: Effort) -> None:
-    """Cold and warm L2 by events, and eager wall time per call of a queue of calls."""
+    """Sample cold and warm L2 by events, and the wall time per call of a queue of calls."""
     implementation, seed = variant.implementation, variant.problem.seed
     forward, before = implementation.forward, implementation.before or (lambda: None)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
@@ -293,7 +302,7 @@ def _cuda_round(variant: Variant, effort: Effort) -> None:
 
 
 def seconds_of(call: Callable[[], object], device: str, repeats: int = 3) -> float:
-    """Median wall time of a call."""
+    """Return the median wall time of a call."""
     samples = []
     for _ in range(repeats):
         if device == "cuda":
@@ -307,7 +316,7 @@ def seconds_of(call: Callable[[], object], device: str, repeats: int = 3) -> flo
 
 
 def saved_bytes(problem: Problem, implementation: Implementation) -> int:
-    """Bytes of distinct storages kept for the backward, besides inputs and parameters."""
+    """Return the bytes of storages kept for the backward, besides inputs and parameters."""
     given = [*problem.leaves.values(), *implementation.leaves.values()]
     given += [t for t in problem.fixed.values() if isinstance(t, Tensor)]
     if implementation.before:
@@ -316,9 +325,9 @@ def saved_bytes(problem: Problem, implementation: Implementation) -> int:
 
 
 def peak_bytes(variant: Variant) -> int:
-    """Peak of the allocator above the start, over forward and backward (or forward alone).
+    """Return the allocator's peak above the start, over forward and backward (or forward alone).
 
-    On a CPU it is the peak of what torch allocates; a library's own scratch memory is not seen.
+    On a CPU this is the peak of torch's allocator, without a library's own scratch memory.
     """
     implementation, seed = variant.implementation, variant.problem.seed
     if implementation.before:

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: sortable tables, pictures inside, nothing loaded from elsewhere."""
+"""One self-contained HTML page: sortable tables and pictures, nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ for (const table of document.querySelectorAll("table")) {
 
 
 def render(records: list[Record], found: list[Table], pictures: list[Path]) -> str:
-    """The page as text."""
+    """Return the page as text."""
     title = f"Benchmarks on {records[-1]['device_name']}"
     facts = "".join(f"<li>{escape(line)}</li>" for line in tables.environment_lines(records))
     missing = tables.unmeasured(records)

@@ -19,7 +19,7 @@ _AXIS = {  # sweep -> (name, value of a shape)
 
 
 def write(records: list[Record], folder: Path) -> list[Path]:
-    """All pictures that the lines give rise to; returns the SVG files."""
+    """Write all pictures of the lines; return the SVG files."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -68,13 +68,13 @@ def _colours(peers: Iterable[str]) -> dict[str, Any]:
 
 
 def _listed(records: list[Record]) -> list[Record]:
-    """Without the cases that are only points of a scaling plot, unless there is nothing else."""
+    """Drop the cases that are only points of a scaling plot, unless there are no others."""
     only_points = {case.key for case in CASES if case.only_in_sweeps}
     return [r for r in records if r["case"] not in only_points] or records
 
 
 def _speed_up(records: list[Record], phase: str) -> Any:
-    """Time over ours, one group of bars per case; 1 is a line, losses lie to its left."""
+    """Speed-up over each baseline, one group of bars per case; losses lie left of the line at 1."""
     cases = tables.by_case(_listed(records), phase)
     cases = {c: lines for c, lines in cases.items() if tables.baseline(lines) and len(lines) > 1}
     if not cases:
@@ -109,7 +109,7 @@ def _speed_up(records: list[Record], phase: str) -> Any:
 
 
 def _memory(records: list[Record]) -> Any:
-    """Peak of forward and backward, and what is held between them."""
+    """Peak memory of forward and backward, and the memory held between them."""
     lines = {
         (r["case"], r["peer"]): r
         for r in _listed(records)

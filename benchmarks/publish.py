@@ -57,7 +57,7 @@ def publish(root: Path) -> list[Path]:
         No results, results of a changed tree, or a page without the two markers; nothing is
         written then.
     """
-    render(root)
+    render(root)  # raises before anything is written
     written = []
     for folder, records in _latest().items():
         for old in folder.glob("*"):
@@ -70,7 +70,7 @@ def publish(root: Path) -> list[Path]:
 
 
 def render(root: Path) -> dict[Path, str]:
-    """The text of both pages with the figures of the newest results; writes nothing."""
+    """Return the text of both pages with the figures of the newest results; write nothing."""
     sections: dict[Path, list[str]] = {README: [], PAGE: []}
     for folder, records in _latest().items():
         sections[README] += _summary(records)
@@ -80,7 +80,7 @@ def render(root: Path) -> dict[Path, str]:
 
 
 def _latest() -> dict[Path, list[Record]]:
-    """Folder of the report -> records, for the newest results of each device."""
+    """Map the folder of each device's report to its newest results."""
     found = {}
     for (device, commit, dirty), records in report.load(None).items():
         if dirty:
@@ -93,7 +93,7 @@ def _latest() -> dict[Path, list[Record]]:
 
 
 def _filled(page: Path, lines: list[str]) -> str:
-    """The text of a page with ``lines`` between its markers."""
+    """Return the text of a page with ``lines`` between its markers."""
     before, *rest = page.read_text().split(BEGIN)
     parts = rest[0].split(END) if len(rest) == 1 else []
     if len(parts) != 2:
@@ -124,9 +124,9 @@ def _summary(records: list[Record]) -> list[str]:
 
 
 def summary_table(records: list[Record]) -> Table:
-    """One row for each of ``SUMMARY`` that was measured: ours beside the fastest baselines.
+    """Return one row for each of ``SUMMARY`` that was measured: ours beside the fastest baselines.
 
-    The library's own kernels are no baselines here. The time is that of the case at the median.
+    The library's own kernels are no baselines here. Our time is that of the case at the median.
     """
     table = Table(
         "",
@@ -160,7 +160,7 @@ def summary_table(records: list[Record]) -> Table:
 
 
 def _milliseconds(seconds: float) -> str:
-    """Three digits, without an exponent."""
+    """Format a time with three digits and without an exponent."""
     return f"{seconds * 1e3:.0f}" if seconds >= 1 else f"{seconds * 1e3:.3g}"
 
 
@@ -198,13 +198,13 @@ def _device(records: list[Record], folder: Path, root: Path) -> list[str]:
 
 
 def _other_figures(device: str, name: str) -> Record | None:
-    """What ``decode_model`` or ``call_overhead`` wrote for a device."""
+    """Read what ``decode_model`` or ``call_overhead`` wrote for a device."""
     path = results.RESULTS / device / name
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def speed_up_table(records: list[Record]) -> Table:
-    """One row for each op, phase and baseline."""
+    """Return one row for each op, phase and baseline."""
     table = Table("", ["op", "phase", "baseline", "cases", "median", "min", "max"])
     for op in dict.fromkeys(r["op"] for r in records):
         for phase in tables.PHASES:
@@ -218,7 +218,7 @@ def speed_up_table(records: list[Record]) -> Table:
 
 
 def peers_table() -> Table:
-    """Every registered peer with what it is."""
+    """Return every registered peer with its description."""
     table = Table("", ["name", "what it is", "measured on", "devices"])
     for peer in load_all().values():
         cells = (f"`{peer.name}`", peer.description, ", ".join(peer.ops), ", ".join(peer.devices))

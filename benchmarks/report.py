@@ -10,10 +10,10 @@ from benchmarks.tables import Table
 
 
 def load(paths: list[Path] | None) -> dict[tuple[str, str, str], list[Record]]:
-    """Lines by (device, commit, dirty digest), the newest measurement of each case and peer.
+    """Read the newest measurement of each case and peer, by (device, commit, dirty digest).
 
-    Without paths: for every device the file of the latest run. Lines of other threads or another
-    instruction set than those of the file's latest run are left out. Ceilings are the highest of a
+    Without paths, the file of the latest run of every device is read. Lines with other threads or
+    another instruction set than the file's latest run are left out. Ceilings are the highest of a
     commit's runs.
 
     Raises
@@ -55,7 +55,7 @@ def _of_latest_setting(records: list[Record]) -> list[Record]:
 
 
 def _under_highest_ceilings(records: list[Record]) -> list[Record]:
-    """Lines with the ceilings and floors that the runs of a commit have in common."""
+    """Judge all lines by the highest ceilings of the runs of their commit."""
     best = ceilings.highest(ceilings.Ceilings(**record["ceilings"]) for record in records)
     judged = []
     for record in records:
@@ -68,7 +68,7 @@ def _under_highest_ceilings(records: list[Record]) -> list[Record]:
 
 
 def write(paths: list[Path] | None, output: Path) -> list[Path]:
-    """Write report.md, index.html and pictures below ``output``; returns the pages."""
+    """Write report.md, index.html and pictures below ``output``; return the pages."""
     pages = []
     for (device, commit, dirty), records in load(paths).items():
         folder = output / device / (commit[:12] + (f"-{dirty}" if dirty else ""))
@@ -77,7 +77,7 @@ def write(paths: list[Path] | None, output: Path) -> list[Path]:
 
 
 def write_one(records: list[Record], folder: Path) -> list[Path]:
-    """Write report.md, index.html and pictures of one device and commit; returns the pages."""
+    """Write report.md, index.html and pictures of one device and commit; return the pages."""
     folder.mkdir(parents=True, exist_ok=True)
     found = tables.all_tables(records)
     pictures = plots.write(records, folder)
@@ -107,7 +107,7 @@ def _markdown(records: list[Record], found: list[Table], pictures: list[str]) ->
 
 
 def markdown_table(table: Table) -> list[str]:
-    """Lines of a Markdown table."""
+    """Return the lines of a Markdown table."""
     rows = [table.columns, ["---"] * len(table.columns)]
     rows += [[cell.text.replace("|", "\\|") for cell in row] for row in table.rows]
     return ["| " + " | ".join(row) + " |" for row in rows]

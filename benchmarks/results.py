@@ -16,12 +16,12 @@ Record = dict[str, Any]
 
 
 def environment(device: str) -> Record:
-    """What every line of a run has in common."""
+    """Return what every line of a run has in common."""
     return {"schema": SCHEMA, **provenance.environment(device)}
 
 
 def clean_environment(folder: Path) -> Record:
-    """:func:`environment` of the CPU, for figures to be written to ``folder``.
+    """Return :func:`environment` of the CPU, for figures to be written to ``folder``.
 
     Raises
     ------
@@ -35,7 +35,7 @@ def clean_environment(folder: Path) -> Record:
 
 
 def write_beside(name: str, record: Record, folder: Path) -> Path:
-    """``<folder>/<device>/<name>``, written anew."""
+    """Write ``<folder>/<device>/<name>``, in place of an older one."""
     path = folder / record["device"] / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
@@ -43,25 +43,25 @@ def write_beside(name: str, record: Record, folder: Path) -> Path:
 
 
 def file_for(environment: Record, folder: Path) -> Path:
-    """``<folder>/<device>/<commit>[-dirty].jsonl``."""
+    """Return ``<folder>/<device>/<commit>[-dirty].jsonl``."""
     suffix = "-dirty" if environment["dirty"] else ""
     return folder / environment["device"] / f"{environment['commit'][:12]}{suffix}.jsonl"
 
 
 def append(path: Path, record: Record) -> None:
-    """Add one line and hand it to the system at once: an interrupted run keeps it."""
+    """Add one line at once, so that an interrupted run keeps it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record, sort_keys=True) + "\n")
 
 
 def read(path: Path) -> list[Record]:
-    """All lines of a file; a last line that was cut off is ignored.
+    """Read all lines of a file; a truncated last line is ignored.
 
     Raises
     ------
     ValueError
-        Another line is no JSON, or has another schema; the message names file and line.
+        Another line is not JSON, or has another schema; the message names file and line.
     """
     records = []
     lines = path.read_text().splitlines()
@@ -79,7 +79,7 @@ def read(path: Path) -> list[Record]:
 
 
 def done_cases(records: Iterable[Record], environment: Record) -> dict[str, set[str]]:
-    """Case -> peers that have a line from the same tree, threads and instruction set."""
+    """Map each case to its peers with a line from the same tree, threads and instruction set."""
     same = ("commit", "dirty", "device", "threads", "instruction_set")
     done: dict[str, set[str]] = {}
     for record in records:
@@ -89,7 +89,7 @@ def done_cases(records: Iterable[Record], environment: Record) -> dict[str, set[
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """The last measurement of each (case, peer); lines of older ones are dropped."""
+    """Keep the last measurement of each (case, peer)."""
     lines: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         key = (record["case"], record["peer"])

@@ -22,7 +22,7 @@ QUICK_MINUTES = 2.2
 
 @dataclass(frozen=True)
 class Options:
-    """The command line of ``run``."""
+    """The options of ``run``, as on its command line."""
 
     device: str = "cpu"
     suite: str = "quick"
@@ -40,7 +40,7 @@ class Options:
 
 @dataclass
 class Progress:
-    """One line on stderr, rewritten in place on a terminal."""
+    """One line of progress on stderr, rewritten in place on a terminal."""
 
     total: int
     started: float = field(default_factory=time.monotonic)
@@ -56,7 +56,7 @@ class Progress:
             print(f"\r{line[:110]:<110}", end="", file=sys.stderr, flush=True)
 
     def finished(self, group: list[Case]) -> None:
-        """Count the cases; in a log, one line each."""
+        """Count the cases; in a log, print one line for each."""
         for case in group:
             self.done += 1
             if not sys.stderr.isatty():
@@ -64,18 +64,18 @@ class Progress:
                 self.say(f"{self.done}/{self.total} {elapsed:.0f} s {case.key}")
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         clear = "\r" + " " * 110 + "\r" if sys.stderr.isatty() else ""
         print(f"{clear}{text}", file=sys.stderr, flush=True)
 
 
 def selected(options: Options, cases: list[Case] | None = None) -> list[Case]:
-    """The cases that the options ask for.
+    """Return the cases that the options ask for.
 
     Raises
     ------
     ValueError
-        Unknown op, or a shard outside 1..n.
+        An op is unknown, or the shard is outside 1..n.
     """
     unknown = sorted(set(options.ops) - set(OPS))
     if unknown:
@@ -96,7 +96,7 @@ def selected(options: Options, cases: list[Case] | None = None) -> list[Case]:
 
 
 def grouped(cases: list[Case]) -> Iterator[list[Case]]:
-    """Cases that are measured in the same rounds."""
+    """Yield the cases that are measured in the same rounds."""
     groups: dict[str, list[Case]] = {}
     for case in cases:
         groups.setdefault(case.group or case.key, []).append(case)
@@ -104,12 +104,12 @@ def grouped(cases: list[Case]) -> Iterator[list[Case]]:
 
 
 def run(options: Options, cases: list[Case] | None = None) -> Path:
-    """Measure and append; returns the result file. Ctrl-C and the time budget keep what is done.
+    """Measure and append; return the result file. Ctrl-C and the time budget keep what is done.
 
     Raises
     ------
     ValueError
-        Options that do not fit together, or a dirty tree without ``allow_dirty``.
+        The device is missing, or the tree is dirty and ``allow_dirty`` is not set.
     """
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: torch finds no CUDA device")
@@ -137,7 +137,7 @@ def run(options: Options, cases: list[Case] | None = None) -> Path:
     try:
         for group in grouped(chosen):
             if time.monotonic() > deadline:
-                progress.say("time budget used up; run again to go on")
+                progress.say("time budget used up; run again to continue")
                 break
             todo = [case for case in group if not session.is_done(case, done)]
             if todo:
@@ -180,7 +180,7 @@ class _Session:
         return effort
 
     def measure_group(self, group: list[Case]) -> None:
-        """Set up and gate every peer of every case, then time all that passed side by side."""
+        """Set up and gate every peer of every case, then time those that passed, side by side."""
         variants, gates = [], {}
         for case in group:
             self.progress(f"{case.key}: reference")
@@ -219,7 +219,7 @@ class _Session:
         except AssertionError as error:
             self.progress.say(f"RED {problem.case.key} {peer.name}: {error}")
             self._append(**common, status="red", reason=str(error))
-        except Exception as error:  # a peer's own failure is its reason, and must not end the run
+        except Exception as error:  # a failure of a peer is its reason and must not end the run
             self._append(**common, status="unavailable", reason=measure.first_line(error))
         else:
             variant = measure.Variant(peer.name, problem, implementation)

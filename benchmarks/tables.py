@@ -1,4 +1,4 @@
-"""Result lines -> tables, the same for Markdown and HTML."""
+"""Tables of result lines, the same for Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OURS = tuple(
 
 
 class Cell(NamedTuple):
-    """What is shown and what it sorts by."""
+    """A text, and the value that it sorts by."""
 
     text: str
     value: float | str
@@ -44,24 +44,24 @@ class Table:
 
 
 def text(value: object) -> Cell:
-    """A cell that sorts as text."""
+    """Return a cell that sorts as text."""
     return Cell(str(value), str(value))
 
 
 def number(value: float | None, pattern: str = "{:.3g}", scale: float = 1.0) -> Cell:
-    """A cell that sorts as a number; empty where there is none."""
+    """Return a cell that sorts as a number; it is empty where there is none."""
     if value is None:
         return Cell("", -1.0)
     return Cell(pattern.format(value * scale), value * scale)
 
 
 def measured(records: Iterable[Record]) -> list[Record]:
-    """Lines with a figure."""
+    """Return the lines with a figure."""
     return [r for r in records if r["status"] == "ok"]
 
 
 def main_cache(records: Iterable[Record]) -> list[Record]:
-    """One line per (case, peer, phase): cold cache where it was measured, else warm."""
+    """Return one line per (case, peer, phase): cold cache where it was measured, else warm."""
     best: dict[tuple[str, str, str], Record] = {}
     for record in measured(records):
         if record["cache"] == "wall":
@@ -73,18 +73,18 @@ def main_cache(records: Iterable[Record]) -> list[Record]:
 
 
 def baseline(peers: Iterable[str]) -> str | None:
-    """The peer of ours that the others are compared with."""
+    """Return the peer of ours that the others are compared with."""
     present = set(peers)
     return next((name for name in OURS if name in present), None)
 
 
 def is_own(peer: str) -> bool:
-    """Whether a peer is one of this library's kernels, modules or models."""
+    """Say whether a peer is one of this library's kernels, modules or models."""
     return peer.split("-")[0] in OWN_KINDS
 
 
 def by_case(records: Iterable[Record], phase: str) -> dict[str, dict[str, Record]]:
-    """Case -> peer -> line."""
+    """Map case to peer to line."""
     found: dict[str, dict[str, Record]] = {}
     for record in main_cache(records):
         if record["phase"] == phase:
@@ -93,7 +93,7 @@ def by_case(records: Iterable[Record], phase: str) -> dict[str, dict[str, Record
 
 
 def speed_ups(records: Iterable[Record], op: str, phase: str) -> dict[str, dict[str, float]]:
-    """Baseline -> case -> baseline time over our time, both measured in the same run."""
+    """Map baseline to case to speed-up (baseline time / our time), measured in the same run."""
     found: dict[str, dict[str, float]] = {}
     for case, lines in by_case((r for r in records if r["op"] == op), phase).items():
         ours = baseline(lines)
@@ -105,22 +105,22 @@ def speed_ups(records: Iterable[Record], op: str, phase: str) -> dict[str, dict[
 
 
 def case_name(record: Record) -> str:
-    """Shape and dtype."""
+    """Return the shape and dtype of a line."""
     return f"{record['label']}, {record['dtype']}"
 
 
 def ratio_table(records: list[Record], op: str, phase: str) -> Table | None:
-    """Time of each peer over that of ours: above 1 ours is faster, below 1 it is slower."""
+    """Return the speed-up over each baseline in every case."""
     cases = by_case([r for r in records if r["op"] == op], phase)
     cases = {case: lines for case, lines in cases.items() if baseline(lines)}
     peers = list(dict.fromkeys(peer for lines in cases.values() for peer in lines))
     if not cases or len(peers) < 2:
         return None
     table = Table(
-        f"{op}, {PHASE_TITLES[phase]}: time over ours",
+        f"{op}, {PHASE_TITLES[phase]}: speed-up over each baseline",
         ["case", "ours", "ours, ms", *peers],
-        note="Above 1 ours is faster, below 1 it is slower. Empty: not measured, see below. "
-        "* measured in another run than ours.",
+        note="Baseline time / our time, higher is better; below 1 the baseline is faster. Empty: "
+        "not measured, see below. * measured in another run than ours.",
     )
     for lines in cases.values():
         ours = lines[baseline(lines)]
@@ -135,7 +135,7 @@ def ratio_table(records: list[Record], op: str, phase: str) -> Table | None:
 
 
 def detail_table(records: list[Record], op: str) -> Table | None:
-    """Every figure of an op."""
+    """Return every figure of an op."""
     lines = [r for r in measured(records) if r["op"] == op]
     if not lines:
         return None
@@ -158,8 +158,8 @@ def detail_table(records: list[Record], op: str) -> Table | None:
             "tokens/s",
             "backend",
         ],
-        note="Floor: the roofline of the two ceilings for the least bytes and operations. Held: "
-        "kept between forward and backward. Prepare: once per step, not in the time.",
+        note="Floor: the least time by the two ceilings for the least bytes and operations. Held: "
+        "kept between forward and backward. Prepare: once per step, not part of the time.",
     )
     for r in lines:
         table.rows.append(
@@ -183,7 +183,7 @@ def detail_table(records: list[Record], op: str) -> Table | None:
 
 
 def growth_table(records: list[Record]) -> Table | None:
-    """Decoding: time with the most images over time with the fewest, per peer."""
+    """Return the time of a decoding step with the most images over that with the fewest."""
     groups: dict[tuple[str, str], list[Record]] = {}
     for record in main_cache(records):
         if record["group"]:
@@ -211,7 +211,7 @@ def _images(record: Record) -> int:
 
 
 def missing_table(records: list[Record]) -> Table | None:
-    """Who could not run or failed the gate, and why."""
+    """Return the peers that could not run or failed the gate, and why."""
     reasons: dict[tuple[str, str, str, str], list[str]] = {}
     for r in records:
         if r["status"] != "ok" or r["reason"]:
@@ -223,7 +223,7 @@ def missing_table(records: list[Record]) -> Table | None:
     table = Table(
         "Not measured, and why",
         ["op", "peer", "status", "reason", "cases"],
-        note="Red: the result was wrong, so no figure is given.",
+        note="Red: the result was wrong, so there is no figure.",
     )
     for key, cases in sorted(reasons.items()):
         shown = "; ".join(cases) if len(cases) < 4 else f"{len(cases)} cases"
@@ -232,14 +232,14 @@ def missing_table(records: list[Record]) -> Table | None:
 
 
 def unmeasured(records: list[Record]) -> list[str]:
-    """Cases for this kind of device without a single figure."""
+    """Return the cases for this kind of device without any figure."""
     kind = records[0]["device"].split("-")[0]
     seen = {r["case"] for r in records if r["status"] == "ok"}
     return [case.key for case in CASES if kind in case.devices and case.key not in seen]
 
 
 def all_tables(records: list[Record]) -> list[Table]:
-    """In the order of the page."""
+    """Return all tables, in the order of the page."""
     ops = list(dict.fromkeys(r["op"] for r in records))
     tables = [ratio_table(records, op, phase) for op in ops for phase in PHASES]
     tables += [growth_table(records)]
@@ -249,7 +249,7 @@ def all_tables(records: list[Record]) -> list[Table]:
 
 
 def environment_lines(records: list[Record]) -> list[str]:
-    """What the figures were measured on."""
+    """Say in lines what the figures were measured on."""
     last = records[-1]
     ceilings = last["ceilings"]
     versions = ", ".join(f"{name} {version}" for name, version in last["versions"].items())
@@ -273,7 +273,7 @@ def environment_lines(records: list[Record]) -> list[str]:
 
 
 def decoding_sentence(record: Record) -> str:
-    """The result of ``decode_model`` in one sentence."""
+    """Return the result of ``decode_model`` in one sentence."""
     return (
         f"Decoding with transformers' `generate`, float32 ({record['setting']}; commit "
         f"{record['commit'][:12]}): a step with {record['images']} images is "
@@ -283,7 +283,7 @@ def decoding_sentence(record: Record) -> str:
 
 
 def decoding_lines(record: Record) -> list[str]:
-    """What ``decode_model`` measured, as Markdown."""
+    """Return the figures of ``decode_model`` as Markdown."""
     lines = [
         decoding_sentence(record),
         "",
@@ -300,12 +300,12 @@ def decoding_lines(record: Record) -> list[str]:
 
 
 def overhead_lines(record: Record) -> list[str]:
-    """What ``call_overhead`` measured, as Markdown."""
+    """Return the figures of ``call_overhead`` as Markdown."""
     lines = [
-        f"A call of the smallest tensors with the C++ kernel, no gradients (commit "
+        "One call of the C++ kernel with the smallest tensors and no gradients (commit "
         f"{record['commit'][:12]}): medians in microseconds.",
         "",
-        "| op | call | its kernel | beside the kernel | lowest | torch's nearest operator |",
+        "| op | call | its kernel | overhead | lowest overhead | torch's nearest operator |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     keys = ("call", "kernel", "overhead", "lowest_overhead", "torch")

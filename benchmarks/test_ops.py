@@ -1,7 +1,7 @@
 """Microbenchmarks of the public ops and the reference: ``pytest benchmarks/``.
 
-For watching single ops over time with pytest-benchmark's own ``--benchmark-compare``; the published
-figures come from ``python -m benchmarks run``.
+They serve to watch single ops over time with pytest-benchmark's ``--benchmark-compare``. The
+published figures come from ``python -m benchmarks run``.
 """
 
 from __future__ import annotations

@@ -16,11 +16,12 @@ EAGER = ("ours-torch", "openflamingo", "sdpa-mask", "segments-bmm", "sdpa-concat
 
 
 def options(folder: Path, **changed: object) -> run.Options:
+    """Return options with the least effort, and only peers that do not compile."""
     return run.Options(output=folder, effort=EFFORT, peers=EAGER, **changed)
 
 
 def fixture_records(commit: str = "c" * 40, run_id: str = "r1", slower: float = 4.0) -> list[dict]:
-    """Two peers on two sizes of a sweep and on one case, and one that failed the gate."""
+    """Return lines of two peers on three sizes, and one of a peer that failed the gate."""
     base = {
         "schema": results.SCHEMA,
         "commit": commit,
@@ -77,6 +78,7 @@ def fixture_records(commit: str = "c" * 40, run_id: str = "r1", slower: float = 
 
 
 def write_lines(path: Path, records: list[dict]) -> Path:
+    """Append the lines to a result file."""
     for record in records:
         results.append(path, record)
     return path

@@ -1,4 +1,4 @@
-"""Tiny random models of the architectures that people have."""
+"""Tiny random transformers models of many architectures, and a tokenizer."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _TOWER = {
 
 
 def sharpen(model: nn.Module) -> nn.Module:
-    """Away from transformers' initialisation, at which attention hardly shows in the logits."""
+    """Scale weights up: at transformers' initialisation attention hardly shows in the logits."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(8 if parameter.ndim > 1 else 1)
@@ -51,7 +51,10 @@ def sharpen(model: nn.Module) -> nn.Module:
 
 
 def language_model(model_type: str, attention: str | None = None, **changes: object) -> nn.Module:
-    """A transformers causal language model in evaluation mode, with the media tokens' ids."""
+    """Build a transformers causal language model in evaluation mode, with the ids of media tokens.
+
+    ``attention`` is transformers' ``attn_implementation``; ``changes`` go into the configuration.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -63,6 +66,7 @@ def language_model(model_type: str, attention: str | None = None, **changes: obj
 
 
 def clip() -> nn.Module:
+    """Build a tiny CLIP vision model."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(1)
@@ -70,6 +74,7 @@ def clip() -> nn.Module:
 
 
 def siglip() -> nn.Module:
+    """Build a tiny SigLIP vision model without a head."""
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
     torch.manual_seed(1)
@@ -77,7 +82,7 @@ def siglip() -> nn.Module:
 
 
 def open_gates(model: nn.Module) -> nn.Module:
-    """Random gates, so that the images matter."""
+    """Set the gates to random values, so that the images matter."""
     generator = torch.Generator().manual_seed(2)
     for name, parameter in model.named_parameters():
         if name.endswith("_gate"):
@@ -86,7 +91,7 @@ def open_gates(model: nn.Module) -> nn.Module:
 
 
 def state_of(*models: nn.Module) -> list[object]:
-    """All that wrapping or loading could leave behind."""
+    """Return everything that wrapping or loading could change: modes, hooks, parameters, config."""
     found: list[object] = []
     for model in models:
         for name, module in model.named_modules():
@@ -100,7 +105,7 @@ def state_of(*models: nn.Module) -> list[object]:
 
 
 def word_tokenizer(*words: str) -> Any:
-    """A transformers tokenizer that splits at spaces; id 0 is for unknown words."""
+    """Build a transformers tokenizer that splits at spaces; id 0 is for unknown words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""The one tolerance rule: every approximate comparison of the test suite takes its bound from here.
+"""The one tolerance rule: every approximate comparison takes its bound from here.
 
 Two situations, two functions:
 
@@ -7,8 +7,8 @@ Two situations, two functions:
 * two computations of the same quantity that may differ by rounding only:
   :func:`assert_close_to_reference`.
 
-Both compare in the maximum norm, relative to the largest expected magnitude: a softmax output
-or a gradient sums terms of that magnitude, so that is the scale of its rounding error.
+Both compare in the maximum norm, relative to the largest expected magnitude. A softmax output or a
+gradient sums terms of that magnitude, so that is the scale of its rounding error.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from torch import Tensor
 
 FORWARD_FACTOR = 2.0
 GRADIENT_FACTOR = 3.0
-# Rounding errors of a chain of a few reductions grow with the square root of their length;
+# Rounding errors of a few reductions in a row grow with the square root of their length.
 # 64 = sqrt(4096) covers the longest sums of the tests and stays under 1e-5 in fp32.
 ROUNDING_UNITS = 64.0
-# A converted model against its original's own code: both in fp32, whole models, other orders of
-# summation and other formulas for one function.
+# A converted model against its original's own code. Both are whole models in fp32 with other orders
+# of summation and other formulas for the same function.
 PARITY = 1e-4
 
 
 def unit(dtype: torch.dtype) -> float:
-    """Distance from 1 to the next representable number of ``dtype``."""
+    """Return the distance from 1 to the next representable number of ``dtype``."""
     return torch.finfo(dtype).eps
 
 
@@ -56,9 +56,9 @@ def assert_close_to_reference(
     *,
     terms: float = 0.0,
 ) -> None:
-    """Two ways to compute one thing in ``dtype`` agree to 64 rounding units of its largest value.
+    """Assert that two ways to compute a tensor agree to 64 rounding units of its largest value.
 
-    ``terms``: the largest of the terms that were summed, where they cancel.
+    ``terms`` is the largest of the terms that were summed, for sums that cancel.
     """
     error = _error(actual, expected, what)
     bound = ROUNDING_UNITS * unit(dtype) * max(_magnitude(expected), terms)
@@ -67,7 +67,7 @@ def assert_close_to_reference(
 
 
 def assert_parity(actual: Tensor, expected: Tensor, what: str = "logits") -> None:
-    """A converted model's fp32 result is its original's to 1e-4, of 1 or of the largest value."""
+    """Assert that two fp32 results differ by at most 1e-4 of the largest value, or of 1."""
     error = _error(actual, expected, what)
     bound = PARITY * max(1.0, _magnitude(expected))
     if error > bound:
@@ -77,11 +77,11 @@ def assert_parity(actual: Tensor, expected: Tensor, what: str = "logits") -> Non
 def assert_gradients_close(
     actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], dtype: torch.dtype
 ) -> None:
-    """All gradients of one backward agree; see :func:`assert_close_to_reference`.
+    """Assert that all gradients of one backward agree, by :func:`assert_close_to_reference`.
 
-    The gradient of a single value, a gate, sums over all tokens and channels and may cancel: its
-    scale is that of the others. In fp64, where every gradient is still checked to 13 digits or so
-    of the largest, that holds for all of them: biases behind a norm cancel too.
+    The gradient of a single value, a gate, sums over all tokens and channels and may cancel, so its
+    scale is that of the others. In fp64 that holds for all gradients, because those of biases
+    behind a norm cancel too; each is still checked to about 13 digits of the largest.
     """
     assert actual.keys() == expected.keys()
     largest = max(_magnitude(gradient) for gradient in expected.values())
@@ -100,14 +100,14 @@ def assert_within_budget(
     terms: float = 0.0,
     what: str = "result",
 ) -> None:
-    """The error of ``actual`` is at most 2x (gradients 3x) that of ``plain``, plus one unit.
+    """Assert that the error of ``actual`` is at most 2x (gradients 3x) that of ``plain`` + a unit.
 
-    ``exact`` is the fp64 reference on the same (already rounded) inputs, ``plain`` is stock PyTorch
-    in ``dtype``. One unit is the rounding of the largest value to ``dtype``, and of the largest of
-    the ``terms`` summed on the way to the dtype of accumulation (semantics, point 17: at least
-    fp32). A single value, as a gate's gradient, is one draw of the rounding error, so that plain
-    PyTorch's may be zero by luck: its terms are rounded to ``dtype``. In fp64 the reference is no
-    more exact than the rest, and rounding alone counts.
+    ``exact`` is the fp64 reference on the same (already rounded) inputs; ``plain`` is stock PyTorch
+    in ``dtype``. One unit is the rounding of the largest value to ``dtype``, plus that of the
+    largest of the summed ``terms`` to the dtype of accumulation (semantics, point 17: at least
+    fp32). A single value, such as a gate's gradient, is one draw of the rounding error, and plain
+    PyTorch's may be zero by luck, so its terms are rounded to ``dtype``. In fp64 the reference is
+    no more exact than the rest, so only rounding counts.
     """
     factor = GRADIENT_FACTOR if gradient else FORWARD_FACTOR
     error = _error(actual, exact, what)
@@ -127,7 +127,7 @@ def assert_within_budget(
 def attention_terms(
     q: Tensor, k: Tensor, v: Tensor, scale: float, seed: Tensor | None = None
 ) -> dict[str, float]:
-    """Largest terms (Cauchy-Schwarz) summed in the output and the gradients of an attention.
+    """Bound the terms (Cauchy-Schwarz) summed in the output and the gradients of an attention.
 
     A score s that is off by one rounding changes its weight by |s| roundings. The score gradient is
     a difference ``P * (dP - delta)`` of values up to ``|dO| |V|``, which cancels where a row sees

@@ -16,7 +16,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def kernels_for(op: str, needs_grad: bool = False) -> list[tuple[str, torch.dtype]]:
-    """(kernel, dtype) pairs that claim to run ``op`` here on the CPU; Triton is in tests/triton."""
+    """Return the (kernel, dtype) pairs that claim to run ``op`` on this CPU, without Triton."""
     return [
         (kernel, dtype)
         for kernel in dispatch.KERNELS[1:]
@@ -26,7 +26,7 @@ def kernels_for(op: str, needs_grad: bool = False) -> list[tuple[str, torch.dtyp
 
 
 def random_tokens(batch: int, tokens: int, media: int) -> Tensor:
-    """int64 [B, T] with 0..media ``IMAGE`` tokens at random places of each row."""
+    """Return int64 [B, T] with 0..media ``IMAGE`` tokens at random places of each row."""
     ids = torch.randint(0, IMAGE, (batch, tokens))
     for row in range(batch):
         count = int(torch.randint(0, min(media, tokens) + 1, ()))
@@ -45,15 +45,17 @@ class MediaCase:
     gate: Tensor | None
 
     def tensors(self) -> list[Tensor]:
+        """Return the tensors that have gradients, in the order of the op's arguments."""
         return [t for t in (self.q, self.k, self.v, self.gate) if t is not None]
 
     def to(self, dtype: torch.dtype) -> MediaCase:
-        """The same values in ``dtype``, detached."""
+        """Return the same values in ``dtype``, detached."""
         q, k, v = (t.detach().to(dtype) for t in (self.q, self.k, self.v))
         gate = None if self.gate is None else self.gate.detach().to(dtype)
         return MediaCase(q, k, v, self.spans, gate)
 
     def require_grad(self) -> MediaCase:
+        """Make all tensors require gradients; return the case."""
         for tensor in self.tensors():
             tensor.requires_grad_()
         return self
@@ -74,7 +76,7 @@ def media_case(
     nan: bool = True,
     seed: int = 0,
 ) -> MediaCase:
-    """A random case. Values are rounded to ``dtype``, so every precision sees the same numbers."""
+    """Draw a random case. Its values are rounded to ``dtype``, so every precision sees the same."""
     torch.manual_seed(seed)
     spans = MediaSpans.from_tokens(random_tokens(batch, tokens, media), IMAGE, attend)
     q = torch.randn(batch, tokens, heads, head_dim)

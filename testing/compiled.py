@@ -1,4 +1,4 @@
-"""What ``torch.compile`` makes of the ops: counted graphs, results compared with eager ones."""
+"""``torch.compile`` on the ops: its graphs are counted, its results compared with eager ones."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_kernels.ops import MediaSpans, plan_media_attention
 from testing.cases import IMAGE
 
-# Batch, tokens, images. The second shape differs from the first in all, and its sizes from each
-# other and from those of the model: torch gives equal sizes one symbol, and a size of 1 none.
+# Batch, tokens, images. The second shape differs from the first in every size, and its sizes differ
+# from each other and from the model's: torch gives equal sizes one symbol, and a size of 1 none.
 SHAPES = [(2, 9, 4), (5, 11, 7), *((2 + i % 2, 3 + i, 2 + i % 3) for i in range(18))]
 
 
@@ -28,7 +28,7 @@ class GraphCounter:
 
 
 class Bridge(nn.Module):
-    """Resampler and two gated blocks on one plan: every op of the package, and their backwards."""
+    """Resampler and two gated blocks on one plan: every op of the package and its backward."""
 
     def __init__(self, kernel: str) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Bridge(nn.Module):
             nn.init.normal_(parameter, std=0.3)
 
     def forward(self, features: Tensor, ids: Tensor, hidden: Tensor) -> Tensor:
-        """features [B, I, 1, S, 16], ids [B, T], hidden [B, T, 24] -> [B, T, 24]."""
+        """Map features [B, I, 1, S, 16], ids [B, T] and hidden [B, T, 24] to [B, T, 24]."""
         media = self.resampler(features)
         media_kv = [block.project_media(media) for block in self.blocks]
         spans = MediaSpans.from_tokens(ids, IMAGE)
@@ -52,7 +52,7 @@ class Bridge(nn.Module):
 
 
 def check_graphs(kernel: str, shapes: list[tuple[int, int, int]] = SHAPES) -> None:
-    """At most two graphs over the shapes; each fifth has the bits of eager execution."""
+    """Assert at most two graphs over the shapes, and eager execution's bits on each fifth."""
     torch.compiler.reset()
     bridge, counter = Bridge(kernel), GraphCounter()
     compiled = torch.compile(bridge, fullgraph=True, backend=counter)

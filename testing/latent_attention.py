@@ -1,4 +1,4 @@
-"""Inputs of ``latent_attention``, and what stock PyTorch makes of them."""
+"""Inputs of ``latent_attention``, and its formula in stock PyTorch."""
 
 from __future__ import annotations
 
@@ -35,6 +35,10 @@ def latent_case(
     nan: bool = True,
     seed: int = 0,
 ) -> tuple[list[Tensor], Tensor | None]:
+    """Draw q, k_media, v_media, k_latents, v_latents in ``dtype``, and lengths int64 [N] or None.
+
+    With ``nan``, features past the lengths hold NaN.
+    """
     torch.manual_seed(seed)
     q, k_latents, v_latents = torch.randn(3, items, latents, heads, head_dim)
     k_media, v_media = torch.randn(2, items, features, heads, head_dim)
@@ -46,6 +50,7 @@ def latent_case(
 
 
 def plain_pytorch(tensors: list[Tensor], lengths: Tensor | None) -> Tensor:
+    """Compute the textbook formula in the dtype of the tensors, on finite inputs."""
     q, k_media, v_media, k_latents, v_latents = (t.nan_to_num() for t in tensors)
     k, v = torch.cat((k_media, k_latents), 1), torch.cat((v_media, v_latents), 1)
     scores = torch.einsum("nlhd,nkhd->nhlk", q, k) * q.shape[-1] ** -0.5
@@ -57,10 +62,12 @@ def plain_pytorch(tensors: list[Tensor], lengths: Tensor | None) -> Tensor:
 
 
 def case_terms(tensors: list[Tensor], seed: Tensor | None = None) -> dict[str, float]:
+    """Return the largest summed terms, see :func:`testing.budgets.attention_terms`."""
     q, k_media, v_media, k_latents, v_latents = tensors
     k, v = torch.cat((k_media, k_latents), 1), torch.cat((v_media, v_latents), 1)
     return attention_terms(q, k, v, q.shape[-1] ** -0.5, seed)
 
 
 def doubled(tensors: list[Tensor]) -> list[Tensor]:
+    """Return the tensors as fp64 leaves."""
     return [t.detach().double().requires_grad_(t.requires_grad) for t in tensors]

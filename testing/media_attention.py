@@ -1,4 +1,4 @@
-"""What stock PyTorch and the fp64 reference make of a ``MediaCase``."""
+"""``media_cross_attention`` of a case: in stock PyTorch, and by the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NAMES = ("dq", "dk", "dv", "dgate")
 
 
 def plain_pytorch(case: MediaCase) -> torch.Tensor:
-    """The textbook formula in the dtype of the case, on finite inputs."""
+    """Compute the textbook formula in the dtype of the case, on finite inputs."""
     repeats = case.q.shape[2] // case.k.shape[3]
     k, v = (t.nan_to_num().flatten(1, 2).repeat_interleave(repeats, 2) for t in (case.k, case.v))
     visible = case.spans.visible(case.k.shape[1]).repeat_interleave(case.k.shape[2], -1)[:, None]
@@ -22,9 +22,11 @@ def plain_pytorch(case: MediaCase) -> torch.Tensor:
 
 
 def exact(case: MediaCase) -> torch.Tensor:
+    """Compute the reference in the dtype of the case."""
     gate = None if case.gate is None else case.gate[0]
     return oracle(case.q, case.k, case.v, case.spans.first, case.spans.last, gate)
 
 
 def gradients(out: torch.Tensor, case: MediaCase, seed: torch.Tensor) -> list[torch.Tensor]:
+    """Return the gradients of the case's tensors, as named in ``NAMES``."""
     return list(torch.autograd.grad(out, case.tensors(), seed.to(out.dtype)))

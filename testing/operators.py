@@ -1,4 +1,4 @@
-"""Arguments for every torch operator of the package, less the kernel's name."""
+"""Arguments for every torch operator of the package, without the kernel's name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from testing.cases import media_case
 
 
 def operator_calls() -> dict[str, tuple[Any, ...]]:
-    """Name -> arguments, in fp32 on the CPU; gradients as if of a loss."""
+    """Return name -> arguments, in fp32 on the CPU."""
     calls: dict[str, tuple[Any, ...]] = {}
     for attend, gated in (("last", True), ("previous", False)):
         case = media_case(torch.float32, attend=attend, gated=gated, nan=False)
@@ -52,10 +52,10 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
 
 
 def check_operator(name: str, kernel: str) -> None:
-    """``torch.library.opcheck``: schema, fake results, tracing with dynamic shapes."""
+    """Check an operator by ``torch.library.opcheck``: schema, fake results, dynamic shapes."""
     operator = getattr(torch.ops.flamingo_kernels, name.split()[0]).default
     arguments = [
-        # Parameters given twice would be read as aliases.
+        # opcheck would take a tensor that is given twice for an alias.
         value.clone() if isinstance(value, Tensor) else value
         for value in operator_calls()[name]
     ]

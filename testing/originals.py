@@ -17,7 +17,7 @@ IDEFICS_IMAGE, IDEFICS_EOS = IDEFICS_VOCAB + 1, 2
 
 
 def idefics(**changes: Any) -> nn.Module:
-    """transformers' IDEFICS; ``changes`` to its configuration."""
+    """Build transformers' IDEFICS; ``changes`` go into its configuration."""
     import transformers
 
     torch.manual_seed(0)
@@ -60,7 +60,7 @@ def idefics(**changes: Any) -> nn.Module:
 
 
 def open_flamingo(model_type: str, every: int) -> nn.Module:
-    """OpenFlamingo's model with a gated block before every ``every``-th block."""
+    """Build OpenFlamingo's model with a gated block before every ``every``-th block."""
     peer = open_flamingo_model(clip(), language_model(model_type), every, IMAGE, END_OF_CHUNK)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in peer.named_parameters():
@@ -72,13 +72,13 @@ def open_flamingo(model_type: str, every: int) -> nn.Module:
 
 
 def released(peer: nn.Module) -> OrderedDict[str, Tensor]:
-    """What `filter_state_dict_to_trainable` of its train_utils.py keeps."""
+    """Return what OpenFlamingo's ``filter_state_dict_to_trainable`` keeps of a state dict."""
     state = OrderedDict()
     for name, tensor in peer.state_dict().items():
         if name == "lang_encoder.lm_head.weight":
             if peer.lang_encoder.config.model_type == "mpt":
-                continue  # tied; the MPT it was trained with has none
-            name = "lang_encoder.embed_out.weight"  # its name then
+                continue  # tied, and absent from the MPT that it was trained with
+            name = "lang_encoder.embed_out.weight"  # the name in the transformers of that time
         block = ".decoder_layer." in name or "final" in name or "norm_f" in name
         if not block and not re.match(
             r"vision_encoder|lang_encoder\.(old_decoder_blocks|gated_cross_attn_layers)", name

@@ -1,4 +1,4 @@
-"""Other projects' own code, imported past their factories and optional dependencies."""
+"""Other projects' code, imported without their factories and optional dependencies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SOURCES = "open_flamingo_sources"
 
 
 def open_flamingo_source(name: str) -> ModuleType:
-    """``open_flamingo.src.<name>`` of open-flamingo 2.0.1; the package itself needs open_clip."""
+    """Import ``open_flamingo.src.<name>`` of open-flamingo 2.0.1, whose package needs open_clip."""
     if _SOURCES not in sys.modules:
         (path,) = (f for f in files("open-flamingo") if f.match("open_flamingo/src/helpers.py"))
         package = ModuleType(_SOURCES)
@@ -23,6 +23,7 @@ def open_flamingo_source(name: str) -> ModuleType:
 
 
 def open_flamingo_helpers() -> ModuleType:
+    """Return the module with OpenFlamingo's blocks and resampler."""
     return open_flamingo_source("helpers")
 
 
@@ -44,7 +45,7 @@ class OpenClipTower(nn.Module):
 def open_flamingo_model(
     clip: nn.Module, language_model: nn.Module, every: int, image: int, end_of_chunk: int
 ) -> nn.Module:
-    """``Flamingo`` of open-flamingo, put together as its factory does."""
+    """Build ``Flamingo`` of open-flamingo as its factory does."""
     source = open_flamingo_source("flamingo")
     lm = open_flamingo_source("flamingo_lm")
     open_flamingo_source("utils").extend_instance(language_model, lm.FlamingoLMMixin)

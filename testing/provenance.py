@@ -1,4 +1,4 @@
-"""What a figure was measured on: commit, machine, versions."""
+"""The commit, machine and versions that a figure was measured on."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _git(folder: Path, *arguments: str) -> str:
 
 
 def revision() -> tuple[str, str]:
-    """(commit, digest of what differs from it) of the tree that ``flamingo_kernels`` is run from.
+    """Return (commit, digest of the changes to it) of the tree that holds ``flamingo_kernels``.
 
     The digest is empty for a clean tree; result files do not count as a difference.
     """
@@ -54,7 +54,7 @@ def revision() -> tuple[str, str]:
 
 
 def device_name(device: str) -> str:
-    """Model of the processor or GPU."""
+    """Return the model of the processor or GPU."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:
@@ -66,7 +66,7 @@ def device_name(device: str) -> str:
 
 
 def device_slug(device: str) -> str:
-    """Folder name such as ``cpu-amd-epyc-2c`` or ``cuda-nvidia-h200``."""
+    """Return a folder name such as ``cpu-amd-epyc-2c`` or ``cuda-nvidia-h200``."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
     cores = f"-{len(os.sched_getaffinity(0))}c" if device == "cpu" else ""
     return f"{device}-{name}{cores}"
@@ -93,7 +93,7 @@ def _instruction_set(device: str) -> str:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What every record of a run has in common: tree, machine, versions."""
+    """Return what every record of a run has in common: tree, machine, versions."""
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         try:

@@ -1,4 +1,4 @@
-"""Small shards of every layout, written where a test wants them."""
+"""Writers of small shards in every layout."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ ENCODING = TextEncoding(
 
 
 def builder(kind: str = "interleaved", **changes: Any) -> SampleBuilder:
-    """Deterministic unless told otherwise: previous image, no leading space, 8 pixel pictures."""
+    """Return a builder without randomness: previous image, no leading space, 8 pixel pictures."""
     options = {"p_next": 0.0, "leading_space": 0.0, "frames": 3, **changes}
     return SampleBuilder(kind, ENCODING, ImagePreparation(8), **options)
 
 
 def picture_bytes(shade: int = 0, frames: int = 1) -> bytes:
-    """A picture of one grey; an animated GIF of growing greys for more frames."""
+    """Return a PNG of one grey or, for several frames, a GIF of increasing greys."""
     from PIL import Image
 
     images = [Image.new("L", (8, 8), shade + 40 * i) for i in range(frames)]
@@ -45,6 +45,7 @@ def picture_bytes(shade: int = 0, frames: int = 1) -> bytes:
 
 
 def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> str:
+    """Write a tar file of the members; return its path."""
     with tarfile.open(path, mode) as archive:
         for name, data in members.items():
             info = tarfile.TarInfo(name)
@@ -54,12 +55,13 @@ def write_tar(path: Path, members: dict[str, bytes], mode: str = "w") -> str:
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> str:
+    """Write the records as JSON lines; return the path."""
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return str(path)
 
 
 def numbered_pairs(folder: Path, shards: int, records: int) -> list[str]:
-    """Tar shards of pairs whose text is their number, "shard.record"."""
+    """Write tar shards of pairs whose text is "shard.record"; return their paths."""
     return [
         write_tar(
             folder / f"{shard}.tar",
@@ -77,7 +79,7 @@ def numbered_pairs(folder: Path, shards: int, records: int) -> list[str]:
 
 
 def shade(tensor: Any) -> int:
-    """The grey of a prepared picture or frame."""
+    """Return the grey of a prepared picture or frame."""
     from flamingo_kernels.data.images import IMAGE_MEAN, IMAGE_STD
 
     return round(float(tensor.flatten()[0] * np.float32(IMAGE_STD[0]) + IMAGE_MEAN[0]) * 255)

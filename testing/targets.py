@@ -1,4 +1,4 @@
-"""Where and in which precisions the kernel tests run: the interpreter, or a GPU if there is one."""
+"""The devices and dtypes of the kernel tests: Triton's interpreter, or a GPU if there is one."""
 
 from __future__ import annotations
 

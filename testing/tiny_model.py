@@ -13,7 +13,7 @@ TINY = FlamingoConfig.from_name("tiny")
 
 
 def make_model(kernel: str = "auto", *, open_gates: bool = True, **cross: object) -> FlamingoModel:
-    """The tiny model with random weights; ``cross`` changes its cross-attention config."""
+    """Build the tiny model with random weights; ``cross`` changes its cross-attention config."""
     torch.manual_seed(0)
     config = replace(TINY, cross_attention=replace(TINY.cross_attention, **cross))
     model = FlamingoModel(config, kernel)
@@ -26,6 +26,7 @@ def make_model(kernel: str = "auto", *, open_gates: bool = True, **cross: object
 
 
 def open_gates_of(model: FlamingoModel) -> None:
+    """Set the gates to random values from torch's global generator."""
     for name, parameter in model.trainable_parameters().items():
         if name.endswith("_gate"):
             parameter.data.uniform_(0.5, 1.0)
@@ -33,7 +34,7 @@ def open_gates_of(model: FlamingoModel) -> None:
 
 @dataclass
 class Batch:
-    """Arguments of a forward, padded and poisoned with NaN."""
+    """Arguments of a forward, with padding and with NaN in unused image slots."""
 
     input_ids: Tensor
     pixel_values: Tensor
@@ -42,6 +43,7 @@ class Batch:
     rows: list[list[int]]
 
     def arguments(self) -> dict[str, Tensor]:
+        """Return the keyword arguments of the whole batch."""
         return {
             "input_ids": self.input_ids,
             "pixel_values": self.pixel_values,
@@ -50,17 +52,18 @@ class Batch:
         }
 
     def alone(self, row: int) -> dict[str, Tensor]:
-        """Row ``row`` without padding or spare slots."""
+        """Return the arguments of one row without padding or spare slots."""
         count = int(self.num_images[row])
         ids = torch.tensor([self.rows[row]])
         return {"input_ids": ids, "pixel_values": self.pixel_values[row : row + 1, :count]}
 
     def positions(self, row: int) -> Tensor:
+        """Return the indices of a row's tokens in the padded batch."""
         return self.attention_mask[row].nonzero()[:, 0]
 
 
 def ragged_batch(side: str = "right", counts: tuple[int, ...] = (0, 1, 5), seed: int = 0) -> Batch:
-    """Rows with 0, 1 and 5 images and 9, 14, 23 tokens; unused image slots hold NaN."""
+    """Build rows of 9, 14 and 23 tokens with ``counts`` images; unused image slots hold NaN."""
     generator = torch.Generator().manual_seed(seed)
     lengths = [9, 14, 23][: len(counts)]
     rows = []

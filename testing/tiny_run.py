@@ -16,7 +16,7 @@ from testing.shard_files import numbered_pairs, picture_bytes, write_lines
 
 @pytest.fixture
 def values(tmp_path: Path) -> dict[str, Any]:
-    """A configuration as YAML gives it: pages in JSON lines, pairs in tar shards."""
+    """A configuration as read from YAML: pages in JSON lines, pairs in tar shards."""
     pytest.importorskip("PIL.Image")
     for name in range(4):
         (tmp_path / f"{name}.png").write_bytes(picture_bytes(60 * name))
@@ -55,6 +55,7 @@ def values(tmp_path: Path) -> dict[str, Any]:
 
 
 def make_trainer(values: dict[str, Any], model_seed: int = 0) -> Trainer:
+    """Build a trainer of the tiny model for a configuration."""
     config = TrainConfig.from_dict(values)
     torch.manual_seed(model_seed)
     model = FlamingoModel(FlamingoConfig.from_name("tiny"))

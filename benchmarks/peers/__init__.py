@@ -1,7 +1,8 @@
-"""Who is measured. A peer is a function ``setup(problem) -> Implementation``.
+"""The implementations that are measured, ours and the baselines.
 
-A peer that cannot run a problem raises :class:`UnavailableError` with the reason, which the report
-shows; any other error while setting up or checking is shown as the reason as well.
+A peer is a function ``setup(problem) -> Implementation``. Where it cannot run a problem it raises
+:class:`UnavailableError` with the reason, which the report shows. The report also shows any other
+error of the setup or the check as the reason.
 """
 
 from __future__ import annotations
@@ -29,23 +30,23 @@ class Implementation:
     Attributes
     ----------
     forward : callable
-        The measured call; records a graph when grad mode is on.
+        The measured call; it records a graph when grad mode is on.
     leaves : dict
         Tensors that the backward gives gradients for.
     backend : str
-        What really runs, as far as it can be found out.
+        What really runs, as far as that can be found out.
     no_backward : str
-        Why there is no backward; empty if there is one.
+        Why there is no backward; empty where there is one.
     prepare : callable, optional
-        Work done once per step rather than per layer (a block mask); measured apart.
+        Work that is done once per step rather than per layer (a block mask); timed apart.
     before : callable, optional
         Runs untimed before every forward.
     rename : callable, optional
-        Gradients by the names of ``leaves`` -> by the names of the problem, for the gate only.
+        Names gradients as the problem does rather than as ``leaves`` does, for the gate only.
     exact : callable, optional
-        The gate's truth where this peer computes another function than the reference.
+        The gate's truth, where this peer computes another function than the reference.
     ours : bool
-        One of this library's kernels: held to its own budget.
+        Whether it is this library's, and so held to the test suite's budget.
     """
 
     forward: Callable[[], Tensor]
@@ -59,11 +60,11 @@ class Implementation:
     ours: bool = False
 
     def backward(self, out: Tensor, seed: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Gradients of the leaves; frees the graph."""
+        """Return the gradients of the leaves, and free the graph."""
         return torch.autograd.grad(out, tuple(self.leaves.values()), seed, allow_unused=True)
 
     def results(self, problem: Problem) -> Leaves:
-        """``out`` and, where there is a backward, all gradients."""
+        """Return ``out`` and, where there is a backward, all gradients."""
         if self.before:
             self.before()
         if self.no_backward or not problem.case.training:
@@ -123,14 +124,14 @@ def peer(name: str, description: str, *ops: str, **options: Any) -> Callable:
 
 @functools.cache
 def load_all() -> dict[str, Peer]:
-    """All peers by name, the library's own first."""
+    """Return all peers by name, the library's own first."""
     for module in _MODULES:
         importlib.import_module(f"benchmarks.peers.{module}")
     return REGISTRY
 
 
 def peers_for(op: str, device: str, names: list[str] | None = None) -> list[Peer]:
-    """Peers of an op on a kind of device; ValueError for an unknown name."""
+    """Return the peers of an op on a kind of device; an unknown name is a ValueError."""
     known = load_all()
     unknown = sorted(set(names or ()) - set(known))
     if unknown:
@@ -143,7 +144,7 @@ def peers_for(op: str, device: str, names: list[str] | None = None) -> list[Peer
 
 
 def require(module: str, package: str | None = None) -> Any:
-    """Import an optional package or say that it is missing."""
+    """Import an optional package, or raise :class:`UnavailableError`."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Peers on whole key sets: OpenFlamingo's code, flamingo-pytorch, SDPA, FlexAttention."""
+"""Peers on the keys of all images: OpenFlamingo, flamingo-pytorch, SDPA, FlexAttention."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _BACKENDS = {
 
 
 def compiled(function: Callable) -> Callable:
-    """A fresh ``torch.compile`` of ``function`` for exactly these shapes."""
+    """Compile ``function`` for exactly the shapes that it is called with."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def helpers() -> object:
-    """OpenFlamingo's own module code."""
+    """Return the module with OpenFlamingo's blocks."""
     try:
         return open_flamingo_helpers()
     except Exception as error:
@@ -41,7 +41,7 @@ def helpers() -> object:
 
 
 def _bare(module: nn.Module) -> nn.Module:
-    """Their attention without norm and projections: it then maps q and [k | v] to the output."""
+    """Strip norm and projections, so that the module maps q and [k | v] to the output."""
     module.norm = module.to_q = module.to_kv = module.to_out = nn.Identity()
     return module
 
@@ -91,7 +91,7 @@ def _open_flamingo(compile: bool, problem: Problem) -> Implementation:
 
 
 def _open_flamingo_latent(compile: bool, problem: Problem) -> Implementation:
-    """The formula of OpenFlamingo's PerceiverAttention; its projections cannot be cut out."""
+    """Repeat the formula of OpenFlamingo's PerceiverAttention, whose projections cannot be cut."""
     scale = problem.case.shape.head_dim**-0.5
 
     def attention(leaves: Leaves) -> Tensor:
@@ -140,13 +140,13 @@ def _flamingo_pytorch(problem: Problem) -> Implementation:
 
 
 def _sdpa(backend: str, problem: Problem) -> Implementation:
-    """Boolean mask over all keys, made once per step."""
+    """Attend over all keys with a boolean mask that is made once per step."""
     shape, leaves = problem.case.shape, problem.leaves
 
     def mask() -> tuple[Tensor, Tensor | None]:
         visible = problem.fixed["spans"].visible(shape.images)
         nothing = ~visible.any(-1)
-        # A fully masked softmax row is NaN: let it see everything, then drop it.
+        # A fully masked softmax row is NaN, so it sees everything and is dropped afterwards.
         allowed = visible | nothing[..., None]
         allowed = allowed.repeat_interleave(shape.latents, dim=-1)[:, None]
         return allowed, nothing[..., None, None] if bool(nothing.any()) else None
@@ -169,7 +169,7 @@ def _sdpa(backend: str, problem: Problem) -> Implementation:
 
 
 def sdpa_choice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:
-    """The backend that SDPA picks for these tensors."""
+    """Name the backend that SDPA picks for these tensors."""
     try:
         return SDPBackend(torch._fused_sdp_choice(q, k, v, mask)).name.lower()
     except Exception as error:
@@ -211,7 +211,7 @@ def _sdpa_concat(problem: Problem) -> Implementation:
 
 
 def _flex(block_size: tuple[int, int] | None, problem: Problem) -> Implementation:
-    """FlexAttention with a block mask made once per step."""
+    """Attend by FlexAttention with a block mask that is made once per step."""
     flex = require("torch.nn.attention.flex_attention")
     shape, leaves, spans = problem.case.shape, problem.leaves, problem.fixed["spans"]
     latents, first, last = shape.latents, spans.first, spans.last

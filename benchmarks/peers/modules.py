@@ -1,4 +1,4 @@
-"""Blocks and resamplers: ours, OpenFlamingo's, flamingo-pytorch's, Hugging Face's, stock MHA."""
+"""Blocks and resamplers: ours and those of other packages."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _ours(kernel: str, problem: Problem) -> Implementation:
     def forward() -> Tensor:
         if cached is not None:
             return module(leaves["x"], spans=spans, media_kv=cached)
-        # The model masks unseen slots once per forward, not once per block.
+        # The model masks unseen slots once per forward, so the block does not.
         return module(leaves["x"], spans=spans, media_kv=module.project_media(leaves["media"]))
 
     return Implementation(
@@ -191,7 +191,7 @@ def _idefics() -> tuple:
 
 
 def _own_truth(problem: Problem, module: nn.Module, call) -> gate.Truth:
-    """Their own code in fp64: Idefics computes another function (RMSNorm, SwiGLU or ReLU)."""
+    """Run their own code in fp64, because Idefics computes another function."""
     copies = []
     for dtype in (torch.float64, problem.dtype):
         twin = copy.deepcopy(module).to(dtype)
@@ -217,10 +217,6 @@ def _own_truth(problem: Problem, module: nn.Module, call) -> gate.Truth:
     RESAMPLER,
 )
 def _hf_idefics(problem: Problem) -> Implementation:
-    """IdeficsGatedCrossAttentionLayer, or IdeficsPerceiverResampler; as wide and as many weights.
-
-    The layer has RMSNorm and SwiGLU, the resampler ReLU, so their own fp64 run is the truth.
-    """
     modeling, perceiver, configuration = _idefics()
     shape = problem.case.shape
     if problem.case.op == RESAMPLER:

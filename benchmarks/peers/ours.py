@@ -1,4 +1,4 @@
-"""This library's kernels: the ops through the public functions, and what ``auto`` takes."""
+"""This library's ops, through the public functions."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _setup(kernel: str, problem: Problem) -> Implementation:
 
 
 def backend(kernel: str) -> str:
-    """The kernel, and for the native library the instruction set it runs."""
+    """Name the kernel, and for the native library its instruction set."""
     if kernel != "cpp":
         return kernel
     from flamingo_kernels._cpp import library
@@ -55,7 +55,7 @@ def backend(kernel: str) -> str:
 
 
 def kernels_used(kernel: str, problem: Problem) -> str:
-    """Which kernels a module runs: for ``auto``, what it takes for each op."""
+    """Name the kernels that a module runs: for ``auto``, the choice for each op."""
     if kernel != "auto":
         return backend(kernel)
     call = dispatch.Call(problem.device.type, problem.dtype, problem.case.training)
@@ -77,7 +77,7 @@ KERNELS = {
 def register(
     kind: str, what: str, setup: Callable[[str, Problem], Implementation], *ops: str, auto: bool
 ) -> None:
-    """Register ``<kind>-<kernel>`` for every kernel; ``what`` they are in their descriptions."""
+    """Register ``<kind>-<kernel>`` for every kernel; ``what`` begins their descriptions."""
     for kernel, meaning in KERNELS.items():
         if kernel != "auto" or auto:
             description = f'{what} with `kernel="{kernel}"`: {meaning}.'

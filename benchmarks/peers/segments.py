@@ -1,4 +1,4 @@
-"""Peers on segments: runs of tokens that see one range of images, attended one by one or packed."""
+"""Peers on segments, which are runs of tokens that see one range of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.problems import Problem
 
 
 class Segment(NamedTuple):
-    """Tokens ``start..stop-1`` of a row see images ``first..last``, none if ``first > last``."""
+    """Tokens ``start..stop-1`` of a row, which see images ``first..last`` or none."""
 
     row: int
     start: int
@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 
 
 def segments(problem: Problem) -> list[Segment]:
-    """The runs of equal ranges, row by row; reads the device once."""
+    """Return the runs of equal ranges, row by row; this reads the device once."""
     spans = problem.fixed["spans"]
     found = []
     table = torch.stack((spans.first, spans.last), -1).tolist()
@@ -40,7 +40,7 @@ def segments(problem: Problem) -> list[Segment]:
 
 
 def _equal(problem: Problem, found: list[Segment]) -> bool:
-    """Every image is seen by as many tokens, in order: a plain reshape makes it a batch."""
+    """Say whether equally many tokens see each image, in order: then a reshape makes a batch."""
     shape = problem.case.shape
     each = [(s.row, s.first, s.last, s.stop - s.start) for s in found]
     length = shape.tokens // shape.images
@@ -52,7 +52,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _per_segment(problem: Problem, attention: Attention, backend: str) -> Implementation:
-    """``attention`` on [N, T, H, D], [N, K, H, D]: one batch of equal segments, or a loop."""
+    """Run ``attention`` on [N, T, H, D], [N, K, H, D]: as one batch if possible, or in a loop."""
     found = segments(problem)
     leaves, shape = problem.leaves, problem.case.shape
 
@@ -123,7 +123,7 @@ class Packed(NamedTuple):
 
 
 def packed(problem: Problem) -> Packed:
-    """One sequence per image in slot order, and one without keys for text before the first."""
+    """Pack one sequence per image in slot order, and text before the first without keys."""
     shape = problem.case.shape
     if shape.attend != "last" or shape.layout == "decode":
         raise UnavailableError("packed sequences need disjoint segments: attend mode last, T > 1")

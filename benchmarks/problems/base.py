@@ -17,7 +17,7 @@ Leaves = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that has to be moved and computed, in bytes and in floating point operations."""
+    """The least bytes to move and floating-point operations to compute."""
 
     forward_bytes: float = 0.0
     backward_bytes: float = 0.0
@@ -25,7 +25,7 @@ class Cost:
     backward_flops: float = 0.0
 
     def of(self, phase: str) -> tuple[float, float]:
-        """(bytes, flops) of ``forward``, ``backward`` or ``forward_backward``."""
+        """Return (bytes, operations) of ``forward``, ``backward`` or ``forward_backward``."""
         forward = (self.forward_bytes, self.forward_flops)
         backward = (self.backward_bytes, self.backward_flops)
         both = (forward[0] + backward[0], forward[1] + backward[1])
@@ -34,22 +34,22 @@ class Cost:
 
 @dataclass
 class Problem:
-    """Everything a peer needs, and everything the gate needs.
+    """Everything that a peer and the gate need.
 
     Attributes
     ----------
     leaves : dict
-        Tensors that require grad; inputs, and for modules parameters by their state-dict names.
+        Tensors that require grad: inputs, and the parameters of modules by state-dict name.
     fixed : dict
-        What gets no gradient: spans, locations, modules to copy.
+        What gets no gradient: spans, locations, options, weights to copy.
     seed : Tensor
         Gradient of the output.
     exact, plain : callable
-        Leaves -> output: the reference (called with fp64 leaves), and PyTorch in the case's dtype.
+        Leaves -> output: the reference (with fp64 leaves), and plain PyTorch in the case's dtype.
     terms : dict
         Largest terms summed in ``out`` and in the gradient of each leaf, see ``testing.budgets``.
     strict : bool
-        Whether the project's own budget holds for the library's kernels; modules chain many ops
+        Whether this library's kernels must keep the test suite's budget. Modules chain many ops
         and get the looser bound of the peers.
     tokens : int
         Text tokens of one call, for tokens per second.
@@ -70,7 +70,7 @@ class Problem:
 
 
 def media_locations(shape: MediaShape) -> Tensor:
-    """bool [B, T], True at <image> tokens; for ``decode`` [B, I] of the history, all True."""
+    """Return bool [B, T], True at <image> tokens; for ``decode``, [B, I] of the history."""
     batch, tokens, images = shape.batch, shape.tokens, shape.images
     if shape.layout == "decode":
         return torch.ones(batch, images, dtype=torch.bool)
@@ -87,10 +87,11 @@ def media_locations(shape: MediaShape) -> Tensor:
 
 
 def media_spans(shape: MediaShape, locations: Tensor) -> MediaSpans:
+    """Return the ranges of a shape; for ``decode``, that of the newest token alone."""
     spans = MediaSpans.from_media_locations(locations, shape.attend)
     return spans.newest(1) if shape.layout == "decode" else spans
 
 
 def seen_pairs(spans: MediaSpans, images: int) -> int:
-    """Number of (token, image) pairs that attention is computed for."""
+    """Count the (token, image) pairs for which attention is computed."""
     return int(spans.visible(images).sum())

@@ -15,7 +15,7 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 
 
 def model_config(name: str) -> FlamingoConfig:
-    """``tiny`` of the package, or ``medium``: the same parts, 512 wide and 8 deep."""
+    """Return the package's ``tiny``, or ``medium``: the same parts, 512 wide and 8 deep."""
     config = FlamingoConfig.from_name("tiny")
     if name == "tiny":
         return config
@@ -30,7 +30,7 @@ def model_config(name: str) -> FlamingoConfig:
 
 
 def make_model(problem: Problem, kernel: str) -> FlamingoModel:
-    """A model with the problem's weights."""
+    """Build a model with the problem's weights."""
     model = FlamingoModel(problem.fixed["config"], kernel)
     model.load_state_dict(problem.fixed["state"])
     return model.to(problem.dtype).to(problem.device)
@@ -72,7 +72,7 @@ def _reference_model(problem: Problem) -> nn.Module:
 
 
 def _model_training(case: Case, device: torch.device) -> Problem:
-    """Loss and gradients of the trainable parameters; no optimiser step."""
+    """Return loss and gradients of the trainable parameters, without an optimiser step."""
     problem = _model(case, device)
     problem.leaves = {
         name: leaf.detach().clone()
@@ -91,7 +91,7 @@ def _model_training(case: Case, device: torch.device) -> Problem:
 
 
 def _model_decode(case: Case, device: torch.device) -> Problem:
-    """The step that extends the prompt by its last token; exact recomputes the whole prompt."""
+    """Extend the prompt by its last token; ``exact`` recomputes the whole prompt."""
     problem = _model(case, device)
     ids, pixels = problem.fixed["input_ids"], problem.fixed["pixel_values"]
     problem.exact = lambda leaves: _reference_model(problem)(ids, pixels.double()).logits[:, -1:]

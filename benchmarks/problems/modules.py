@@ -31,17 +31,17 @@ PARAMETERS = "parameters."  # prefix of parameter names among the leaves
 
 
 def parameters_of(module: nn.Module) -> Leaves:
-    """Trainable parameters under the names they have among the leaves of a problem."""
+    """Return the trainable parameters, named as among the leaves of a problem."""
     return {PARAMETERS + name: p for name, p in module.named_parameters() if p.requires_grad}
 
 
 def parameters_in(leaves: Leaves) -> Leaves:
-    """The parameters among the leaves of a problem, under their state-dict names."""
+    """Return the parameters among the leaves of a problem, under their state-dict names."""
     return {n.removeprefix(PARAMETERS): t for n, t in leaves.items() if n.startswith(PARAMETERS)}
 
 
 def load_parameters(module: nn.Module, problem: Problem) -> nn.Module:
-    """``module`` with the problem's weights, dtype and device; only block and resampler."""
+    """Give ``module``, a block or resampler, the problem's weights, dtype and device."""
     module = module.to(problem.dtype).to(problem.device)
     state = {name: leaf.detach() for name, leaf in parameters_in(problem.leaves).items()}
     module.load_state_dict(state, strict=True)
@@ -49,7 +49,7 @@ def load_parameters(module: nn.Module, problem: Problem) -> nn.Module:
 
 
 def randomise(module: nn.Module) -> nn.Module:
-    """Weights of unit gain, open gates."""
+    """Draw weights of unit gain, and open the gates."""
     for name, parameter in module.named_parameters():
         if name.endswith("gate"):
             parameter.data.fill_(0.5)
@@ -59,7 +59,7 @@ def randomise(module: nn.Module) -> nn.Module:
 
 
 def functional(module: nn.Module, call: Callable[..., Tensor]) -> Callable[[Leaves], Tensor]:
-    """Leaves -> output of ``call(module, leaves)`` with the leaves' parameters put in."""
+    """Return leaves -> ``call(module, leaves)``, run with the parameters among the leaves."""
 
     def function(leaves: Leaves) -> Tensor:
         parameters = {f"module.{n}": p for n, p in parameters_in(leaves).items()}
@@ -117,7 +117,7 @@ def _block(case: Case, device: torch.device) -> Problem:
 
 
 def _block_cost(shape: BlockShape, dtype: torch.dtype, pairs: int) -> Cost:
-    """Weights and activations once; in decoding keys and values are read, not projected."""
+    """Count weights and activations once; decoding reads keys and values, and projects none."""
     media, size = shape.media, dtype.itemsize
     inner = media.heads * media.head_dim
     tokens = media.batch * media.tokens

@@ -20,7 +20,7 @@ from testing.budgets import attention_terms
 
 
 def textbook_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """q [B,T,H,D], k, v [B,K,H,D], visible bool [B,T,K] -> [B,T,H,D], everything in their dtype."""
+    """Attend with q [B,T,H,D], k, v [B,K,H,D], visible bool [B,T,K], all in the given dtype."""
     scores = torch.einsum("bthd,bkhd->bhtk", q, k) * q.shape[-1] ** -0.5
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None], float("-inf"))
@@ -36,7 +36,7 @@ def _media(case: Case, device: torch.device) -> Problem:
     shape: MediaShape = case.shape
     dtype = getattr(torch, case.dtype)
     rows = (shape.batch, shape.tokens, shape.heads, shape.head_dim)
-    # As in the model: views of one projection's output.
+    # Views of one projection's output, as in the model.
     fused = _randn(shape.batch, shape.images, shape.latents, 2, *rows[2:], like=(dtype, device))
     leaves = {"q": _randn(*rows, like=(dtype, device)), "k": fused[..., 0, :, :].detach()}
     leaves["v"] = fused[..., 1, :, :].detach()
@@ -60,7 +60,7 @@ def _media(case: Case, device: torch.device) -> Problem:
     media = 2 * leaves["k"].numel() * size
     if shape.layout == "decode" and shape.attend == "last":
         media //= shape.images
-    # One matrix product of all visible scores; forward has 2, backward 5 (with recomputation).
+    # One matrix product of all visible scores: the forward has 2, the backward 5 (it recomputes).
     product = 2.0 * seen_pairs(spans, shape.images) * shape.latents * rows[2] * rows[3]
     cost = Cost(2 * text + media, 3 * text + 2 * media, 2 * product, 5 * product)
     terms = attention_terms(leaves["q"], leaves["k"], leaves["v"], shape.head_dim**-0.5, seed)
@@ -112,7 +112,7 @@ def _latent(case: Case, device: torch.device) -> Problem:
 
 
 def concatenated(leaves: Leaves) -> tuple[Tensor, Tensor]:
-    """Keys and values [N, M + L, H, D] of [features; latents]."""
+    """Return keys and values [N, M + L, H, D] of [features; latents]."""
     k = torch.cat((leaves["k_media"], leaves["k_latents"]), 1)
     return k, torch.cat((leaves["v_media"], leaves["v_latents"]), 1)
 
@@ -140,7 +140,7 @@ def _pointwise(case: Case, device: torch.device) -> Problem:
             return reference.pointwise.gated_activation(x, gate, shape.activation)
 
     seed = _randn(*x.shape, like=like)
-    # A channel's or a gate's gradient sums over rows, or over everything.
+    # A channel's gradient sums over rows, a gate's over everything.
     terms = {name: float(shape.rows**0.5) for name in ("weight", "bias")}
     terms["gate"] = float(x.numel() ** 0.5)
     return Problem(
@@ -157,7 +157,7 @@ def _pointwise(case: Case, device: torch.device) -> Problem:
 
 
 def textbook_pointwise(case: Case, leaves: Leaves) -> Tensor:
-    """The op as one writes it in PyTorch, in the dtype of the leaves."""
+    """Compute the op by its formula in PyTorch, in the dtype of the leaves."""
     functional = torch.nn.functional
     if case.op == "layer_norm":
         x, weight, bias = leaves.values()

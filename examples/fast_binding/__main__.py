@@ -1,7 +1,7 @@
 """Train everything from nothing and report: ``python -m examples.fast_binding``.
 
-Every stage that is finished is kept in the output folder and not repeated; the training of the
-bridge also continues from its newest checkpoint.
+A finished stage is kept in the output folder and not repeated. The training of the bridge also
+continues from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import torch
 
 from examples.fast_binding.experiment import QUICK, Experiment, Sizes
 
-if __name__ == "__main__":
+
+def main() -> None:
+    """Run the experiment that the command line asks for."""
     parser = argparse.ArgumentParser(prog="python -m examples.fast_binding", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("fast_binding_output"))
     parser.add_argument("--quick", action="store_true", help="a few steps of everything, to try it")
@@ -25,3 +27,7 @@ if __name__ == "__main__":
         Experiment(options.output / "quick", QUICK, options.device).run()
     else:
         Experiment(options.output, Sizes(), options.device).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,7 @@
 """Training documents: pictures with names bound within a document, and pictures with captions.
 
-``<BOS><image>dax<EOC><image>wug<EOC>...``, and ``<BOS><image>kib<EOC>``: a caption says, by one of
-nine fixed names, where in the picture most ink is.
+An interleaved document is ``<BOS><image>dax<EOC><image>wug<EOC>...``. A pair is
+``<BOS><image>kib<EOC>``: one of nine fixed names says in which part of the picture most ink is.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ _CELL_NAMES = np.random.default_rng(3).choice(TRAINING_NAMES, _GRID**2, replace=
 
 @dataclass(frozen=True)
 class Gallery:
-    """Pictures of one kind by class.
+    """Pictures of one kind, by class.
 
     Attributes
     ----------
-    features : [classes, drawings, S, D], what the frozen vision encoder makes of them.
-    inkiest : int64 [classes, drawings], the cell of a 3 x 3 grid that is brightest.
+    features : Tensor
+        [classes, drawings, S, D], the features that the frozen vision encoder computes.
+    inkiest : Tensor
+        int64 [classes, drawings], the brightest cell of a 3 x 3 grid.
     """
 
     features: Tensor
@@ -41,16 +43,16 @@ class Gallery:
 
     @classmethod
     def of(cls, encoder: NFNet, pictures: Tensor) -> Gallery:
-        """Of pictures [classes, drawings, H, W] in 0..1."""
+        """Encode pictures [classes, drawings, H, W] in 0..1."""
         ink = F.adaptive_avg_pool2d(pictures, _GRID)
         return cls(features_of(encoder, pictures), ink.flatten(2).argmax(2))
 
     def draw_classes(self, generator: np.random.Generator, count: int) -> np.ndarray:
-        """Numbers [count] of different classes."""
+        """Return the numbers [count] of different classes."""
         return generator.choice(len(self.features), count, replace=False)
 
     def draw(self, generator: np.random.Generator, classes: np.ndarray) -> Tensor:
-        """Features [N, 1, S, D] of pictures of these ``classes`` [N], none of them twice."""
+        """Return features [N, 1, S, D] of pictures of the ``classes`` [N], without repetition."""
         chosen = np.empty_like(classes)
         for number in np.unique(classes):
             places = classes == number
@@ -61,7 +63,10 @@ class Gallery:
 def interleaved(
     galleries: Sequence[Gallery], rows: int, generator: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Documents of five pictures of two or three classes; ``galleries`` are glyphs and digits."""
+    """Draw documents of five pictures of two or three classes.
+
+    ``galleries`` are those of the glyphs and of the digits.
+    """
     ways = int(generator.integers(2, 4))
     names, features = [], []
     for kind in _kinds(generator, rows):
@@ -75,7 +80,7 @@ def interleaved(
 def pairs(
     galleries: Sequence[Gallery], rows: int, generator: np.random.Generator
 ) -> dict[str, Tensor]:
-    """Pictures with captions."""
+    """Draw pictures with captions; ``galleries`` as for :func:`interleaved`."""
     cells, features = [], []
     for kind in _kinds(generator, rows):
         gallery = galleries[kind]
@@ -90,7 +95,7 @@ def _kinds(generator: np.random.Generator, rows: int) -> np.ndarray:
 
 
 def _batch(names: np.ndarray, features: Tensor) -> dict[str, Tensor]:
-    """Arguments of ``FlamingoModel.forward``: chunks ``<image>name<EOC>`` of names [B, N, 3]."""
+    """Return arguments of ``FlamingoModel.forward``: ``<image>name<EOC>`` of names [B, N, 3]."""
     ids = bound_chunks(np.full(names.shape[:2], TOKENS.image_token_id), names)
     return {
         "input_ids": ids,
@@ -102,9 +107,9 @@ def _batch(names: np.ndarray, features: Tensor) -> dict[str, Tensor]:
 
 
 class DrawnBatches:
-    """Batches made on the spot, what ``Trainer`` takes a ``BatchLoader`` for.
+    """Batches that are drawn when asked for; ``Trainer`` takes them in place of a ``BatchLoader``.
 
-    Batch n is drawn from the seed and n, so that n is the whole position.
+    Batch n depends on the seed and n alone, so the position is n.
     """
 
     def __init__(self, draw: Callable[[np.random.Generator], dict[str, Tensor]], seed: int) -> None:
@@ -113,7 +118,7 @@ class DrawnBatches:
 
     @property
     def keys(self) -> list[str]:
-        """Name of the last batch."""
+        """Name of the last batch, for error messages."""
         return [f"batch {self.position - 1} of seed {self.seed}"]
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ _Z = 1.96  # of a 95 % interval
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``right`` of ``episodes``, with the bounds of Wilson's 95 % interval."""
+    """The share ``right`` of ``episodes``, with Wilson's 95 % interval."""
 
     right: int
     episodes: int
@@ -45,14 +45,18 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Questions that share their names: which of ``names`` is the last picture called?
+    """Questions that share their names: which of ``names`` belongs to the last picture?
 
     Attributes
     ----------
-    names : int64 [ways, 3].
-    input_ids : [B, T], ending where the answer begins.
-    features : [B, I, 1, S, D].
-    answers : [B], index of the right name.
+    names : ndarray
+        int64 [ways, 3], the letters of each name.
+    input_ids : Tensor
+        [B, T], up to where the answer begins.
+    features : Tensor
+        [B, I, 1, S, D].
+    answers : ndarray
+        [B], the index of the right name.
     """
 
     names: np.ndarray
@@ -64,8 +68,9 @@ class Episodes:
 def draw_episodes(
     gallery: Gallery, ways: int, shots: int, rows: int, generator: np.random.Generator
 ) -> Episodes:
-    """``shots`` pictures of each of ``ways`` classes, and one more; in each round of ``ways``
-    pictures every class comes once, in random order.
+    """Draw ``shots`` pictures of each of ``ways`` classes, and one more that is asked for.
+
+    Each round of ``ways`` pictures shows every class once, in random order.
     """
     names = generator.choice(HELD_OUT_NAMES, ways, replace=False)
     shown, features = [], []
@@ -86,9 +91,9 @@ def draw_episodes(
 def accuracy(
     model: FlamingoModel, gallery: Gallery, ways: int, shots: int, episodes: int, seed: int
 ) -> Accuracy:
-    """How often the right one of the names in the prompt is the likeliest answer.
+    """Measure how often the right one of the names in the prompt is the likeliest answer.
 
-    ``shots`` are examples per class: the prompt holds ``ways * shots`` of them.
+    ``shots`` counts examples per class: the prompt holds ``ways * shots`` of them.
     """
     device = model.perceiver.latents.device
     tokens = ways * CHUNK_TOKENS * (ways * shots + 1)
@@ -104,7 +109,7 @@ def accuracy(
 
 
 def class_means(gallery: Gallery, ways: int, shots: int, episodes: int, seed: int) -> Accuracy:
-    """The same of a rule without a language model: the class whose mean feature is nearest.
+    """Measure a rule without a language model: take the class whose mean feature is nearest.
 
     Features are averaged over positions and compared by cosine.
     """

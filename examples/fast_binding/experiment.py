@@ -1,4 +1,4 @@
-"""The stages: what each trains or measures is kept in the output folder and not made twice."""
+"""The stages of the experiment; finished ones are kept in the output folder and not repeated."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from testing.provenance import environment
 SEED = 0
 WAYS = (2, 5)
 Cell = tuple[int, int]  # ways, examples per class
-# What ablations are compared at.
+# The cells at which ablations are compared.
 COMPARED: tuple[Cell, ...] = ((2, 1), (2, 4), (2, 16), (5, 4))
 HELD_OUT = ("glyphs", "digits")
 BATCH_SIZE = 32
-# The paper's lambda for M3W; its 0.2 for pairs makes captions come first and binding late here.
+# The paper's lambda for M3W. Its 0.2 for pairs makes captions come first and binding late here.
 WEIGHTS = {"documents": 1.0, "pairs": 0.03}
-# What the loss on text is measured on.
+# The documents on which the loss on text is measured.
 TEXT = Documents(most_things=6, tokens=161, rows=64)
 _PROCESSES = 2
 OPTIMIZER = OptimizerSection(lr=3e-3, gate_lr=3e-2, warmup_steps=100)
@@ -53,7 +53,7 @@ OPTIMIZER = OptimizerSection(lr=3e-3, gate_lr=3e-2, warmup_steps=100)
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything; ``updates`` is a multiple of ``ablation_updates``."""
+    """Numbers of classes, updates and episodes; ``ablation_updates`` divides ``updates``."""
 
     glyphs: int = 1200
     drawings: int = 10
@@ -77,13 +77,13 @@ QUICK = Sizes(
 
 
 class Experiment:
-    """All stages; what they make is in ``output``. Models are trained on ``device``."""
+    """All stages, which write to the folder ``output`` and train models on ``device``."""
 
     def __init__(self, output: Path, sizes: Sizes, device: str = "cpu") -> None:
         self.output, self.sizes, self.device = output, sizes, device
 
     def run(self) -> None:
-        """Every stage that is not done yet, and the report."""
+        """Run every stage that is not finished, and write the report."""
         (self.output / "stages").mkdir(parents=True, exist_ok=True)
         self._stage("pictures", self._pictures)
         self._together([("_vision",), ("_language",)])
@@ -91,7 +91,7 @@ class Experiment:
         report.write(self.output)
 
     def _together(self, jobs: Sequence[Sequence[str]]) -> None:
-        """Methods and their arguments, each in a process with one thread.
+        """Run methods with their arguments, each in a process with one thread.
 
         Models this small would leave a second thread of one process idle.
         """
@@ -134,7 +134,7 @@ class Experiment:
         return []
 
     def _parts(self) -> tuple[NFNet, Decoder, dict[str, Gallery]]:
-        """The frozen parts, and the pictures as the encoder sees them."""
+        """Load the frozen parts, and encode the pictures."""
         encoder, language_model = NFNet(vision.CONFIG), Decoder(text.CONFIG)
         encoder.load_state_dict(load_file(self._file("vision")))
         language_model.load_state_dict(load_file(self._file("language")))
@@ -174,7 +174,7 @@ class Experiment:
         galleries: dict[str, Gallery],
         updates: int,
     ) -> None:
-        """Train ``model``, continue, or load what is trained."""
+        """Train ``model``: from the start, from its newest checkpoint, or load the finished one."""
         kinds = {
             "documents": ("interleaved", documents.interleaved),
             "pairs": ("pairs", documents.pairs),
@@ -230,7 +230,7 @@ class Experiment:
         return _each(of, galleries, [(w, shots) for w in WAYS for shots in SHOTS if shots])
 
     def _stage(self, name: str, make: Callable[[], list[dict[str, Any]]]) -> None:
-        """Keep the lines that ``make`` gives and how long it took, unless they are there."""
+        """Write the lines that ``make`` returns and its time, unless the stage is finished."""
         path = self.output / "stages" / f"{name}.json"
         if path.exists():
             return
@@ -248,7 +248,7 @@ def _each(
     galleries: dict[str, Gallery],
     cells: Sequence[Cell],
 ) -> list[dict[str, Any]]:
-    """A line for each held-out kind and cell."""
+    """Measure each held-out kind at each cell; return one line for each."""
     lines = []
     cases = [(kind, *cell) for kind in HELD_OUT for cell in cells]
     progress = Progress("accuracy", len(cases))
@@ -262,7 +262,7 @@ def _each(
 
 @torch.no_grad()
 def _text_loss(model: FlamingoModel) -> dict[str, float]:
-    """On documents without a picture: the language model alone, and with what was added."""
+    """Return the loss on documents without a picture, without and with the gated layers."""
     ids = TEXT.draw(np.random.default_rng(SEED)).to(model.perceiver.latents.device)
     alone = next_token_loss(model.language_model(ids).logits, ids)
     return {"alone": alone.item(), "added": model(ids, labels=ids).loss.item()}
@@ -274,7 +274,7 @@ def _run_job(experiment: Experiment, method: str, *arguments: str) -> None:
 
 
 class _Lines(io.TextIOBase):
-    """Standard error of one of several processes: whole lines that begin with its name."""
+    """Standard error of one of several processes: whole lines, prefixed with its name."""
 
     def __init__(self, name: str) -> None:
         self._name, self._rest = name, ""

@@ -1,7 +1,7 @@
 """Pictures: glyphs drawn from random strokes, and scikit-learn's handwritten digits.
 
-A glyph class is a few curved strokes; each drawing of it moves their control points, the whole
-glyph (affine) and the pen. Classes are told apart by number alone, so that any of them can be drawn
+A glyph class is a few curved strokes. Each drawing of it moves their control points, transforms the
+glyph (affine) and changes the pen's width. A class is known by its number alone, so it can be drawn
 again without a file.
 """
 
@@ -18,8 +18,8 @@ from torch import Tensor
 SIZE = 32
 HELD_OUT_DIGITS = (1, 3, 5, 7, 9)
 TRAINING_DIGITS = tuple(set(range(10)) - set(HELD_OUT_DIGITS))
-# Digit, mirrored, quarter turns. Left out are those that look like themselves or like a held-out
-# digit, as a 6 upside down.
+# Digit, mirrored, quarter turns. Left out are turns that look like the digit itself or like a
+# held-out digit: a 6 upside down is a 9.
 _DIGIT_CLASSES = (
     *((digit, False, 0) for digit in TRAINING_DIGITS),
     *((digit, False, 1) for digit in (2, 6, 8)),
@@ -27,7 +27,7 @@ _DIGIT_CLASSES = (
     (6, False, 3),
     *((digit, True, turns) for digit in (4, 6) for turns in range(4)),
 )
-# Held-out glyph classes have numbers from here on; those of training lie below.
+# Held-out glyph classes have numbers from here on, training classes have smaller ones.
 FIRST_HELD_OUT_GLYPH = 1_000_000
 HELD_OUT_DRAWINGS = 40
 _SHEET_CLASSES, _SHEET_DRAWINGS = 4, 20
@@ -38,11 +38,11 @@ _ROWS_AT_ONCE = 500
 
 
 def _strokes(glyph: int) -> np.ndarray:
-    """Control points [strokes, 3, 2] of a glyph class, in -1..1."""
+    """Return the control points [strokes, 3, 2] of a glyph class, in -1..1."""
     draw = np.random.default_rng([7, glyph])
     count = int(draw.choice(_STROKES))
     points = draw.uniform(-0.8, 0.8, (count, 3, 2))
-    for i in range(1, count):  # a pen often goes on from where it is
+    for i in range(1, count):  # a pen often continues from where it is
         if draw.random() < 0.5:
             points[i, 0] = points[i - 1, 2]
     middle = (points[:, 0] + points[:, 2]) / 2
@@ -52,7 +52,7 @@ def _strokes(glyph: int) -> np.ndarray:
 
 
 def draw_glyphs(glyphs: np.ndarray, generator: np.random.Generator) -> Tensor:
-    """One drawing of each glyph class, [N, SIZE, SIZE] in 0..1."""
+    """Draw each glyph class once: [N, SIZE, SIZE] in 0..1."""
     count, most = len(glyphs), max(_STROKES)
     points = np.zeros((count, most, 3, 2))
     for row, glyph in enumerate(glyphs):
@@ -99,7 +99,7 @@ def _render(curve: Tensor, width: Tensor) -> Tensor:
 
 
 def _degrade(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """Some as coarse as the digits, which are 8 x 8."""
+    """Make half of the images as coarse as the digits, which are 8 x 8."""
     coarse = F.interpolate(
         F.avg_pool2d(images[:, None], 4), size=SIZE, mode="bilinear", align_corners=False
     )[:, 0]
@@ -108,9 +108,9 @@ def _degrade(images: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def digits(which: Sequence[int]) -> Tensor:
-    """Handwritten digits [classes, drawings, SIZE, SIZE] in 0..1, as many of each.
+    """Return handwritten digits [classes, drawings, SIZE, SIZE] in 0..1, equally many of each.
 
-    Enlarged from 8 x 8 as ``data.images.to_pixel_values`` does it.
+    They are enlarged from 8 x 8 as ``data.images.to_pixel_values`` does it.
     """
     from PIL import Image
     from sklearn.datasets import load_digits
@@ -128,7 +128,7 @@ def digits(which: Sequence[int]) -> Tensor:
 
 
 def training_digits() -> Tensor:
-    """Digits to train on, :func:`digits`; those turned or mirrored are classes of their own."""
+    """Return the digits to train on; a turned or mirrored digit is a class of its own."""
     drawn = dict(zip(TRAINING_DIGITS, digits(TRAINING_DIGITS), strict=True))
     return torch.stack(
         [
@@ -139,17 +139,17 @@ def training_digits() -> Tensor:
 
 
 def training_glyphs(classes: int, drawings: int, seed: int) -> Tensor:
-    """Drawings [classes, drawings, SIZE, SIZE] of the glyphs to train on."""
+    """Return drawings [classes, drawings, SIZE, SIZE] of the glyphs to train on."""
     return _draw_classes(0, classes, drawings, seed)
 
 
 def held_out_glyphs(classes: int, seed: int) -> Tensor:
-    """Drawings of other glyphs, as many of each as the longest episode shows."""
+    """Return drawings of other glyphs, as many of each as the longest episode shows."""
     return _draw_classes(FIRST_HELD_OUT_GLYPH, classes, HELD_OUT_DRAWINGS, seed)
 
 
 def save_sheet(pictures: Tensor, path: Path) -> None:
-    """Some of pictures [classes, drawings, SIZE, SIZE] as one picture, a class in each row."""
+    """Save some of pictures [classes, drawings, SIZE, SIZE] as one picture, a class in each row."""
     from PIL import Image
 
     some = pictures[:_SHEET_CLASSES, :_SHEET_DRAWINGS].permute(0, 2, 1, 3)
@@ -169,7 +169,7 @@ def _draw_classes(first: int, classes: int, drawings: int, seed: int) -> Tensor:
 
 
 def jitter(images: Tensor, generator: np.random.Generator) -> Tensor:
-    """Each picture turned, scaled, sheared and moved a little."""
+    """Turn, scale, shear and move each picture a little."""
     count = len(images)
     angle = generator.normal(0, 0.1, count)
     scale = generator.uniform(0.9, 1.2, (count, 2))

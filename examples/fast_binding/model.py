@@ -1,4 +1,4 @@
-"""The model, and what the ablations make of it."""
+"""The model, and the ablations, each of which changes one thing."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ CONFIG = FlamingoConfig(
 )
 # Small latents: what leaves the resampler is of the picture from the start, not of the latents.
 _LATENT_SCALE = 0.05
-# tanh is 1 there in float32, so that a gate held at it is none.
+# tanh(20) is 1 in float32, so a gate that is held there is no gate.
 _NO_GATE = 20.0
 
 
 class FeatureMLP(nn.Module):
-    """In place of the resampler: an MLP on each feature by itself, none is left out or mixed."""
+    """An MLP on each feature, in place of the resampler; it neither drops nor mixes features."""
 
     def __init__(self, config: FlamingoConfig, positions: int) -> None:
         super().__init__()
         width, inner = config.vision.output_dim, 4 * config.vision.output_dim
-        # FlamingoModel takes the shape of one item's media from here.
+        # FlamingoModel takes the shape of one media item from this parameter.
         self.latents = nn.Parameter(torch.zeros(positions, config.resampler.dim))
         self.layers = nn.Sequential(
             nn.LayerNorm(width),
@@ -60,12 +60,12 @@ class FeatureMLP(nn.Module):
         )
 
     def forward(self, features: Tensor, num_frames: Tensor | None = None) -> Tensor:
-        """Features [B, I, 1, S, D] -> [B, I, S, dim]; the latents are positions' embeddings."""
+        """Map features [B, I, 1, S, D] to [B, I, S, dim]; the latents are position embeddings."""
         return self.layers(features[:, :, 0]) + self.latents
 
 
 class RoundRobin(Trainer):
-    """Each update is from a batch of one dataset alone, taken in turn."""
+    """Each update takes a batch of one dataset alone, in turn."""
 
     def step(self) -> dict[str, Any]:
         everything = self.config
@@ -93,7 +93,20 @@ def _mlp(model: FlamingoModel) -> None:
 class Variant:
     """What an ablation changes; the defaults are the baseline's.
 
-    ``paper`` is the overall score of the same change there (arXiv 2204.14198v2, tables 3 and 10).
+    Attributes
+    ----------
+    title : str
+        As in the report.
+    paper : float
+        The overall score of the same change in the paper (arXiv 2204.14198v2, tables 3 and 10).
+    cross_attention : dict, optional
+        Changes to the cross-attention part of the configuration.
+    change : callable, optional
+        Changes the model in place.
+    datasets : tuple of str
+        What it is trained on.
+    trainer : type
+        How it is trained.
     """
 
     title: str
@@ -104,7 +117,7 @@ class Variant:
     trainer: type[Trainer] = Trainer
 
     def build(self, encoder: NFNet, language_model: Decoder, seed: int) -> FlamingoModel:
-        """A model around the frozen parts, its trainable parts freshly initialised."""
+        """Build a model around the frozen parts, with newly initialised trainable parts."""
         torch.manual_seed(seed)
         placement = replace(CONFIG.cross_attention, **(self.cross_attention or {}))
         config = replace(CONFIG, cross_attention=placement)

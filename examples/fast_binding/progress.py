@@ -1,4 +1,4 @@
-"""Lines that say how far something is."""
+"""Progress lines on standard error."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _SECONDS_BETWEEN = 5
 
 
 class Progress:
-    """Counts from 1 to ``total`` and says now and then how far it is and what time is left.
+    """Count from 1 to ``total``, and print every few seconds how far it is and the time left.
 
-    ``note`` is what to say beside it.
+    ``note`` is printed beside the count.
     """
 
     def __init__(self, what: str, total: int) -> None:

@@ -1,4 +1,4 @@
-"""Table and plots of what the stages left."""
+"""Tables and plots of the results that the stages left."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flamingo_kernels.train.log import LOG_FILE
 RESULTS_FILE = "results.jsonl"
 BOTH = "both"
 _KINDS = ("glyphs", "digits", BOTH)
-# What an ablation is judged by.
+# The cell by which an ablation is judged.
 DECISIVE = (BOTH, 5, 4)
 Cells = dict[tuple[str, int, int], Accuracy]
 
@@ -38,7 +38,7 @@ def write(output: Path) -> None:
 
 
 def cells(stage: dict[str, Any]) -> Cells:
-    """(kind, ways, shots per class) -> accuracy, both kinds together included."""
+    """Return (kind, ways, shots per class) -> accuracy, with both kinds together as a third."""
     found: Cells = {}
     for line in stage["lines"]:
         measured = Accuracy(line["right"], line["episodes"])
@@ -60,7 +60,7 @@ def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 
 def accuracy_table(found: dict[str, Any]) -> str:
-    """Accuracy of the final model by shots, with 95 % intervals, beside class means."""
+    """Return the accuracy of the final model by shots, with 95 % intervals, beside class means."""
     ours, means = cells(found["baseline"]), cells(found["class-means"])
     rows = []
     for ways in sorted({ways for _, ways, _ in ours}):
@@ -80,7 +80,7 @@ def accuracy_table(found: dict[str, Any]) -> str:
 
 
 def ablation_table(found: dict[str, Any]) -> str:
-    """Every ablation beside the baseline after as many updates, both kinds together."""
+    """Return every ablation beside the baseline after equally many updates."""
     short = cells(found["baseline-short"])
     columns = list(dict.fromkeys((ways, shots) for _, ways, shots in short))
     rows = []
@@ -101,7 +101,7 @@ def ablation_table(found: dict[str, Any]) -> str:
 
 
 def _against(measured: Accuracy, baseline: Accuracy) -> str:
-    """Worse or better if the intervals do not meet."""
+    """Say worse or better if the intervals do not overlap, else level."""
     (low, high), (baseline_low, baseline_high) = measured.interval, baseline.interval
     return "worse" if high < baseline_low else "better" if low > baseline_high else "level"
 
@@ -126,26 +126,26 @@ def _markdown(found: dict[str, Any], logs: dict[str, list[dict[str, Any]]]) -> s
 
 `python -m examples.fast_binding`, commit {first["commit"]}{" (changed)" if first["dirty"] else ""},
 {first["device_name"]}, torch {first["versions"]["torch"]}: {minutes:.0f} minutes of work, in two
-processes of one thread side by side. Percent right, in brackets the 95 % interval (Wilson) over
-{first["lines"][0]["episodes"]} episodes of each kind: what other episodes would give, not other
-seeds. Classes and names were never trained on; but there are no others to choose rates and widths
-by, which were chosen with an eye on these.
+processes of one thread side by side. Tables give percent right, and in brackets the 95 % interval
+(Wilson) over {first["lines"][0]["episodes"]} episodes of each kind. The interval covers other
+episodes, not other seeds. Classes and names were never trained on. Rates and widths were chosen
+with an eye on these figures, because there are no other classes to choose them by.
 
 ## Accuracy by shots
 
-After {steps["baseline"]} updates on documents of at most five images. Beside it the nearest class
-mean of the encoder's features, centred by all held-out pictures: a rule that is told more than the
-model.
+After {steps["baseline"]} updates on documents of at most five images. *Class means* takes the
+nearest class mean of the encoder's features, centred by all held-out pictures; it knows more than
+the model does.
 
 {accuracy_table(found)}
 ![accuracy](accuracy.png)
 
 ## Ablations
 
-Each after {steps["no-gate"]} updates, the baseline too; one seed. Worse or better are those whose
-interval at {DECISIVE[1]}-way, {DECISIVE[2]} per class, does not meet the baseline's. Round-robin
-takes as many updates and so half of the batches, and AdamW makes the steps on pairs alone as large
-as any, whatever their weight.
+Each after {steps["no-gate"]} updates, the baseline too, with one seed. An ablation is worse or
+better if its interval at {DECISIVE[1]}-way, {DECISIVE[2]} per class, does not overlap the
+baseline's. Round-robin takes equally many updates, hence half of the batches; AdamW makes its steps
+on pairs alone as large as all others, whatever their weight.
 
 {ablation_table(found)}
 ![ablations](ablations.png)
@@ -156,7 +156,7 @@ as any, whatever their weight.
 
 ## Loss on text
 
-Of documents that bind names to things; before training {same}.
+On documents that bind names to things. Before training the two are {same}.
 
 {losses}
 ## Time

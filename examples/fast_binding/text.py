@@ -1,8 +1,8 @@
 """Text alone: made-up names bound to things within a document, and the language model of it.
 
-A thing is one token, and a document says again and again what each of a few is called:
-``(17)dax<EOC>(402)wug<EOC>(17)dax<EOC>...``. Now and then the thing is wrong. Names mean nothing
-outside their document, so all that a model can learn is to bind them.
+A thing is one token. A document repeats the names of a few things:
+``(17)dax<EOC>(402)wug<EOC>(17)dax<EOC>...``. Sometimes the thing is a wrong one. A name means
+nothing outside its document, so a model can only learn to bind names to things.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from flamingo_kernels.language.decoder import Decoder
 from flamingo_kernels.model.loss import next_token_loss
 
 TOKENS = ByteTokenizer()
-# Tokens of things come after those of the tokenizer. So many that telling two of them apart has to
-# be learned as the likeness of two vectors, which serves for pictures too.
+# Tokens of things come after those of the tokenizer. They are so numerous that the model must learn
+# to compare them as vectors, which works for pictures too.
 _THINGS = 512
 _CONSONANTS, _VOWELS = b"bdfgklmnprstvwxz", b"aeiou"
 _ALL_NAMES = np.array([[a, b, c] for a in _CONSONANTS for b in _VOWELS for c in _CONSONANTS])
@@ -33,7 +33,7 @@ TRAINING_NAMES, HELD_OUT_NAMES = _ALL_NAMES[~_HELD_OUT], _ALL_NAMES[_HELD_OUT]
 
 
 def bound_chunks(things: np.ndarray, names: np.ndarray) -> Tensor:
-    """Ids of ``<BOS>`` and chunks ``thing name<EOC>``: things [B, N], names [B, N, 3]."""
+    """Return ids of ``<BOS>`` and chunks ``thing name<EOC>``: things [B, N], names [B, N, 3]."""
     end = np.full_like(things, TOKENS.end_of_chunk_token_id)
     ids = np.concatenate((things[..., None], names, end[..., None]), 2).reshape(len(things), -1)
     start = np.full((len(things), 1), TOKENS.bos_token_id)
@@ -42,14 +42,18 @@ def bound_chunks(things: np.ndarray, names: np.ndarray) -> Tensor:
 
 @dataclass(frozen=True)
 class Documents:
-    """What the documents of a batch are like.
+    """Sizes of the documents of a batch.
 
     Attributes
     ----------
-    most_things : a document is about two things to so many.
-    tokens : of a document, at most.
-    rows : documents of a batch.
-    wrong : probability that a thing is taken for another one, or for none of the document.
+    most_things : int
+        A document has from two up to this many things.
+    tokens : int
+        The longest document, in tokens.
+    rows : int
+        Documents in a batch.
+    wrong : float
+        Probability that a thing is replaced by any other one.
     """
 
     most_things: int
@@ -58,7 +62,7 @@ class Documents:
     wrong: float = 0.0
 
     def draw(self, generator: np.random.Generator) -> Tensor:
-        """Ids [rows, T] of a batch."""
+        """Return the ids [rows, T] of a batch."""
         rows, most = self.rows, self.most_things
         chunks = (self.tokens - 1) // CHUNK_TOKENS
         things = generator.integers(_THINGS, size=(rows, most))
@@ -75,14 +79,14 @@ class Documents:
 CONFIG = DecoderConfig(
     vocab_size=TOKENS.vocab_size + _THINGS, dim=64, depth=2, heads=4, head_dim=32
 )
-# Each from this share of the updates on: short text until the model copies, at the end documents as
-# long as five classes of 32 examples make.
+# Share of the updates at which each begins: short text until the model copies, and at the end
+# documents as long as five classes of 32 examples.
 _COURSE = (
     (0.0, Documents(4, tokens=31, rows=96)),
     (0.3, Documents(6, tokens=161, rows=18, wrong=0.1)),
     (0.8, Documents(6, tokens=806, rows=4, wrong=0.1)),
 )
-# The decoder's initial deviation of 0.02 is for wide models.
+# The decoder's initial standard deviation of 0.02 suits wide models.
 _INITIAL_SCALE = 3.0
 _MATRIX_LEARNING_RATE, _LEARNING_RATE, _WARM_UP, _DECAY_FROM = 2e-2, 3e-3, 100, 0.6
 _NOISE = 1.0
@@ -94,18 +98,19 @@ def _things(embeddings: Tensor) -> Tensor:
 
 
 def _with_noise(module: nn.Embedding, ids: tuple[Tensor], embedded: Tensor) -> Tensor:
-    """Noise on all embeddings (as NEFTune, arXiv 2310.05914), in proportion to how things differ.
+    """Add noise to all embeddings (as NEFTune, arXiv 2310.05914), scaled by how things differ.
 
-    What is like a thing is then taken for it, and tokens are known with something added to them.
+    The model then takes a vector near a thing for that thing, and recognises tokens to which
+    something was added.
     """
     things = _things(module.weight)
     return embedded + _NOISE * (things - things.mean(0)).std() * torch.randn_like(embedded)
 
 
 def train_language_model(updates: int, seed: int, device: str) -> Decoder:
-    """A decoder trained to predict all of the text but the things, which nothing tells.
+    """Train a decoder to predict all of the text but the things, which are unpredictable.
 
-    Under Muon, which its matrices are trained by, it learns to copy much sooner than under AdamW.
+    Its matrices are trained by Muon, under which it learns to copy much sooner than under AdamW.
     """
     torch.manual_seed(seed)
     model = Decoder(CONFIG)
@@ -114,7 +119,7 @@ def train_language_model(updates: int, seed: int, device: str) -> Decoder:
         for parameter in model.parameters():
             if parameter.ndim == 2:
                 parameter.mul_(_INITIAL_SCALE)
-        # What all tokens have in common lets attention go by position alone from the start.
+        # A part that all tokens share lets attention go by position alone from the start.
         embeddings += embeddings.std() * torch.randn(CONFIG.dim)
     model.to(device)
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embeddings]
@@ -143,6 +148,6 @@ def train_language_model(updates: int, seed: int, device: str) -> Decoder:
             each.step()
         progress.note = f"loss {loss.item():.3f}"
     noise.remove()
-    with torch.no_grad():  # no text has images; they will stand where things stand
+    with torch.no_grad():  # no text has images; they will take the place of things
         embeddings[TOKENS.image_token_id] = _things(embeddings).mean(0)
     return model.cpu()

@@ -1,4 +1,4 @@
-"""A small NFNet, trained so that drawings of one class get like features, then frozen."""
+"""A small NFNet: trained to give drawings of one class similar features, then frozen."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ _ROWS_AT_ONCE = 512
 
 
 def pixel_values(pictures: Tensor) -> Tensor:
-    """Grey pictures [..., H, W] in 0..1 -> normalised [..., 3, H, W]."""
+    """Normalise grey pictures [..., H, W] in 0..1 to [..., 3, H, W]."""
     mean, std = (pictures.new_tensor(c)[:, None, None] for c in (NFNet.image_mean, NFNet.image_std))
     return (pictures[..., None, :, :] - mean) / std
 
 
 class _Contrastive(nn.Module):
-    """Two-term loss over mean-pooled, projected, normalised features (Flamingo, B.1.3), between two
-    drawings of each class in place of an image and its text."""
+    """Two-term loss over mean-pooled, projected, normalised features (Flamingo, B.1.3).
+
+    Two drawings of one class take the place of an image and its text.
+    """
 
     def __init__(self, encoder: NFNet) -> None:
         super().__init__()
@@ -44,7 +46,7 @@ class _Contrastive(nn.Module):
         self.log_temperature = nn.Parameter(torch.tensor(_FIRST_LOG_TEMPERATURE))
 
     def forward(self, pictures: Tensor) -> Tensor:
-        """Loss of pictures [2, N, H, W]: those at one place are of one class."""
+        """Return the loss of pictures [2, N, H, W]; the two at one place are of one class."""
         features = self.encoder(pixel_values(pictures.flatten(0, 1))).mean(1)
         first, second = F.normalize(self.project(features), dim=-1).chunk(2)
         logits = first @ second.T * self.log_temperature.exp()
@@ -56,7 +58,7 @@ class _Contrastive(nn.Module):
 
 
 def train_encoder(kinds: list[Tensor], updates: int, seed: int, device: str) -> NFNet:
-    """An encoder trained on the classes of ``kinds``, each [classes, drawings, H, W]."""
+    """Train an encoder on the classes of ``kinds``, each [classes, drawings, H, W]."""
     torch.manual_seed(seed)
     model = _Contrastive(NFNet(CONFIG)).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=1e-2)
@@ -78,7 +80,7 @@ def train_encoder(kinds: list[Tensor], updates: int, seed: int, device: str) -> 
 
 
 def _two_views(kind: Tensor, generator: np.random.Generator) -> Tensor:
-    """Two drawings [2, N, H, W] of each of at most so many classes."""
+    """Draw two pictures [2, N, H, W] of each of at most ``_CLASSES_PER_BATCH`` classes."""
     classes, drawings = kind.shape[:2]
     chosen = generator.permutation(classes)[:_CLASSES_PER_BATCH]
     first = generator.integers(drawings, size=len(chosen))
@@ -88,7 +90,7 @@ def _two_views(kind: Tensor, generator: np.random.Generator) -> Tensor:
 
 @torch.no_grad()
 def features_of(encoder: NFNet, pictures: Tensor) -> Tensor:
-    """Features [classes, drawings, S, D] of pictures [classes, drawings, H, W]."""
+    """Return features [classes, drawings, S, D] of pictures [classes, drawings, H, W]."""
     rows = pictures.flatten(0, 1).split(_ROWS_AT_ONCE)
     features = torch.cat([encoder(pixel_values(part)) for part in rows])
     return features.unflatten(0, pictures.shape[:2])

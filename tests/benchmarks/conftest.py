@@ -1,4 +1,4 @@
-"""Fixed machine and tree: no test here looks at how long anything takes."""
+"""A fixed machine and tree; no test here depends on how long anything takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from testing import provenance
 
 @pytest.fixture(autouse=True)
 def fixed_machine_and_tree(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probing the machine takes seconds; and the tree may be edited while a test runs."""
+    """Probing the machine takes seconds, and the tree may be edited while a test runs."""
     monkeypatch.setattr(provenance, "revision", lambda: ("a" * 40, ""))
     fixed = ceilings.Ceilings({"1024": 1e9, "4096": 2e9}, {"float32": 1e10}, {"float32": "test"})
     monkeypatch.setattr(ceilings, "measure", lambda *arguments: fixed)

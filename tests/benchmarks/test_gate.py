@@ -15,7 +15,7 @@ from benchmarks.testing import MEDIA, options
 
 
 def wrong_peer(problem: Problem) -> Implementation:
-    """Attends to the wrong image."""
+    """Set up a peer that attends to the wrong image."""
     from flamingo_kernels.ops import MediaSpans, media_cross_attention
 
     spans = problem.fixed["spans"]

@@ -28,7 +28,7 @@ SHIPPED_BYTES = 8 * 10**6
 
 @pytest.fixture
 def gallery() -> Gallery:
-    """Six classes of twelve drawings; each feature tells which it is."""
+    """Six classes of twelve drawings; each feature is the number of its drawing."""
     features = torch.arange(6 * 12).reshape(6, 12, 1, 1).expand(-1, -1, 16, 64).float()
     return Gallery(features, torch.randint(9, (6, 12)))
 
@@ -158,7 +158,7 @@ def test_all_stages_run_and_are_not_repeated(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    """What the run that made the shipped model measured, by stage."""
+    """The results of the run that made the shipped model, by stage."""
     lines = map(json.loads, (RESULTS / report.RESULTS_FILE).read_text().splitlines())
     return {line["stage"]: line for line in lines}
 
@@ -178,7 +178,7 @@ def held_out() -> dict[str, torch.Tensor]:
 def test_the_shipped_model_is_as_good_as_the_results_say(
     kind: str, held_out: dict[str, torch.Tensor], results: dict[str, Any]
 ) -> None:
-    """On the episodes that were reported; rounding may turn a few."""
+    """The episodes are those of the report; rounding may flip a few."""
     reported = report.cells(results["baseline"])[kind, 2, 4]
     model = FlamingoModel.from_pretrained(FAST_BINDING).eval()
     gallery = Gallery.of(model.vision_encoder, held_out[kind])
