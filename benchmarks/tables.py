@@ -303,7 +303,8 @@ def overhead_lines(record: Record) -> list[str]:
     """Return the figures of ``call_overhead`` as Markdown."""
     lines = [
         "One call of the C++ kernel with the smallest tensors and no gradients (commit "
-        f"{record['commit'][:12]}): medians in microseconds.",
+        f"{record['commit'][:12]}): medians in microseconds. The overhead is the call less its "
+        "kernel.",
         "",
         "| op | call | its kernel | overhead | lowest overhead | torch's nearest operator |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -65,12 +65,11 @@ def kernels_used(kernel: str, problem: Problem) -> str:
     return "; ".join(f"{name}: {', '.join(ops)}" for name, ops in taken.items())
 
 
-DEVICES = {"cpp": ("cpu",), "triton": ("cuda",), "auto": ("cpu", "cuda"), "torch": ("cpu", "cuda")}
 KERNELS = {
-    "cpp": "the C++ kernels",
-    "triton": "the Triton kernels",
-    "auto": "the best available kernel for each op",
-    "torch": "the PyTorch implementation",
+    "cpp": (("cpu",), "the C++ kernels"),
+    "triton": (("cuda",), "the Triton kernels"),
+    "auto": (("cpu", "cuda"), "the best available kernel for each op"),
+    "torch": (("cpu", "cuda"), "the PyTorch implementation"),
 }
 
 
@@ -78,10 +77,10 @@ def register(
     kind: str, what: str, setup: Callable[[str, Problem], Implementation], *ops: str, auto: bool
 ) -> None:
     """Register ``<kind>-<kernel>`` for every kernel; ``what`` begins their descriptions."""
-    for kernel, meaning in KERNELS.items():
+    for kernel, (devices, meaning) in KERNELS.items():
         if kernel != "auto" or auto:
             description = f'{what} with `kernel="{kernel}"`: {meaning}.'
-            peer(f"{kind}-{kernel}", description, *ops, devices=DEVICES[kernel])(
+            peer(f"{kind}-{kernel}", description, *ops, devices=devices)(
                 functools.partial(setup, kernel)
             )
 
