@@ -69,7 +69,7 @@ def _size(*values: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(values))
 
 
-# Batch, heads, head dim, tokens, images: PERFORMANCE shapes, and few-shot prompts.
+# Batch, heads, head dim, tokens, images: shapes of published models, and few-shot prompts.
 MEDIA = {
     "OpenFlamingo, one sample": (1, 8, 64, 2048, 8),
     "OpenFlamingo, training": (32, 8, 64, 256, 5),
