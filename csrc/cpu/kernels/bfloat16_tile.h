@@ -4,6 +4,7 @@
 // (FLAMINGO_BFLOAT16_DOT), a step is shifts and fp32 multiply-adds.
 #pragma once
 
+#include "row_vectors.h"
 #include "tile.h"
 
 #if defined(FLAMINGO_BFLOAT16_DOT)
@@ -89,22 +90,19 @@ inline uint32_t make_pair(bfloat16 first, bfloat16 second) {
     return uint32_t(first.bits) | uint32_t(second.bits) << 16;
 }
 
-// Packs a row of `size` values as to[(size + 1) / 2] pairs.
+// Packs a row of `size` values as to[(size + 1) / 2] pairs: neighbours in memory already are pairs.
 inline void pair_row(const bfloat16 *from, int64_t size, pair *to) {
-    for (int64_t i = 0; i < size; i += 2) {
-        to[i / 2] = make_pair(from[i], i + 1 < size ? from[i + 1] : bfloat16{0});
+    memcpy(to, from, size_t(size) * sizeof(bfloat16));
+    if (size % 2) {
+        to[size / 2] = make_pair(from[size - 1], bfloat16{0});
     }
 }
-// The same from fp32 in place: no pair overwrites a value that is still to be read.
+// Rounds a row of `size` values, a multiple of the vector length, to pairs in place. A vector is
+// stored no further than it was loaded, so it overwrites no value that is still to be read.
 inline void narrow_to_pairs(float *row, int64_t size) {
-    pair *to = reinterpret_cast<pair *>(row);
-    for (int64_t i = 0; i < size; i += 2) {
-        bfloat16 first, second = {0};
-        narrow(row[i], &first);
-        if (i + 1 < size) {
-            narrow(row[i + 1], &second);
-        }
-        to[i / 2] = make_pair(first, second);
+    bfloat16 *to = reinterpret_cast<bfloat16 *>(row);
+    for (int64_t i = 0; i < size; i += lanes<float>) {
+        put(load(row + i), to + i, AllLanes{});
     }
 }
 

@@ -3,7 +3,7 @@
 #include "attend.h"
 #include "query_rows.h"
 #include "storage_type.h"
-#include "threads.h"
+#include "tasks.h"
 
 namespace {
 
@@ -48,23 +48,13 @@ template <typename T> struct Latents {
         return static_cast<Real *>(p.lse) + (item * p.heads + head) * p.latents;
     }
 
-    // Calls task(item, head, scratch) for every item and head; false if a thread has no scratch.
+    // Calls task(item, head, scratch) for every item and head; false if a thread is out of memory.
     template <typename TaskScratch, typename Task> bool for_each_head(Task task) const {
         const int64_t keys = p.features + p.latents;
         const int64_t multiply_adds = p.items * p.heads * p.latents * keys * p.head_dim;
-        bool ok = true;
-#pragma omp parallel num_threads(threads_for(multiply_adds, p.execution.threads)) reduction(&& : ok)
-        {
-            Allocated<TaskScratch> scratch(*this);
-            ok = scratch.ok();
-#pragma omp for schedule(dynamic)
-            for (int64_t i = 0; i < p.items * p.heads; ++i) {
-                if (ok) {
-                    task(i / p.heads, i % p.heads, *scratch);
-                }
-            }
-        }
-        return ok;
+        return run_tasks<TaskScratch>(
+            p.items * p.heads, threads_for(multiply_adds, p.execution.threads),
+            [&](int64_t i, TaskScratch &s) { task(i / p.heads, i % p.heads, s); }, *this);
     }
 
     // What a task of the forward works in: one item and head.

@@ -4,7 +4,7 @@
 #include "../task_plan.h"
 #include "flamingo_cpu.h"
 #include "key_block.h"
-#include "threads.h"
+#include "tasks.h"
 
 namespace {
 

@@ -219,34 +219,31 @@ template <typename T> struct MediaBackward : Media<T> {
         const int64_t tasks = plan.task_count * p.kv_heads;
         const int64_t items = p.rows * p.media * p.kv_heads;
         Allocated<Partials> partials(*this, plan);
-        bool ok = true;
-#pragma omp parallel num_threads(this->threads()) reduction(&& : ok)
-        {
-            Allocated<TaskScratch> scratch(*this, plan.widest_task);
-            ok = partials.ok() && scratch.ok();
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < tasks; ++task) {
-                if (ok) {
-                    partials->d_gates[task] =
-                        backward_task(plan, plan.tasks[task / p.kv_heads], task % p.kv_heads,
-                                      *scratch, partials->sums);
-                }
-            }
-#pragma omp for schedule(dynamic)
-            for (int64_t task = 0; task < items; ++task) {
-                if (ok) {
-                    add_partials(plan, task / p.kv_heads, task % p.kv_heads, partials->sums);
-                }
-            }
+        if (!partials.ok()) {
+            return false;
         }
-        if (ok && p.d_gate) {
+        const bool ok = run_tasks<TaskScratch>(
+            tasks, this->threads(),
+            [&](int64_t i, TaskScratch &s) {
+                partials->d_gates[i] = backward_task(plan, plan.tasks[i / p.kv_heads],
+                                                     i % p.kv_heads, s, partials->sums);
+            },
+            *this, plan.widest_task);
+        if (!ok) {
+            return false;
+        }
+#pragma omp parallel for num_threads(this->threads()) schedule(dynamic)
+        for (int64_t i = 0; i < items; ++i) {
+            add_partials(plan, i / p.kv_heads, i % p.kv_heads, partials->sums);
+        }
+        if (p.d_gate) {
             Real d_tanh = 0;
             for (int64_t task = 0; task < tasks; ++task) {
                 d_tanh += partials->d_gates[task];
             }
             *static_cast<Real *>(p.d_gate) = d_tanh * (1 - gate * gate);
         }
-        return ok;
+        return true;
     }
 };
 
