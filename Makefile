@@ -8,7 +8,8 @@ STAMP := $(VENV)/.installed
 demo: build
 	$(BIN)/python -m flamingo_kernels demo
 
-# Triton is interpreted or not for a whole process: its tests have one of their own, beside the others.
+# Triton is interpreted or not for a whole process: its tests have one of their own, beside the
+# others.
 test: build native-test
 	$(BIN)/python -m pytest -q tests/triton > build/triton-tests.log 2>&1 & triton=$$!; \
 	$(BIN)/python -m pytest -q --ignore=tests/triton; others=$$?; \
@@ -45,22 +46,26 @@ build: $(STAMP)
 	@echo "== building the native library"
 	$(BIN)/python setup.py --quiet build_ext --inplace
 
+WIDE_VECTORS := -DFLAMINGO_PORTABLE_VECTOR_BYTES=64 -DFLAMINGO_PORTABLE_TILE_VECTORS=4
 # The second build also runs the tile shapes of AVX-512, lowered to what the machine has.
 native-test: $(STAMP)
 	@echo "== native tests: plain, then with the address and undefined-behaviour sanitizers"
 	for options in "-DFLAMINGO_SANITIZE=OFF" \
-	  "-DFLAMINGO_SANITIZE=ON -DFLAMINGO_PORTABLE_VECTOR_BYTES=64 -DFLAMINGO_PORTABLE_TILE_VECTORS=4"; do \
-	  PATH="$(abspath $(BIN)):$$PATH"; folder=build/native-tests-$$(echo $$options | cksum | cut -d' ' -f1); \
+	  "-DFLAMINGO_SANITIZE=ON $(WIDE_VECTORS)"; do \
+	  PATH="$(abspath $(BIN)):$$PATH"; \
+	  folder=build/native-tests-$$(echo $$options | cksum | cut -d' ' -f1); \
 	  cmake -S . -B $$folder -G Ninja -DFLAMINGO_TESTS=ON $$options \
 	  && cmake --build $$folder && ctest --test-dir $$folder --output-on-failure || exit 1; \
 	done
 
-# Pins for Python 3.10 and later, from the floors in pyproject.toml; pins already in the file are kept
-# (delete a line, or the file, to move it). Left out: what torch itself pins (CUDA), other systems' packages.
+# Pins for Python 3.10 and later, from the floors in pyproject.toml. Pins already in the file are
+# kept (delete a line, or the file, to move it). Left out: what torch itself pins (CUDA), and
+# packages of other systems.
 lock:
 	uv pip compile pyproject.toml --extra dev --universal --python-version 3.10 \
 	  --no-annotate --no-header --quiet --output-file requirements.lock
 	sed -i -E "/^(cuda|nvidia)-|sys_platform == '(win32|emscripten)'/d" requirements.lock
 
 clean:
-	rm -rf build dist *.egg-info flamingo_kernels/_cpp/libflamingo_cpu.so .pytest_cache .ruff_cache .mypy_cache
+	rm -rf build dist *.egg-info flamingo_kernels/_cpp/libflamingo_cpu.so
+	rm -rf .pytest_cache .ruff_cache .mypy_cache

@@ -39,6 +39,26 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_lines_are_within_100_columns() -> None:
+    """Tables, pictures and what is generated aside; the formatters hold Python and C++."""
+    tracked = subprocess.run(
+        ["git", "ls-files", "*.md", "*.toml", "*.txt", "Makefile", "*.yml"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    assert tracked
+    for name in tracked:
+        if "results/" in name:
+            continue
+        text = re.sub(
+            r"<!-- figures.*?end of figures -->", "", (ROOT / name).read_text(), flags=re.S
+        )
+        wide = [line for line in text.splitlines() if len(line) > 100]
+        assert [line for line in wide if not re.match(r"\s*(\||!\[)", line)] == [], name
+
+
 def public_names(package: ModuleType) -> list[tuple[str, object]]:
     """Names of ``__all__``; without one, the functions and classes of each public module."""
     if hasattr(package, "__all__"):
