@@ -1,4 +1,4 @@
-"""Builds the native CPU library with CMake and Ninja; everything else is in pyproject.toml."""
+"""Build the native CPU library with CMake and Ninja; pyproject.toml has everything else."""
 
 import os
 import shutil
@@ -15,7 +15,7 @@ LIBRARY = "flamingo_kernels._cpp.libflamingo_cpu"
 
 
 def tool(name: str) -> str:
-    # Beside this Python too: a virtual environment need not be activated to be built with.
+    # Look beside this Python too: the virtual environment need not be activated.
     places = os.pathsep.join([os.environ.get("PATH", os.defpath), sysconfig.get_path("scripts")])
     found = shutil.which(name, path=places)
     if found is None:
@@ -25,7 +25,7 @@ def tool(name: str) -> str:
 
 class CMakeBuild(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
-        # Loaded through ctypes, so the name carries no Python version.
+        # ctypes loads the library, so its name carries no Python version.
         return str(Path(*fullname.split("."))) + ".so"
 
     def build_extension(self, ext: Extension) -> None:
@@ -44,7 +44,7 @@ class CMakeBuild(build_ext):
                 "FLAMINGO_BUILD_CPP=0 to install without it: every kernel but 'cpp' then works.\n"
             ) from None
         target.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, not new contents: a process that has the old one loaded keeps it.
+        # Replace the file, not its contents: a process that has loaded the old one keeps it.
         target.unlink(missing_ok=True)
         shutil.copy2(build / target.name, target)
 
