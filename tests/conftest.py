@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -71,5 +72,7 @@ def stand_in_kernels(
         op = path.parent.name
         functions = ("forward", "backward", "segments")
         module = SimpleNamespace(**{name: stand_in(f"{op}_{name}") for name in functions})
-        monkeypatch.setitem(sys.modules, f"flamingo_kernels.ops.{op}.impl_triton", module)
+        # Where an import finds it: as an attribute if it was imported before, else by name.
+        monkeypatch.setattr(import_module(f"{ops.__name__}.{op}"), "impl_triton", module, False)
+        monkeypatch.setitem(sys.modules, f"{ops.__name__}.{op}.impl_triton", module)
     yield called
