@@ -195,7 +195,8 @@ def vision_encoders(given: nn.Module, encoder: VisionEncoder, images: Tensor) ->
     wrapped = HuggingFaceVisionEncoder(given, drop_class_token=True)
     print(variant.depths, built, wrapped.config, PrecomputedFeatures(16))
     features: Tensor = encoder(images)
-    features = nfnet(images)
+    for encoder in (nfnet, wrapped):
+        features = encoder(images)
     return features
 
 
