@@ -12,7 +12,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from flamingo_kernels.model import FlamingoConfig, FlamingoModel
-    from flamingo_kernels.ops import MediaSpans, latent_attention, media_cross_attention
+    from flamingo_kernels.ops import MediaSpans, media_cross_attention
+
+    # From ops itself, mypy takes this name for that of the module.
+    from flamingo_kernels.ops.latent_attention import latent_attention
 
 _HOMES = {
     "FlamingoConfig": "flamingo_kernels.model",

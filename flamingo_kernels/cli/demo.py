@@ -186,12 +186,15 @@ def _name(
     longest = max(map(len, NAMES))
 
     def by_package() -> Tensor:
-        return model.generate(
+        ids = model.generate(
             prompts.input_ids, prompts.pixel_values, max_new_tokens=longest, stop_token_ids=[]
         )
+        assert isinstance(ids, Tensor)  # a pair only with return_cache
+        return ids
 
     @torch.no_grad()
     def by_reference() -> Tensor:
+        assert oracle is not None
         ids = prompts.input_ids
         for _ in range(longest):
             logits = oracle(ids, prompts.pixel_values).logits[:, -1]
@@ -223,14 +226,14 @@ def _measure(
 ) -> Run:
     """Compute loss, logits and gradients of a model; measure forward and backward together."""
 
-    def step() -> object:
+    def step() -> tuple[Tensor, Tensor]:
         for parameter in parameters.values():
             parameter.grad = None
         # The language model's self-attention is torch's; its fused one rounds more on a CPU.
         with sdpa_kernel(SDPBackend.MATH):
             out = model(prompts.input_ids, prompts.pixel_values, labels=prompts.input_ids)
             out.loss.backward()
-        return out
+        return out.loss, out.logits
 
     step()  # warm up: allocator, thread pool, compilation
     before = _reset_peak(device)
@@ -240,13 +243,13 @@ def _measure(
     times = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
-        out = step()
+        loss, logits = step()
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     result = Run(
-        out.loss.detach(),
-        out.logits.detach(),
+        loss.detach(),
+        logits.detach(),
         {name: p.grad.clone() for name, p in parameters.items()},
         statistics.median(times),
         peak,

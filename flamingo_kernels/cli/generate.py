@@ -71,6 +71,7 @@ def run(options: Namespace) -> int:
     out = model.generate(
         ids, **media, max_new_tokens=options.max_new_tokens, num_beams=options.num_beams
     )
+    assert isinstance(out, Tensor)  # a pair only with return_cache
     print(decode(out[0, ids.shape[1] :]))
     return 0
 

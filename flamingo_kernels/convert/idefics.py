@@ -107,10 +107,10 @@ def load_idefics(
         values = checkpoint.config.to_dict() if hasattr(checkpoint, "config") else {}
         tensors = checkpoint.state_dict()
     else:
-        where = Path(checkpoint) / "config.json"
-        if not where.is_file():
+        file = Path(checkpoint) / "config.json"
+        if not file.is_file():
             raise FileNotFoundError(f"no config.json in {checkpoint}")
-        values, tensors = _with_defaults(where), None
+        where, values, tensors = str(file), _with_defaults(file), None
     if values.get("model_type") != "idefics":
         raise ValueError(f"{where} is not {WHAT}: its model_type is {values.get('model_type')!r}")
     if not values["use_resampler"]:

@@ -8,8 +8,8 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
@@ -92,11 +92,11 @@ def read_shard(path: str, offset: int = 0) -> Iterator[Record]:
         raise BrokenShardError(f"{path}: {error or type(error).__name__}") from error
 
 
-def _open(path: str) -> BinaryIO:
+def _open(path: str) -> BufferedIOBase:
     return gzip.open(path, "rb") if path.endswith(("gz", "tgz")) else open(path, "rb")
 
 
-def _read_lines(path: str, file: BinaryIO) -> Iterator[Record]:
+def _read_lines(path: str, file: BufferedIOBase) -> Iterator[Record]:
     offset = file.tell()
     for line in file:
         end = offset + len(line)
@@ -105,7 +105,7 @@ def _read_lines(path: str, file: BinaryIO) -> Iterator[Record]:
         offset = end
 
 
-def _read_tar(path: str, file: BinaryIO) -> Iterator[Record]:
+def _read_tar(path: str, file: BufferedIOBase) -> Iterator[Record]:
     """Yield records of the members whose names agree up to the first dot of the file name.
 
     A member whose extension the record already has begins the next record.
@@ -114,7 +114,8 @@ def _read_tar(path: str, file: BinaryIO) -> Iterator[Record]:
     fields: dict[str, bytes] = {}
     with tarfile.open(fileobj=file, mode="r:") as archive:
         while (member := archive.next()) is not None:
-            archive.members = []  # tarfile would keep every header
+            # tarfile would keep every header. Its stub lacks the attribute.
+            archive.members = []  # type: ignore[attr-defined]
             if archive.offset <= member.offset:
                 raise tarfile.ReadError(f"member of size {member.size} at byte {member.offset}")
             if not member.isfile():

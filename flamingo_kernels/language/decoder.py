@@ -48,29 +48,34 @@ class DecoderCache:
     @property
     def batch_size(self) -> int | None:
         """Rows held; None before the first token."""
-        return self._blocks[-1][0].shape[0] if self.length else None
+        held = self._held(-1)
+        return None if held is None else held[0].shape[0]
 
     def extend(self, block: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append ``key`` and ``value`` [B, H, T, D] to those of a block and return all of them."""
-        held = self._blocks[block] if self.length else None
+        held = self._held(block)
         if held is None:
             self._blocks[block] = (key, value)
             return key, value
         if key.requires_grad or value.requires_grad or held[0].requires_grad:
             # Writing into a buffer that autograd has saved would corrupt its backward.
-            joined = tuple(
+            keys, values = (
                 torch.cat((old[:, :, : self.length], new), dim=2)
                 for old, new in zip(held, (key, value), strict=True)
             )
-            self._blocks[block] = joined
-            return joined
+            self._blocks[block] = (keys, values)
+            return keys, values
         end = self.length + key.shape[2]
         if end > held[0].shape[2]:
-            held = tuple(self._grown(old, end) for old in held)
+            held = (self._grown(held[0], end), self._grown(held[1], end))
             self._blocks[block] = held
         for buffer, new in zip(held, (key, value), strict=True):
             buffer[:, :, self.length : end] = new
         return held[0][:, :, :end], held[1][:, :, :end]
+
+    def _held(self, block: int) -> tuple[Tensor, Tensor] | None:
+        """Return the buffers of a block; None before the first token."""
+        return self._blocks[block] if self.length else None
 
     def _grown(self, buffer: Tensor, needed: int) -> Tensor:
         rows, heads, capacity, head_dim = buffer.shape
@@ -83,11 +88,10 @@ class DecoderCache:
         selected = DecoderCache(len(self._blocks))
         selected.length = self.length
         selected.masked = self.masked
-        if self.length:
-            selected._blocks = [
-                tuple(held[:, :, : self.length].index_select(0, rows) for held in block)
-                for block in self._blocks
-            ]
+        for block in range(len(self._blocks)):
+            if (held := self._held(block)) is not None:
+                keys, values = (old[:, :, : self.length].index_select(0, rows) for old in held)
+                selected._blocks[block] = (keys, values)
         return selected
 
 
@@ -200,8 +204,8 @@ class Decoder(nn.Module):
                 nn.init.ones_(module.weight)
         residual_std = _INIT_STD * (2 * self.num_blocks) ** -0.5
         for block in self.blocks:
-            nn.init.normal_(block.attention.to_out.weight, std=residual_std)
-            nn.init.normal_(block.feed_forward[2].weight, std=residual_std)
+            for name in ("attention.to_out", "feed_forward.2"):
+                nn.init.normal_(block.get_submodule(name).weight, std=residual_std)
 
     def forward(
         self,

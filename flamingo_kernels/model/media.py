@@ -42,7 +42,9 @@ def encode_media(
         features = _given_features(inputs, vision_encoder.output_dim, parameter.dtype)
     else:
         features = _encode_frames(vision_encoder, inputs, parameter)
-    frames = inputs.frames and torch.tensor(inputs.frames, device=features.device)
+    frames = None
+    if inputs.frames is not None:
+        frames = torch.tensor(inputs.frames, device=features.device)
     if inputs.counts is None:
         return resampler(features, frames)
     # Resample only the slots that hold an image.

@@ -49,6 +49,7 @@ def _score_at_once(
     normalise: bool,
 ) -> Tensor:
     """As :func:`score`, in one batch, with a copy of the prompts' cache for each answer."""
+    assert prompt.cache is not None and prompt.logits is not None
     ids = prompt.cache.input_ids
     rows, device = ids.shape[0], ids.device
     length, count = max(map(len, answers)), len(answers)

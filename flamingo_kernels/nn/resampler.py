@@ -198,7 +198,7 @@ class PerceiverResampler(nn.Module):
         if self.input_projection is not None:
             x = self.input_projection(x)
         if self.frame_embs is not None:
-            x = x + self._temporal_embedding(frames, num_frames).to(x.dtype)
+            x = x + _temporal_embedding(self.frame_embs, frames, num_frames).to(x.dtype)
         x = x.flatten(2, 3)  # [B, I, F*S, dim]
         if self.media_time_embs is not None:
             if media > len(self.media_time_embs):
@@ -209,27 +209,28 @@ class PerceiverResampler(nn.Module):
         x = x.flatten(0, 1)  # [N, F*S, dim]
         normed = layer_norm(x, None, None, self.eps, kernel=self.kernel)
         latents = self.latents.expand(x.shape[0], -1, -1)
-        for attention, feed_forward in self.layers:
+        for layer in self.layers:
+            assert isinstance(layer, nn.ModuleList)
+            attention, feed_forward = layer
             latents = latents + attention(normed, latents, lengths)
             latents = latents + feed_forward(latents)
         if self.norm is not None:
             latents = self.norm(latents)
         return latents.unflatten(0, (batch, media))
 
-    def _temporal_embedding(self, frames: int, num_frames: Tensor | None) -> Tensor:
-        """Return [F, 1, dim], or [B, I, F, 1, dim] if items differ in length."""
-        table = self.frame_embs
-        last = table.shape[0] - 1
-        precision = accumulator(table.dtype)
-        frame = torch.arange(frames, device=table.device, dtype=precision)
-        if num_frames is None:
-            intervals = max(frames - 1, 1)
-        else:
-            intervals = (num_frames[..., None] - 1).clamp(min=1)
-        # Frames past the end of an item are masked; the clamp keeps their index valid.
-        position = (frame * last / intervals).clamp(max=last)
-        below = position.floor()
-        fraction = (position - below).to(table.dtype)[..., None]
-        below = below.long()
-        above = (below + 1).clamp(max=last)
-        return torch.lerp(table[below], table[above], fraction)[..., None, :]
+
+def _temporal_embedding(table: Tensor, frames: int, num_frames: Tensor | None) -> Tensor:
+    """Return [F, 1, dim], or [B, I, F, 1, dim] if items differ in length."""
+    last = table.shape[0] - 1
+    precision = accumulator(table.dtype)
+    frame = torch.arange(frames, device=table.device, dtype=precision)
+    intervals: int | Tensor = max(frames - 1, 1)
+    if num_frames is not None:
+        intervals = (num_frames[..., None] - 1).clamp(min=1)
+    # Frames past the end of an item are masked; the clamp keeps their index valid.
+    position = (frame * last / intervals).clamp(max=last)
+    below = position.floor()
+    fraction = (position - below).to(table.dtype)[..., None]
+    below = below.long()
+    above = (below + 1).clamp(max=last)
+    return torch.lerp(table[below], table[above], fraction)[..., None, :]

@@ -6,7 +6,7 @@ import math
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from flamingo_kernels.train.config import DatasetSection, TrainConfig
 from flamingo_kernels.train.log import RunLog
 from flamingo_kernels.train.optimizer import build_optimizer, warm_up
 from flamingo_kernels.train.strategies import build_strategy
+from flamingo_kernels.vision import VisionEncoder
 
 
 class TrainingError(RuntimeError):
@@ -186,8 +187,7 @@ class Trainer:
             losses[section.name] = totals.loss
             if not math.isfinite(totals.loss):
                 where = distributed.gather(None if math.isfinite(loss.item()) else loader.keys)
-                process = next(i for i, keys in enumerate(where) if keys is not None)
-                keys = where[process]
+                process, keys = next((i, k) for i, k in enumerate(where) if k is not None)
                 raise self._failure(
                     f"the loss of {section.name} is {totals.loss} at step {number}, process "
                     f"{process}, samples {', '.join(keys[:3])}{', ...' if keys[3:] else ''}"
@@ -293,11 +293,11 @@ class Trainer:
             return 1.0, _Totals(loss.item(), tokens, images)
         labels = self.model.mask_labels(batch["labels"], batch["attention_mask"] != 0)
         counted = int((labels[:, 1:] != IGNORED_LABEL).sum())
-        total, everyone, tokens, images = distributed.sum_over_ranks(
+        total, everyone, all_tokens, all_images = distributed.sum_over_ranks(
             [loss.item() * counted, counted, tokens, images], self.device
         )
         mean = total / max(1, everyone)
-        return size * counted / max(1, everyone), _Totals(mean, int(tokens), int(images))
+        return size * counted / max(1, everyone), _Totals(mean, int(all_tokens), int(all_images))
 
     def _prepare(self, batch: dict[str, Any], section: DatasetSection) -> dict[str, Any]:
         if not section.loss_before_first_image:
@@ -316,7 +316,7 @@ class Trainer:
 
         All processes run all modules, so that none waits for the others' shards or gradients.
         """
-        encoder = self.model.vision_encoder
+        encoder = cast(VisionEncoder, self.model.vision_encoder)
         size = encoder.image_size
         shape = (1, encoder.output_dim) if size is None else (3, size, size)
         none = torch.zeros(rows, dtype=torch.int64)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from flamingo_kernels.language import LanguageModel
 from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.train import distributed
 
@@ -20,7 +22,8 @@ def units(model: FlamingoModel) -> list[list[nn.Module]]:
     """
     layers = model.gated_cross_attn_layers
     projections = [[a.norm_media, a.to_kv, a.norm_k] for a in (layer.attn for layer in layers)]
-    alone = [model.vision_encoder, model.perceiver, *model.language_model.blocks, *layers]
+    blocks = cast(LanguageModel, model.language_model).blocks
+    alone = [model.vision_encoder, model.perceiver, *blocks, *layers]
     found = [*projections, *([module] for module in alone)]
     found = [[module for module in unit if module is not None] for unit in found]
     return [unit for unit in found if any(any(True for _ in m.parameters()) for m in unit)]
@@ -39,11 +42,12 @@ def shard(model: FlamingoModel, compute: torch.dtype) -> None:
     scalars = {p for p in model.parameters() if p.ndim == 0 and not p.requires_grad}
     for parameter in scalars:  # FSDP does not shard scalars: each process keeps its own
         parameter.data = parameter.data.to(device)
-    for unit in [*units(model), [model]]:
+    every: list[list[nn.Module]] = [*units(model), [model]]
+    for unit in every:
         # The vision features have the dtype of the masters, so the resampler casts its inputs. The
         # units behind it get the inputs that they would get without sharding.
-        cast = unit == [model.perceiver]
-        policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=cast)
+        cast_inputs = unit == [model.perceiver]
+        policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=cast_inputs)
         modules = unit[0] if len(unit) == 1 else unit
         fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     # By default the backward of a unit gathers the unit that ran before it. For the resampler that

@@ -134,7 +134,7 @@ def wrap_vision_encoder(
     if isinstance(module, VisionEncoder):
         return module
     if hasattr(getattr(module, "config", None), "vision_config"):
-        module = module.vision_model
+        module = module.get_submodule("vision_model")
     names = {name.rsplit(".", 1)[-1] for name, _ in module.named_parameters()}
     return HuggingFaceVisionEncoder(
         module,

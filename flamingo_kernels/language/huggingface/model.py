@@ -129,7 +129,9 @@ class HuggingFaceLanguageModel(nn.Module):
     @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, inside ``model``."""
-        return self.model.get_submodule(self.blocks_name)
+        blocks = self.model.get_submodule(self.blocks_name)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
 
     def forward(
         self,

@@ -118,7 +118,11 @@ def choose_stops(
     if stop_token_ids is None:
         ends = (config.end_of_chunk_token_id, config.eos_token_id)
         ends += tuple(getattr(language_model, "eos_token_ids", ()))
-        return tuple(token for token in dict.fromkeys(ends) if token in range(vocab_size))
+        return tuple(
+            token
+            for token in dict.fromkeys(ends)
+            if token is not None and token in range(vocab_size)
+        )
     if not isinstance(stop_token_ids, Sequence) or not all(map(is_integer, stop_token_ids)):
         raise TypeError(f"stop_token_ids must be a sequence of ints, got {stop_token_ids!r}")
     for token in stop_token_ids:

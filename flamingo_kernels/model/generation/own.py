@@ -135,7 +135,7 @@ class _Steps:
         self.prompt_logits = self._prefill(options.prefill_chunk_size) if self.use_cache else None
         if copies > 1:
             self.context = context.repeat(copies)
-            if self.use_cache:
+            if self.prompt_logits is not None:
                 rows = torch.arange(len(context.input_ids), device=context.input_ids.device)
                 rows = rows.repeat_interleave(copies)
                 self.prompt_logits = self.prompt_logits[rows]

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -23,7 +23,10 @@ from flamingo_kernels.train.checkpoints.contents import Trained
 from flamingo_kernels.train.checkpoints.folder import begin, failed, finish
 
 try:
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.hf_storage import (
+        HuggingFaceStorageReader,
+        HuggingFaceStorageWriter,
+    )
 except ImportError as error:
     raise ImportError(
         f"sharded checkpoints are safetensors, which torch {torch.__version__} cannot write: "
@@ -48,7 +51,7 @@ def save(output: Path, trained: Trained, state: dict[str, Any], *, keep: int) ->
     why = None
     try:
         writer = HuggingFaceStorageWriter(str(temporary), save_distributed=True)
-        dcp.save(tensors, storage_writer=writer)
+        state_dict_saver.save(tensors, storage_writer=writer)
     except CheckpointException as error:  # raised on all if one fails
         why = _first_failure(error)
 
@@ -107,15 +110,17 @@ def _of_this_rank(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Return the sizes and dtypes of all tensors, from the headers of all files."""
     try:
-        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
+    return {name: t for name, t in stored.items() if isinstance(t, TensorStorageMetadata)}
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
     """Fill ``tensors`` with the values of their names."""
     try:
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), **options)
+        reader = HuggingFaceStorageReader(str(folder))
+        state_dict_loader.load(tensors, storage_reader=reader, **options)
     except CheckpointException as error:
         raise ValueError(f"cannot read the checkpoint {folder}: {_first_failure(error)}") from error
 
