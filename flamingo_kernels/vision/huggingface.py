@@ -58,6 +58,8 @@ class HuggingFaceVisionEncoder(nn.Module):
         self.output_dim = _given_or_from_config("output_dim", output_dim, module, "hidden_size")
         self.image_size = _given_or_from_config("image_size", image_size, module, "image_size")
         model_type = getattr(config, "model_type", None)
+        self.image_mean: Channels | None
+        self.image_std: Channels | None
         self.image_mean, self.image_std = _NORMALISATION.get(model_type, (None, None))
 
     @classmethod

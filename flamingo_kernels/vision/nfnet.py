@@ -179,8 +179,8 @@ class NFNet(nn.Module):
         From ``forward``: the images are not a floating [N, 3, H, W] tensor.
     """
 
-    image_mean: Channels = (0.485, 0.456, 0.406)
-    image_std: Channels = (0.229, 0.224, 0.225)
+    image_mean: Channels | None = (0.485, 0.456, 0.406)
+    image_std: Channels | None = (0.229, 0.224, 0.225)
 
     def __init__(self, config: NFNetConfig) -> None:
         super().__init__()

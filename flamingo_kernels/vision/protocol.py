@@ -19,20 +19,14 @@ class VisionEncoder(Protocol):
         Channels of the features.
     image_size : int
         Side, in pixels, of the images that it expects.
+    image_mean, image_std : tuple of float, or None
+        Per-channel constants that normalise pixels in [0, 1] for its input; None if unknown.
     """
 
     output_dim: int
     image_size: int
-
-    @property
-    def image_mean(self) -> Channels | None:
-        """Mean of each channel, to subtract from pixels in [0, 1]; None if unknown."""
-        ...
-
-    @property
-    def image_std(self) -> Channels | None:
-        """Deviation of each channel, to divide the result by; None if unknown."""
-        ...
+    image_mean: Channels | None
+    image_std: Channels | None
 
     def __call__(self, images: Tensor) -> Tensor:
         """Turn normalised images [N, C, H, W], floating, into features [N, S, output_dim]."""
