@@ -9,7 +9,8 @@ demo: build
 	$(BIN)/python -m flamingo_kernels demo
 
 # Triton is interpreted or not for a whole process: its tests have one of their own, beside the
-# others.
+# others. OpenMP threads that spin while they wait would take the cores from the other process.
+test: export OMP_WAIT_POLICY = passive
 test: build native-test
 	$(BIN)/python -m pytest -q tests/triton > build/triton-tests.log 2>&1 & triton=$$!; \
 	$(BIN)/python -m pytest -q --ignore=tests/triton; others=$$?; \
