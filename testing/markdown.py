@@ -128,6 +128,7 @@ def _check_install(words: list[str]) -> None:
     assert words[0] == "install", words
     known = (ROOT / "pyproject.toml").read_text()
     for word in words[1:]:
+        assert word == "." or word.startswith((".[", "-")), f"{word}: the package is not published"
         for extra in re.findall(r"\[([a-z,]+)\]", word):
             for name in extra.split(","):
                 assert re.search(rf"^{name} = \[", known, re.MULTILINE), f"no extra {name}"

@@ -17,7 +17,10 @@ from flamingo_kernels.train.datasets import build_loaders
 def add(parser: ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "config", type=Path, metavar="CONFIG", help="YAML file; see docs/training.md"
+        "config",
+        type=Path,
+        metavar="CONFIG",
+        help="YAML file; its keys are on the training page of the documentation",
     )
 
 

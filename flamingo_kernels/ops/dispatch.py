@@ -180,7 +180,7 @@ def choose_for(
     channels: int | None = None,
     plain: Callable[[torch.Tensor], bool] = has_unit_stride,
 ) -> Choice:
-    """Apply :func:`choose` to tensors, of which the first names device and dtype.
+    """Apply :func:`choose` to tensors; the first one gives device and dtype.
 
     ``plain`` tells whether the compiled kernels of the op take the strides of a tensor.
     """

@@ -1,4 +1,4 @@
-"""Checks and choices are made once for calls alike, and again for every other call."""
+"""Checks and the choice of a kernel run once per signature, and again for a new one."""
 
 from __future__ import annotations
 

@@ -7,8 +7,8 @@
 
 namespace {
 
-// Query rows of which all scores are computed before any sum of values: the first level of cache
-// holds the keys or the values of a block, not both.
+// Number of query rows whose scores are all computed before values are summed: the first level of
+// cache holds the keys or the values of a block, not both.
 constexpr int64_t query_block = 4 * tile_rows;
 // Up to this many query rows, packing the keys costs more than it saves.
 constexpr int64_t few_rows = 3;

@@ -159,8 +159,8 @@ template <typename T> struct MediaForward : Media<T> {
             }
         }
     }
-    // The rows of a head are apart by all heads, a stride that the processor does not prefetch
-    // itself.
+    // Consecutive rows of a head are heads * head_dim apart, a stride that the processor does not
+    // prefetch itself.
     void prefetch_rows(Rows<const T> rows, int64_t count) const {
         for (int64_t r = 0; r < count; ++r) {
             const char *row = reinterpret_cast<const char *>(rows[r]);

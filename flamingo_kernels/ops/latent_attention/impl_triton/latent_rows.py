@@ -113,9 +113,9 @@ def keys_of_block(
     BLOCK_K: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Load a block of keys and values, [BLOCK_K, BLOCK_D], of which those before ``limit`` count.
+    """Load a block of keys and values, [BLOCK_K, BLOCK_D]; those before ``limit`` are valid.
 
-    Returns them, the place of each key, and which of them count.
+    Returns them, the index of each key, and which of them are valid.
     """
     i_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     o_d = tl.arange(0, BLOCK_D)[None, :]
