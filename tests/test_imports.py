@@ -191,6 +191,13 @@ def test_environment_and_pickle_stay_out(path: Path) -> None:
         assert banned not in text
 
 
+def test_pictures_are_opened_in_one_place() -> None:
+    """Where the list of formats is: Pillow alone would start a program for some of them."""
+    for folder in (PACKAGE, ROOT / "benchmarks", ROOT / "examples", ROOT / "testing"):
+        opening = [path.name for path in sources(folder) if "Image.open(" in path.read_text()]
+        assert opening == (["decode.py"] if folder == PACKAGE else [])
+
+
 def test_import_is_lean() -> None:
     """Importing the package and its ops loads no optional package, no Triton, no library."""
     code = (

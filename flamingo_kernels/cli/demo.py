@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flamingo_kernels import FlamingoModel
+from flamingo_kernels.data.decode import open_picture
 from flamingo_kernels.data.images import to_pixel_values
 from flamingo_kernels.language.byte_tokenizer import ByteTokenizer
 from flamingo_kernels.ops import dispatch
@@ -114,10 +115,8 @@ def run(options: Namespace) -> int:
 
 
 def _build_prompts(model: FlamingoModel, tokenizer: ByteTokenizer, shots: int) -> Prompts:
-    import PIL.Image
-
     side = model.vision_encoder.image_size
-    with PIL.Image.open(FAST_BINDING_GLYPHS) as sheet:
+    with open_picture(FAST_BINDING_GLYPHS) as sheet:
         drawn = {
             name: [
                 sheet.crop((left, row * side, left + side, (row + 1) * side))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from io import BytesIO
 from os import PathLike
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from flamingo_kernels.data.decode import open_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +32,8 @@ def load_image(path: str | PathLike) -> Image:
     FileNotFoundError
         There is no such file.
     ValueError
-        Pillow cannot decode it (it may be truncated), or it is grey of more than 16 bits.
+        It is of a format that is not read (BMP, GIF, JPEG, PNG, PPM, TIFF and WebP are), Pillow
+        cannot decode it (it may be truncated), or it is grey of more than 16 bits.
     """
     return load_frames(path, 1)[0]
 
@@ -55,10 +57,10 @@ def load_frames(
     FileNotFoundError, ValueError
         As :func:`load_image`.
     """
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
-        with Image.open(BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with open_picture(source) as image:
             pictures = []
             for index in sample_frames(getattr(image, "n_frames", 1), frames):
                 image.seek(index)
