@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flamingo_kernels.data.files import DataFile
 from flamingo_kernels.data.shards import IMAGE_SUFFIXES, Record
 
 
@@ -33,12 +34,12 @@ class Media:
     ----------
     name : str
         What errors call it.
-    sources : tuple of bytes or Path
-        The contents of files, or their paths.
+    sources : tuple of bytes or DataFile
+        The contents of files, or what reads them.
     """
 
     name: str
-    sources: tuple[bytes | Path, ...]
+    sources: tuple[bytes | DataFile, ...]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ def parse_interleaved(record: Record, image_root: Path | None = None) -> Documen
     equal length; at each place one of the two has a value. MMC4 has ``text_list`` and
     ``image_info``, whose ``matched_text_index`` is the sentence that the image precedes.
 
-    An image is the name of a file, relative to ``image_root`` or else to the folder of the shard.
+    An image is the name of a file, relative to ``image_root`` or else to the folder of the shard,
+    and inside of it.
     In a tar shard it may be a member of the record, by its name or extension. MMC4 may also hold
     the image itself, as ``image_base64``.
 
@@ -206,4 +208,4 @@ def _media(record: Record, name: Any, image_root: Path | None) -> Media:
     extension = name.rpartition("/")[2].removeprefix(f"{stem}.").lower()
     if extension in record.fields:
         return Media(f"{_place(record)}: {name}", (record.fields[extension],))
-    return Media(name, ((image_root or Path(record.shard).parent) / name,))
+    return Media(name, (DataFile(image_root or Path(record.shard).parent, name),))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.data.decode import open_picture
+from flamingo_kernels.data.files import DataFile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -39,14 +40,14 @@ def load_image(path: str | PathLike) -> Image:
 
 
 def load_frames(
-    source: str | PathLike | bytes, frames: int, name: str | None = None
+    source: str | PathLike | bytes | DataFile, frames: int, name: str | None = None
 ) -> list[Image]:
     """Return ``frames`` pictures in RGB, spread over an animated picture, or a still repeated.
 
     Parameters
     ----------
-    source : path or bytes
-        A file, or its contents.
+    source : path, bytes or DataFile
+        A file, its contents, or a file that a data set names.
     frames : int
         Number of pictures; see :func:`sample_frames`.
     name : str or None
@@ -55,10 +56,12 @@ def load_frames(
     Raises
     ------
     FileNotFoundError, ValueError
-        As :func:`load_image`.
+        As :func:`load_image`, and as :meth:`flamingo_kernels.data.files.DataFile.read`.
     """
     from PIL import ImageOps
 
+    if isinstance(source, DataFile):
+        name, source = name or source.name, source.read()
     try:
         with open_picture(source) as image:
             pictures = []

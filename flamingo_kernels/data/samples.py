@@ -150,7 +150,7 @@ class SampleBuilder:
     leading_space : float
         Probability of a space before the text of a pair or clip (0.5 in the paper).
     image_root : Path or None
-        Folder that image names are relative to; None: the shard's.
+        Folder that image names are relative to and may not leave; None: the shard's.
     """
 
     kind: str

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from io import BufferedIOBase
 from pathlib import Path
 
+from flamingo_kernels.data.files import check_regular
+
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 JSON_LINES_SUFFIXES = (".jsonl", ".jsonl.gz")
 # Members of a tar shard that are read. Others, such as pickles (.pyd, .pth), are passed over.
@@ -81,7 +83,8 @@ def read_shard(path: str, offset: int = 0) -> Iterator[Record]:
     Raises
     ------
     BrokenShardError
-        The file cannot be opened, is truncated, or is not of the kind that its name says.
+        The file cannot be opened, is no regular file, is truncated, or is not of the kind that its
+        name says.
     """
     read = _read_tar if path.endswith(TAR_SUFFIXES) else _read_lines
     try:
@@ -93,6 +96,7 @@ def read_shard(path: str, offset: int = 0) -> Iterator[Record]:
 
 
 def _open(path: str) -> BufferedIOBase:
+    check_regular(path)
     return gzip.open(path, "rb") if path.endswith(("gz", "tgz")) else open(path, "rb")
 
 

@@ -84,6 +84,8 @@ class DatasetSection:
         File names and glob patterns.
     batch_size : int
         Rows per process.
+    image_root : str or None
+        Folder that image names are relative to and may not leave; None: the shard's.
     weight : float
         The lambda of its loss (1.0 for M3W, 0.2 for image-text pairs, 0.03 for video).
     fit, flip, colour : str, float, float
