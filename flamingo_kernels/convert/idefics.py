@@ -70,6 +70,10 @@ TABLE = (
     ),
 )
 
+# What its code has where its configuration, in older transformers, has nothing.
+_POSITIONS = 2048
+_ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
+
 
 def load_idefics(
     checkpoint: str | PathLike | nn.Module,
@@ -175,11 +179,12 @@ def _config(
         language=HuggingFaceLanguageConfig(
             model_type="llama",
             options={
-                **{k: values[k] for k in (*shared, "rms_norm_eps", "max_position_embeddings")},
+                **{k: values[k] for k in (*shared, "rms_norm_eps")},
+                "max_position_embeddings": values.get("max_position_embeddings", _POSITIONS),
                 "hidden_size": dim,
                 "num_key_value_heads": heads,
                 "vocab_size": vocab_size,
-                "rope_parameters": values["rope_parameters"],
+                "rope_parameters": values.get("rope_parameters") or _ROTATION,
                 "tie_word_embeddings": values["tie_word_embeddings"],
                 **{
                     f"{name}_token_id": values[f"{name}_token_id"] for name in ("bos", "eos", "pad")

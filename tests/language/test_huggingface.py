@@ -279,6 +279,49 @@ class FakeModel(nn.Module):
         return type("Output", (), {"logits": hidden})()
 
 
+class Cached(FakeModel):
+    """Takes and returns its cache under one of the names that transformers has had."""
+
+    def __init__(self, name) -> None:
+        super().__init__()
+        self.name = name
+
+    def run(self, input_ids, use_cache, cache):
+        output = super().forward(input_ids, use_cache)
+        if use_cache:
+            states = torch.zeros(*input_ids.shape[:1], 1, input_ids.shape[1], 4)
+            cache = transformers.DynamicCache() if cache is None else cache
+            cache.update(states, states, 0)
+            setattr(output, self.name, cache)
+        return output
+
+
+class CachedByOlderName(Cached):
+    def forward(self, input_ids, use_cache, past_key_values=None):
+        return self.run(input_ids, use_cache, past_key_values)
+
+
+class CachedByNewerName(Cached):
+    def forward(self, input_ids, use_cache, cache=None):
+        return self.run(input_ids, use_cache, cache)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(CachedByOlderName, "past_key_values"), (CachedByNewerName, "cache")]
+)
+def test_both_names_of_the_cache(kind, name):
+    wrapped = HuggingFaceLanguageModel(kind(name))
+    assert wrapped.cache_name == name
+    cache = wrapped(tokens(1, 3), use_cache=True).cache
+    assert cache.length == 3
+    assert wrapped(tokens(1, 2), cache=cache).cache.length == 5
+    starts = []
+    call = Call(wrapped._owner, None, lambda *range_: starts.append(range_))
+    with call.running():
+        wrapped.model(input_ids=tokens(1, 1), use_cache=True, **{name: cache.past_key_values})
+    assert starts == [(5, 6, 1)]
+
+
 @pytest.mark.parametrize("keyword", [None, "hidden_states"])
 def test_hidden_states_by_position_or_keyword(keyword):
     wrapped = HuggingFaceLanguageModel(FakeModel(keyword=keyword))
@@ -337,7 +380,10 @@ def no_causal_language_models():
         options = AutoConfig.for_model(model_type, **small, **options)
         return lambda: AutoModelForCausalLM.from_config(options)
 
-    past = "its forward takes no past_key_values, .* it takes input_ids, "
+    # Newer versions of transformers give recurrent models a cache argument.
+    past = (
+        "(its forward takes no past_key_values or cache, .* it takes input_ids, |its cache holds)"
+    )
     return {
         "mamba": (recurrent("mamba", state_size=4), past),
         "falcon_mamba": (recurrent("falcon_mamba", state_size=4), past),
@@ -390,7 +436,7 @@ def test_caches_that_do_not_count_are_refused():
         def forward(*args, **kwargs):
             output = run(*args, **kwargs)
             if kwargs["use_cache"]:
-                output.past_key_values = kind()
+                setattr(output, wrapped.cache_name, kind())
             return output
 
         return forward
@@ -425,7 +471,7 @@ def test_caches_that_do_not_count_are_refused_in_a_generation(kind, message):
                 {
                     "input_ids": ids[:, :1],
                     "attention_mask": torch.ones(1, 5),
-                    "past_key_values": kind(),
+                    wrapped.cache_name: kind(),
                 },
             )
         with pytest.raises(RuntimeError, match=r"without input_ids, on \['inputs_embeds'\]"):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import copy
+import inspect
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+# What a forward of transformers calls its cache: up to 5.23, and from 5.24 on.
+CACHE_NAMES = ("past_key_values", "cache")
 
 
 class HuggingFaceCache:
@@ -35,6 +40,27 @@ class HuggingFaceCache:
         selected.layers = [copy.copy(layer) for layer in selected.layers]
         selected.reorder_cache(rows)
         return HuggingFaceCache(selected, self.masked)
+
+
+def cache_name(model: nn.Module) -> str | None:
+    """Return the name under which the forward of ``model`` takes its cache; None if it has none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in CACHE_NAMES if name in parameters), None)
+
+
+def given_cache(arguments: Mapping[str, Any]) -> Any:
+    """Return the transformers cache among the keyword arguments of a forward, or None."""
+    return _first_of(arguments.get(name) for name in CACHE_NAMES)
+
+
+def returned_cache(output: Any) -> Any:
+    """Return the transformers cache in what a forward or a generation gave, or None."""
+    # The older name last: reading it where it is deprecated logs a warning.
+    return _first_of(getattr(output, name, None) for name in reversed(CACHE_NAMES))
+
+
+def _first_of(values: Iterable[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
 
 
 def cached_tokens(cache: Any) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flamingo_kernels.language.huggingface.cache import cached_tokens
+from flamingo_kernels.language.huggingface.cache import cached_tokens, given_cache
 from flamingo_kernels.language.protocol import BlockHook
 
 # (first new token, one past the last, rows of the batch) -> the hook for these tokens.
@@ -123,7 +123,7 @@ class ModelPreHook:
                 "which tokens the blocks are to see cannot be told; leave out the option that asks "
                 "for it"
             )
-        cache = kwargs.get("past_key_values")
+        cache = given_cache(kwargs)
         start = 0 if cache is None else cached_tokens(cache)
         rows, tokens = ids.shape
         mask = kwargs.get("attention_mask")

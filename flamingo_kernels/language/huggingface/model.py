@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
-from flamingo_kernels.language.huggingface.cache import HuggingFaceCache
+from flamingo_kernels.language.huggingface.cache import HuggingFaceCache, cache_name, returned_cache
 from flamingo_kernels.language.huggingface.hooks import (
     BlockHookFactory,
     BlockPreHook,
@@ -42,12 +42,14 @@ class HuggingFaceLanguageModel(nn.Module):
     ----------
     blocks_name : str
         Name of the list of decoder blocks in ``model``.
+    cache_name : str
+        Name under which ``model`` takes its cache; it depends on the version of transformers.
 
     Raises
     ------
     ValueError
         The decoder blocks are ambiguous (``find_blocks``), or the model is not a causal language
-        model with a head and ``past_key_values`` (``check_causal``). The model is not changed.
+        model with a head and a cache (``check_causal``). The model is not changed.
     RuntimeError
         From ``forward`` with ``before_block``: the blocks do not run once each in order, the model
         was unwrapped, or it uses activation checkpointing of its own while training. That would
@@ -59,6 +61,7 @@ class HuggingFaceLanguageModel(nn.Module):
         self.blocks_name, blocks = find_blocks(model)
         check_causal(model)
         self.model = model
+        self.cache_name: str = cache_name(model) or ""
         self.num_blocks = len(blocks)
         # Models like OPT derive positions from the mask; models like MPT have none.
         self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
@@ -146,7 +149,7 @@ class HuggingFaceLanguageModel(nn.Module):
         held = 0 if cache is None else cache.length
         options: dict[str, Any] = {"use_cache": use_cache or cache is not None}
         if cache is not None:
-            options["past_key_values"] = cache.past_key_values
+            options[self.cache_name] = cache.past_key_values
         if attention_mask is not None:
             options["attention_mask"] = attention_mask
             if self._takes_position_ids:
@@ -171,16 +174,17 @@ class HuggingFaceLanguageModel(nn.Module):
 
     def _checked_cache(self, output: Any, tokens: int, masked: bool) -> HuggingFaceCache:
         """Return the cache in ``output``; RuntimeError unless it holds that many tokens."""
-        if getattr(output, "past_key_values", None) is None:
+        returned = returned_cache(output)
+        if returned is None:
             raise RuntimeError(
-                f"{type(self.model).__name__} returns no past_key_values: use it with "
+                f"{type(self.model).__name__} returns no {self.cache_name}: use it with "
                 "use_cache=False only"
             )
-        cache = HuggingFaceCache(output.past_key_values, masked)
+        cache = HuggingFaceCache(returned, masked)
         if cache.length != tokens:
             raise RuntimeError(
                 f"the cache of {type(self.model).__name__}, a "
-                f"{type(output.past_key_values).__name__}, says that it holds {cache.length} "
+                f"{type(returned).__name__}, says that it holds {cache.length} "
                 f"tokens after {tokens}: use it with use_cache=False only"
             )
         return cache

@@ -7,6 +7,11 @@ from typing import Any
 
 from torch import nn
 
+from flamingo_kernels.language.huggingface.cache import CACHE_NAMES, cache_name
+
+# Layers without keys, as configurations of transformers name them.
+_RECURRENT_LAYERS = {"linear_attention", "mamba"}
+
 
 def text_config(model: nn.Module) -> Any:
     """Return the configuration of the text model; ValueError if there is none."""
@@ -65,12 +70,23 @@ def check_causal(model: nn.Module) -> None:
         why = "it has no language-model head (get_output_embeddings): take its ...ForCausalLM"
     elif not getattr(model, "can_generate", lambda: False)():
         why = "transformers cannot generate with it (can_generate), so it is not a causal model"
-    elif "past_key_values" not in parameters:
+    elif cache_name(model) is None:
         why = (
-            "its forward takes no past_key_values, so that decoding step by step cannot tell which "
-            f"tokens are new; it takes {', '.join(parameters)}"
+            f"its forward takes no {' or '.join(CACHE_NAMES)}, so that decoding step by step "
+            f"cannot tell which tokens are new; it takes {', '.join(parameters)}"
+        )
+    elif _is_recurrent(model):
+        why = (
+            "its cache holds states and no keys, so that decoding step by step cannot tell which "
+            "tokens are new"
         )
     elif any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
         why = "its positions are counted from the padding token's id on, as RoBERTa's"
     if why is not None:
         raise ValueError(f"cannot wrap {type(model).__name__}: {why}")
+
+
+def _is_recurrent(model: nn.Module) -> bool:
+    """Whether no layer of ``model`` keeps keys, by which its cache could count tokens."""
+    layers = set(getattr(text_config(model), "layer_types", None) or ())
+    return getattr(model, "_is_stateful", False) and layers <= _RECURRENT_LAYERS

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flamingo_kernels.language import BlockHook, HuggingFaceCache
+from flamingo_kernels.language.huggingface.cache import returned_cache
 from flamingo_kernels.model.context import MediaContext
 from flamingo_kernels.model.generation.decoded import Decoded
 from flamingo_kernels.model.generation.options import GenerationOptions
@@ -27,7 +28,7 @@ def decode(
         if copies > 1:
             each = torch.arange(rows, device=device).repeat_interleave(copies)
             language = language.index_select(each)
-        arguments["past_key_values"] = language.past_key_values
+        arguments[str(network.language_model.cache_name)] = language.past_key_values
     repeated: dict[int, MediaContext] = {}
 
     def before_blocks_of(start: int, end: int, now: int) -> BlockHook:
@@ -46,7 +47,7 @@ def decode(
         out = network.language_model.generate(context.input_ids, before_blocks_of, **arguments)
     if options.return_cache:
         masked = context.attention_mask is not None
-        return Decoded(out.sequences, HuggingFaceCache(out.past_key_values, masked))
+        return Decoded(out.sequences, HuggingFaceCache(returned_cache(out), masked))
     if isinstance(out, torch.Tensor):
         return Decoded(out, None)
     return Decoded(out.sequences, None, out)
