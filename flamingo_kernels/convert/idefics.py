@@ -22,6 +22,7 @@ from flamingo_kernels.model import (
     FlamingoModel,
     ResamplerConfig,
 )
+from flamingo_kernels.model.network import NEW_TOKENS
 from flamingo_kernels.vision import HuggingFaceVisionConfig
 
 WHAT = "an IDEFICS checkpoint"
@@ -132,8 +133,11 @@ def load_idefics(
         model = FlamingoModel(config, kernel)
     except (ArithmeticError, LookupError, TypeError) as error:
         raise ValueError(f"cannot build the model that {where} describes: {error!r}") from error
-    needed = {name for name, _ in model.named_parameters()}
+    names = {name for name, _ in model.named_parameters()}
+    needed = {name for name in names if not name.startswith(NEW_TOKENS)}
     load_into(model, converted.tensors, needed, WHAT)
+    if config.new_token_ids:
+        model.new_tokens = model.language_model.new_token_rows(config.new_token_ids)
     _log.info("%s", converted.report)
     return model.eval()
 
@@ -218,5 +222,6 @@ def _config(
         ),
         image_token_id=image_token_id,
         end_of_chunk_token_id=end_of_chunk_token_id,
+        new_token_ids=tuple(range(values["vocab_size"], vocab_size)),
         **{f"{name}_token_id": values[f"{name}_token_id"] for name in ("bos", "eos", "pad")},
     )

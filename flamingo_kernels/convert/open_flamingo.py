@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from os import PathLike
 
 import torch
@@ -25,6 +25,7 @@ from flamingo_kernels.model import (
     ResamplerConfig,
 )
 from flamingo_kernels.model.backbones import as_language_model, as_vision_encoder, default_config
+from flamingo_kernels.model.network import NEW_TOKENS
 from flamingo_kernels.model.restore_on_error import restore_on_error
 from flamingo_kernels.model.saving import write
 
@@ -105,9 +106,10 @@ def _load(
         config, kernel, vision_encoder=vision_encoder, language_model=language_model
     )
     converted = convert_open_flamingo(tensors, config, inner)
-    needed = set(model.trainable_parameters())
+    trainable = set(model.trainable_parameters())
+    needed = {name for name in trainable if not name.startswith(NEW_TOKENS)}
     load_into(model, converted.tensors, needed, f"{WHAT} (every={config.cross_attention.every})")
-    model.saved_frozen = converted.tensors.keys() - needed
+    model.saved_frozen = converted.tensors.keys() - trainable
     _log.info("%s", converted.report)
     return model
 
@@ -140,7 +142,11 @@ def convert_open_flamingo_file(
         model = FlamingoModel(config)
     _check_sizes(tensors, model.vision_encoder, model.language_model)
     converted = convert_open_flamingo(tensors, config, model.language_model.model)
-    check_fit(model, converted.tensors, set(model.trainable_parameters()), WHAT)
+    needed = set(model.trainable_parameters())
+    if f"{NEW_TOKENS}embedding" not in converted.tensors:  # the checkpoint has no embeddings
+        config = dataclasses.replace(config, new_token_ids=())
+        needed = {name for name in needed if not name.startswith(NEW_TOKENS)}
+    check_fit(model, converted.tensors, needed, WHAT)
     write(converted.tensors, config, output)
     return converted
 
@@ -157,7 +163,8 @@ def convert_open_flamingo(
     checkpoint : str, PathLike or mapping
         As in ``read_tensors``.
     config : FlamingoConfig
-        Configuration of the model; states which blocks have a cross-attention layer.
+        Configuration of the model; states which blocks have a cross-attention layer, and for which
+        tokens the rows of the embeddings are trained.
     language_model : nn.Module
         The transformers model, for its names; it may be on the meta device.
 
@@ -194,7 +201,13 @@ def convert_open_flamingo(
         Rule(rf"lang_encoder\.({'|'.join(others)})", reason=LANGUAGE),
         Rule(r"vision_encoder\..+", reason="frozen vision encoder, taken from the one given"),
     )
-    return convert(tensors, table, WHAT)
+    converted = convert(tensors, table, WHAT)
+    rows = list(config.new_token_ids)
+    for name, own in _embedding_names(language_model).items() if rows else ():
+        source = converted.tensors.get(f"language_model.model.{name}")
+        if source is not None:
+            converted.tensors[f"{NEW_TOKENS}{own}"] = source[rows].clone()
+    return converted
 
 
 def to_open_flamingo(model: FlamingoModel) -> dict[str, Tensor]:
@@ -231,8 +244,14 @@ def to_open_flamingo(model: FlamingoModel) -> dict[str, Tensor]:
         state |= {f"{prefix}.{k}": v for k, v in layer.state_dict().items()}
     inner = model.language_model.model
     tensors = inner.state_dict()
-    state |= {f"lang_encoder.{k}": tensors[k] for k in _embedding_names(inner)}
-    return {k: v.detach().clone() for k, v in state.items()}
+    names = _embedding_names(inner)
+    state |= {f"lang_encoder.{k}": tensors[k] for k in names}
+    state = {k: v.detach().clone() for k, v in state.items()}
+    rows = model.new_tokens
+    for key, own in names.items() if rows is not None else ():
+        embeddings = state[f"lang_encoder.{key}"]
+        embeddings[rows.token_ids] = getattr(rows, own).detach().to(embeddings.dtype)
+    return state
 
 
 def _architecture(
@@ -271,7 +290,8 @@ def _config(tensors: Mapping[str, Tensor], base: FlamingoConfig) -> FlamingoConf
         num_latents=num_latents,
         max_num_frames=_shape(tensors, frames, 2)[0] if frames in tensors else None,
     )
-    return dataclasses.replace(base, name="open-flamingo", **parts)
+    new = base.new_token_ids or tuple(sorted({base.image_token_id, base.end_of_chunk_token_id}))
+    return dataclasses.replace(base, name="open-flamingo", new_token_ids=new, **parts)
 
 
 def _released_config(tensors: Mapping[str, Tensor]) -> FlamingoConfig:
@@ -337,7 +357,7 @@ def _layers(tensors: Mapping[str, Tensor]) -> tuple[str, list[int]]:
     return names.pop(), sorted({int(m[2]) for m in matches})
 
 
-def _names_of_embeddings(embeddings: tuple[str, ...]) -> dict[str, str]:
+def _names_of_embeddings(embeddings: Iterable[str]) -> dict[str, str]:
     """Map names of embeddings in a checkpoint, old or new, to their names now."""
     old = {}
     for before, after in _RENAMED.items():
@@ -347,10 +367,14 @@ def _names_of_embeddings(embeddings: tuple[str, ...]) -> dict[str, str]:
     return old | {name: name for name in embeddings}
 
 
-def _embedding_names(inner: nn.Module) -> tuple[str, ...]:
-    """Return the names of input and output embeddings in the state dict of a language model."""
-    layers = (inner.get_input_embeddings(), inner.get_output_embeddings())
-    tied = layers[1] is None or layers[1].weight is layers[0].weight
-    wanted = [layer for layer in (layers[:1] if tied else layers)]
+def _embedding_names(inner: nn.Module) -> dict[str, str]:
+    """Map names of the embeddings in the state dict of a language model to ``NewTokenRows``'s."""
+    layers = {"embedding": inner.get_input_embeddings(), "head": inner.get_output_embeddings()}
+    if layers["head"] is None or layers["head"].weight is layers["embedding"].weight:
+        del layers["head"]
     names = {module: name for name, module in inner.named_modules()}
-    return tuple(f"{names[layer]}.{k}" for layer in wanted for k in layer.state_dict())
+    return {
+        f"{names[layer]}.{key}": own if key == "weight" else f"{own}_{key}"
+        for own, layer in layers.items()
+        for key in layer.state_dict()
+    }

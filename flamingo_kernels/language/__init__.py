@@ -13,6 +13,7 @@ from flamingo_kernels.language.config import (
 from flamingo_kernels.language.decoder import Decoder, DecoderCache
 from flamingo_kernels.language.huggingface import HuggingFaceCache, HuggingFaceLanguageModel
 from flamingo_kernels.language.media_tokens import MediaTokens, add_media_tokens
+from flamingo_kernels.language.new_tokens import NewTokenRows
 from flamingo_kernels.language.protocol import (
     BlockHook,
     LanguageModel,
@@ -35,6 +36,7 @@ __all__ = [
     "LanguageModelCache",
     "LanguageModelOutput",
     "MediaTokens",
+    "NewTokenRows",
     "add_media_tokens",
     "build_language_model",
     "checkpoint_blocks",

@@ -8,11 +8,14 @@ per block.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo_kernels.language.config import DecoderConfig
+from flamingo_kernels.language.new_tokens import NewTokenRows
 from flamingo_kernels.language.protocol import (
     BlockHook,
     Head,
@@ -215,6 +218,7 @@ class Decoder(nn.Module):
         before_block: BlockHook | None = None,
         use_cache: bool = False,
         head: Head | None = None,
+        new_tokens: NewTokenRows | None = None,
     ) -> LanguageModelOutput:
         check_inputs(input_ids, attention_mask, cache)
         rows, new = input_ids.shape
@@ -232,6 +236,8 @@ class Decoder(nn.Module):
         visible = _visible_keys(index, cached, attention_mask)
 
         x = self.token_embedding(input_ids)
+        if new_tokens is not None:
+            x = new_tokens.embed(self.token_embedding, input_ids, x)
         angles = RotaryAngles(
             position, self.config.head_dim, self.config.rope_theta, accumulator(x.dtype)
         )
@@ -241,6 +247,8 @@ class Decoder(nn.Module):
             x = block(x, angles, visible, cache, i)
         hidden, weight = self.final_norm(x), self.token_embedding.weight
         logits = F.linear(hidden, weight) if head is None else None
+        if new_tokens is not None and logits is not None:
+            logits = new_tokens.correct(self.token_embedding, hidden, logits)
 
         if cache is not None:
             cache.length += new
@@ -248,6 +256,10 @@ class Decoder(nn.Module):
         return LanguageModelOutput(
             logits, cache, None if head is None else head(hidden, weight, None)
         )
+
+    def new_token_rows(self, token_ids: Sequence[int]) -> NewTokenRows:
+        """Return rows for these tokens that can be trained while the rest is frozen."""
+        return NewTokenRows(token_ids, self.token_embedding, self.token_embedding)
 
 
 def _visible_keys(index: Tensor, cached: int, attention_mask: Tensor | None) -> Tensor | None:

@@ -12,6 +12,8 @@ from flamingo_kernels.precision import accumulator
 IMAGE_TOKEN = "<image>"
 END_OF_CHUNK_TOKEN = "<|endofchunk|>"
 PAD_TOKEN = "<PAD>"
+# Where the language model's configuration lists the tokens whose rows are to be trained.
+NEW_TOKEN_IDS = "new_token_ids"
 
 
 class MediaTokens(NamedTuple):
@@ -35,7 +37,9 @@ def add_media_tokens(
     the tokenizer finds it in any text, even inside a word. Embeddings that already have enough
     rows keep their size. New rows are the mean of the old ones, so a repetition on the same model
     gives the same bits. The ids are stored in ``language_model.config``, where
-    ``FlamingoModel.from_backbones`` reads them.
+    ``FlamingoModel.from_backbones`` reads them, and among them the ids of new tokens, whose rows
+    the model trains (``new_token_ids``): the media tokens that the tokenizer or the embeddings
+    lacked, or that have the default names.
 
     Parameters
     ----------
@@ -64,6 +68,8 @@ def add_media_tokens(
         raise ValueError(f"image_token and end_of_chunk_token are both {image_token!r}")
     # OpenFlamingo's order gives the ids of its checkpoints.
     names = (end_of_chunk_token, image_token)
+    own = {IMAGE_TOKEN, END_OF_CHUNK_TOKEN}  # no language model has learned these
+    new = {name for name in names if name in own or name not in tokenizer.get_vocab()}
     tokenizer.add_tokens([AddedToken(n, special=True, normalized=False) for n in names], True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
@@ -74,6 +80,10 @@ def add_media_tokens(
     )
     if language_model is not None:
         rows = language_model.get_input_embeddings().weight.shape[0]
+        ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
+        known = getattr(language_model.config, NEW_TOKEN_IDS, ())
+        new_ids = {i for name, i in ids.items() if name in new or i >= rows or i in known}
+        setattr(language_model.config, NEW_TOKEN_IDS, sorted(new_ids))
         resize_embeddings(language_model, max(rows, len(tokenizer)))
         language_model.config.image_token_id = tokens.image_token_id
         language_model.config.end_of_chunk_token_id = tokens.end_of_chunk_token_id

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from flamingo_kernels.language.new_tokens import NewTokenRows
+
 # (block index, hidden [B, T, dim]) -> hidden, run just before the block.
 BlockHook = Callable[[int, Tensor], Tensor]
 # (hidden [B, T, dim], weight [V, dim], bias [V] or None) -> a result in place of logits: a loss.
@@ -61,6 +63,9 @@ class LanguageModel(Protocol):
         Size of the vocabulary, the last dimension of the logits.
     blocks : nn.ModuleList
         The decoder blocks, in order.
+
+    A method ``new_token_rows(token_ids) -> NewTokenRows`` is optional: rows that can be trained
+    while the language model is frozen.
     """
 
     dim: int
@@ -76,6 +81,7 @@ class LanguageModel(Protocol):
         before_block: BlockHook | None = None,
         use_cache: bool = False,
         head: Head | None = None,
+        new_tokens: NewTokenRows | None = None,
     ) -> LanguageModelOutput:
         """Compute the logits of new tokens.
 
@@ -97,6 +103,10 @@ class LanguageModel(Protocol):
             Called with the last hidden states and the weight and bias of the output product, in
             place of that product. A model whose logits need more than the product returns logits
             instead. A language model may leave out this argument.
+        new_tokens : NewTokenRows, optional
+            Rows in place of those of the embeddings and of the output product; ``head`` gets the
+            frozen weight. A language model without a method ``new_token_rows`` may leave out this
+            argument.
 
         Raises
         ------

@@ -8,6 +8,7 @@ from torch import nn
 
 from flamingo_kernels.fields import is_integer
 from flamingo_kernels.language import HuggingFaceLanguageModel, LanguageModel
+from flamingo_kernels.language.media_tokens import NEW_TOKEN_IDS
 from flamingo_kernels.model.config import CrossAttentionConfig, FlamingoConfig, ResamplerConfig
 from flamingo_kernels.vision import PrecomputedFeatures, wrap_vision_encoder
 
@@ -79,6 +80,7 @@ def default_config(vision_encoder: nn.Module, language_model: nn.Module) -> Flam
         language=language_model.config,
         resampler=ResamplerConfig(dim=dim, **_heads(dim)),
         cross_attention=CrossAttentionConfig(every=1, **_heads(language_model.dim)),
+        new_token_ids=tuple(getattr(inner, NEW_TOKEN_IDS, ())),
         **ids,
     )
 

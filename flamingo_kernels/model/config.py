@@ -101,7 +101,9 @@ class CrossAttentionConfig:
 class FlamingoConfig:
     """Everything that determines the architecture of a :class:`FlamingoModel`.
 
-    Without ``pad_token_id`` only the attention mask marks padding, and every label counts.
+    Without ``pad_token_id`` only the attention mask marks padding, and every label counts. The rows
+    of ``new_token_ids`` in the embeddings of the frozen language model are trained; see
+    :class:`flamingo_kernels.language.NewTokenRows`.
     """
 
     name: str
@@ -114,6 +116,7 @@ class FlamingoConfig:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    new_token_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -135,6 +138,12 @@ class FlamingoConfig:
                     f"image_token_id and {name}_token_id are both {value}; every {name} token "
                     "would count as an image"
                 )
+        new = self.new_token_ids
+        if len(set(new)) < len(new) or not set(new) <= set(range(self.language.vocab_size)):
+            raise ValueError(
+                f"new_token_ids must be distinct ids of the vocabulary "
+                f"0..{self.language.vocab_size - 1}, got {list(new)}"
+            )
 
     @property
     def cross_attention_blocks(self) -> tuple[int, ...]:

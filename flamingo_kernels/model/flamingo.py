@@ -89,8 +89,9 @@ class FlamingoModel(FlamingoNetwork):
             model = cls(config or default_config(**parts), kernel, **parts)
             # Same device as the backbones, but not their dtype, which may be too narrow to train.
             device = next(language_model.parameters()).device
-            for part in (model.perceiver, model.gated_cross_attn_layers):
-                part.to(device)
+            for part in (model.perceiver, model.gated_cross_attn_layers, model.new_tokens):
+                if part is not None:
+                    part.to(device)
         model.loan.given.update(vision_encoder=vision_encoder, language_model=language_model)
         return model
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flamingo_kernels.language import NewTokenRows
 from flamingo_kernels.precision import accumulator
 
 # torch 2.13; without options its linear_cross_entropy keeps all logits.
@@ -35,7 +39,11 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def next_token_loss_of_hidden(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    new_tokens: NewTokenRows | None = None,
 ) -> Tensor:
     """Compute :func:`next_token_loss` of ``F.linear(hidden, weight, bias)`` in chunks.
 
@@ -51,6 +59,8 @@ def next_token_loss_of_hidden(
         [V, dim] and [V] or None.
     labels : Tensor
         int64 [B, T]; positions whose target is -100 are skipped.
+    new_tokens : NewTokenRows, optional
+        Rows in place of those of ``weight`` and ``bias``. Their few logits are computed apart.
 
     Returns
     -------
@@ -59,18 +69,54 @@ def next_token_loss_of_hidden(
     """
     trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     if trained or not _IN_CHUNKS:
-        return next_token_loss(F.linear(hidden, weight, bias), labels)
+        logits = F.linear(hidden, weight, bias)
+        if new_tokens is not None:
+            logits = new_tokens.correct_product(hidden, logits, weight, bias)
+        return next_token_loss(logits, labels)
     counted = labels[:, 1:] != -100
+    hidden, targets = hidden[:, :-1][counted], labels[:, 1:][counted]
+    if new_tokens is None:
+        losses = _losses_in_chunks(hidden, weight, bias, targets)
+    else:
+        losses = _losses_with_new_tokens(hidden, weight, bias, targets, new_tokens)
+    return losses.sum() / max(1, len(losses))
+
+
+def _losses_in_chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+) -> Tensor:
+    """Return the cross-entropy [N] of each row of ``hidden`` [N, dim]."""
     losses = F.linear_cross_entropy(
-        hidden[:, :-1][counted],
+        hidden,
         weight,
-        labels[:, 1:][counted],
+        targets,
         linear_bias=bias,
         reduction="none",  # "sum" adds up bfloat16 losses in bfloat16
         options=nn.LinearCrossEntropyOptions(),
     )
+    return losses.to(accumulator(hidden.dtype))
+
+
+def _losses_with_new_tokens(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, new_tokens: NewTokenRows
+) -> Tensor:
+    """Return the cross-entropy [N] over the frozen rows but those of new tokens, and over theirs.
+
+    A bias of minus infinity takes tokens out of the chunks. The loss of a token that is left, plus
+    its logit, is the log of the sum over all that are left.
+    """
     precision = accumulator(hidden.dtype)
-    return losses.to(precision).sum() / max(1, len(losses))
+    ids = new_tokens.token_ids
+    left = new_tokens.another_token
+    is_new = targets[:, None] == ids
+    among_left = targets.masked_fill(is_new.any(1), left)
+    without = hidden.new_zeros(len(weight)) if bias is None else bias.to(hidden.dtype)
+    without = without.index_fill(0, ids, -math.inf)
+    logit = (hidden * weight[among_left]).sum(-1, dtype=precision) + without[among_left]
+    rest = _losses_in_chunks(hidden, weight, without, among_left) + logit
+    new = F.linear(hidden, *new_tokens.output_rows(hidden.dtype)).to(precision)
+    target = torch.where(is_new.any(1), (new * is_new).sum(-1), logit)
+    return torch.logaddexp(rest, new.logsumexp(-1)) - target
 
 
 def ignore_text_before_first_image(

@@ -103,6 +103,7 @@ def _open_flamingo(
         "end_of_chunk_token_id": image_token_id - 1,
         "eos_token_id": 0,
         "pad_token_id": image_token_id + 1,
+        "new_token_ids": (image_token_id - 1, image_token_id),
     }
 
 

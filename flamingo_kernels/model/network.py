@@ -12,7 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from flamingo_kernels.language import BlockHook, build_language_model, checkpoint_blocks
+from flamingo_kernels.language import (
+    BlockHook,
+    NewTokenRows,
+    build_language_model,
+    checkpoint_blocks,
+)
 from flamingo_kernels.model.bridge import build_cross_attention, build_resampler
 from flamingo_kernels.model.cache import FlamingoCache, check_cache
 from flamingo_kernels.model.config import FlamingoConfig
@@ -27,6 +32,7 @@ from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.vision import build_vision_encoder
 
 FROZEN_PARTS = ("vision_encoder", "language_model")
+NEW_TOKENS = "new_tokens."  # prefix of the rows of new tokens in a state dict
 Network = TypeVar("Network", bound="FlamingoNetwork")
 
 
@@ -85,6 +91,7 @@ class FlamingoNetwork(nn.Module):
         self.gated_cross_attn_layers = nn.ModuleList(
             build_cross_attention(config, kernel) for _ in config.cross_attention_blocks
         )
+        self.new_tokens = _new_token_rows(config, self.language_model)
         # Tensors of the frozen parts that differ from the published backbones. A checkpoint holds
         # them beside the trainable ones.
         self.saved_frozen: set[str] = set()
@@ -102,11 +109,15 @@ class FlamingoNetwork(nn.Module):
             part.eval()
         return self
 
+    @property
+    def language_options(self) -> dict[str, Any]:
+        """Arguments of every call of the language model."""
+        return {} if self.new_tokens is None else {"new_tokens": self.new_tokens}
+
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters outside the frozen parts, by name.
 
-        Parameters of the frozen parts whose ``requires_grad`` was set again are included, such as
-        the embeddings of new tokens.
+        Parameters of the frozen parts whose ``requires_grad`` was set again are included.
         """
         return {
             name: parameter
@@ -215,9 +226,11 @@ class FlamingoNetwork(nn.Module):
         if labels is not None:
             check_labels(labels, input_ids, self.config.language.vocab_size)
             labels = self.mask_labels(labels, None if mask is None else mask[:, -new:] != 0)
-        options: dict[str, Any] = {}
+        options = self.language_options
         if not return_logits and "head" in signature(self.language_model.forward).parameters:
-            options["head"] = partial(next_token_loss_of_hidden, labels=labels)
+            options["head"] = partial(
+                next_token_loss_of_hidden, labels=labels, new_tokens=self.new_tokens
+            )
         out = self.language_model(
             input_ids,
             attention_mask=mask,
@@ -334,6 +347,19 @@ class FlamingoNetwork(nn.Module):
             ignored = ignored | ~real
             ignored[:, 1:] |= ~real[:, :-1]
         return labels.masked_fill(ignored, -100)
+
+
+def _new_token_rows(config: FlamingoConfig, language_model: nn.Module) -> NewTokenRows | None:
+    if not config.new_token_ids:
+        return None
+    if not hasattr(language_model, "new_token_rows"):
+        raise ValueError(
+            f"config.new_token_ids={config.new_token_ids}, but {type(language_model).__name__} has "
+            "no method new_token_rows: leave the rows frozen with new_token_ids=()"
+        )
+    rows = language_model.new_token_rows(config.new_token_ids)
+    assert isinstance(rows, NewTokenRows)
+    return rows
 
 
 def _check_part(name: str, module: nn.Module, **expected: int) -> None:

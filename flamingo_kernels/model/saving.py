@@ -78,7 +78,7 @@ def load(
                 "with"
             )
     if isinstance(language_model, HuggingFaceLanguageModel):
-        _resize_to_checkpoint(language_model, config.language.vocab_size, tensors, file)
+        _resize_to_checkpoint(language_model, config, tensors, file)
     try:
         network = network_class(config, kernel, **given)
     except ValueError:
@@ -145,21 +145,22 @@ def misfits(
 
 def _resize_to_checkpoint(
     language_model: HuggingFaceLanguageModel,
-    vocab_size: int,
+    config: FlamingoConfig,
     tensors: Mapping[str, Tensor],
     file: Path,
 ) -> None:
-    """Resize the embeddings if ``tensors`` hold them; otherwise check their size."""
+    """Resize the embeddings if the checkpoint knows all rows that they lack; ValueError if not."""
     inner = language_model.model
-    # Embeddings of new tokens are in the checkpoint, not in the published model.
+    rows, wanted = language_model.vocab_size, config.language.vocab_size
     embeddings = f"language_model.model.{_name_of(inner, inner.get_input_embeddings())}.weight"
-    if embeddings in tensors:
-        resize_embeddings(inner, vocab_size)
-    elif language_model.vocab_size != vocab_size:
+    # No other row is read: labels at padding do not count.
+    known = {*config.new_token_ids, config.pad_token_id}
+    if embeddings in tensors or (rows < wanted and known.issuperset(range(rows, wanted))):
+        resize_embeddings(inner, wanted)
+    elif rows != wanted:
         raise ValueError(
-            f"the language model has {language_model.vocab_size} embeddings, {file} was "
-            f"trained with {vocab_size}: call add_media_tokens on it with the "
-            "tokenizer first, or pass the one it was trained with"
+            f"the language model has {rows} embeddings, {file} was trained with {wanted}: call "
+            "add_media_tokens on it with the tokenizer first, or pass the one it was trained with"
         )
 
 

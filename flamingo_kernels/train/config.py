@@ -146,7 +146,7 @@ class OptimizerSection:
         higher rate opens the gates earlier.
     warmup_steps : int
     weight_decay : float
-        Of all parameters but the resampler's, which have none.
+        Of all parameters but the resampler and the rows of new tokens, which have none.
     betas, eps : tuple of two floats, float
     clip : float
         Global norm that gradients are clipped to.

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from flamingo_kernels.model.network import NEW_TOKENS
 from flamingo_kernels.train.config import OptimizerSection
 
-RESAMPLER = "perceiver."
+_WITHOUT_DECAY = ("perceiver.", NEW_TOKENS)
 _GATES = (".attn_gate", ".ff_gate")
 
 
@@ -94,14 +95,14 @@ class MasterWeights:
 def build_optimizer(
     parameters: dict[str, nn.Parameter], section: OptimizerSection
 ) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on all parameters but the resampler's (appendix B.1.2).
+    """Return AdamW without weight decay on the resampler (appendix B.1.2) and new tokens.
 
     Each group has a ``peak_lr``, which the loop scales by :func:`warm_up` into ``lr``.
     """
-    resampler, gates, others = [], [], []
+    undecayed, gates, others = [], [], []
     for name, parameter in parameters.items():
-        if name.startswith(RESAMPLER):
-            resampler.append(parameter)
+        if name.startswith(_WITHOUT_DECAY):
+            undecayed.append(parameter)
         elif name.endswith(_GATES):
             gates.append(parameter)
         else:
@@ -109,7 +110,7 @@ def build_optimizer(
     gate_lr = section.lr if section.gate_lr is None else section.gate_lr
     decay = section.weight_decay
     groups = [
-        {"params": resampler, "weight_decay": 0.0, "peak_lr": section.lr},
+        {"params": undecayed, "weight_decay": 0.0, "peak_lr": section.lr},
         {"params": gates, "weight_decay": decay, "peak_lr": gate_lr},
         {"params": others, "weight_decay": decay, "peak_lr": section.lr},
     ]

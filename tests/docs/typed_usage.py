@@ -38,6 +38,7 @@ from flamingo_kernels.language import (
     LanguageModelCache,
     LanguageModelOutput,
     MediaTokens,
+    NewTokenRows,
     add_media_tokens,
     build_language_model,
     checkpoint_blocks,
@@ -160,7 +161,8 @@ def backbones(vision: nn.Module, language: nn.Module, tokenizer: object) -> Flam
     tokens: MediaTokens = add_media_tokens(tokenizer, language)
     flamingo = FlamingoModel.from_backbones(wrap_vision_encoder(vision), language)
     _, unwrapped = flamingo.unwrap()
-    print(tokens.image_token_id)
+    rows: NewTokenRows | None = flamingo.new_tokens
+    print(tokens.image_token_id, rows)
     return FlamingoModel.from_backbones(768, unwrapped)
 
 

@@ -361,21 +361,6 @@ def test_rows_to_spare_are_kept() -> None:
     assert tokens.image_token_id == lm.config.image_token_id == 4
 
 
-def test_a_base_model_without_the_new_tokens(tmp_path) -> None:
-    """It is told what to do; then the same call gives the same rows."""
-    lm = language_model("llama", vocab_size=3)
-    add_media_tokens(word_tokenizer("a", "cat"), lm)
-    model = open_gates(FlamingoModel.from_backbones(16, lm)).eval()
-    model.save_pretrained(tmp_path)
-    base = language_model("llama", vocab_size=3)
-    with pytest.raises(ValueError, match=r"has 3 embeddings, .* with 6: call add_media_tokens"):
-        FlamingoModel.from_pretrained(tmp_path, language_model=base)
-    add_media_tokens(word_tokenizer("a", "cat"), base)
-    loaded = FlamingoModel.from_pretrained(tmp_path, language_model=base).eval()
-    ids, features = torch.tensor([[1, 4, 2, 3]]), torch.randn(1, 1, 1, 5, 16)
-    assert torch.equal(loaded(ids, features).logits, model(ids, features).logits)
-
-
 def test_what_cannot_be_wrapped_says_why() -> None:
     lm = language_model("llama")
     del lm.config.image_token_id

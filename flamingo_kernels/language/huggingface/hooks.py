@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from flamingo_kernels.language.huggingface.cache import cached_tokens, given_cache
+from flamingo_kernels.language.new_tokens import NewTokenRows
 from flamingo_kernels.language.protocol import BlockHook
 
 # (first new token, one past the last, rows of the batch) -> the hook for these tokens.
@@ -33,6 +34,8 @@ class Call:
         Makes ``block_hook`` for each forward of a generation.
     without_logits : bool
         Give the output product no tokens, and keep its input in ``hidden``.
+    new_tokens : NewTokenRows, optional
+        Rows in place of those of the embeddings and of the output product.
     """
 
     def __init__(
@@ -41,8 +44,11 @@ class Call:
         block_hook: BlockHook | None,
         block_hook_factory: BlockHookFactory | None = None,
         without_logits: bool = False,
+        new_tokens: NewTokenRows | None = None,
     ) -> None:
         self.owner = owner
+        self.new_tokens = new_tokens
+        self.embedded = False  # whether the input embeddings have run
         self.block_hook = block_hook
         self.block_hook_factory = block_hook_factory
         self.blocks_run = 0
@@ -135,6 +141,28 @@ class ModelPreHook:
             )
         call.block_hook = call.block_hook_factory(start, start + tokens, rows)
         call.blocks_run = 0
+
+
+class NewTokenHooks:
+    """Hooks after the input embeddings and after the output product, for rows of new tokens."""
+
+    def __init__(self, owner: object) -> None:
+        self.owner = owner
+
+    def after_embedding(
+        self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor | None:
+        call = _call_of(self.owner)
+        if call is None or call.new_tokens is None:
+            return None
+        call.embedded = True
+        return call.new_tokens.embed(embedding, args[0], output)
+
+    def after_head(self, head: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        call = _call_of(self.owner)
+        if call is None or call.new_tokens is None or call.without_logits:
+            return None
+        return call.new_tokens.correct(head, args[0], output)
 
 
 class HeadHooks:

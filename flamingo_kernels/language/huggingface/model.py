@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from flamingo_kernels.language.huggingface.hooks import (
     Call,
     HeadHooks,
     ModelPreHook,
+    NewTokenHooks,
 )
 from flamingo_kernels.language.huggingface.structure import check_causal, find_blocks, text_config
+from flamingo_kernels.language.new_tokens import NewTokenRows
 from flamingo_kernels.language.protocol import (
     BlockHook,
     Head,
@@ -73,7 +76,12 @@ class HuggingFaceLanguageModel(nn.Module):
         self._handles.append(
             model.register_forward_pre_hook(ModelPreHook(self._owner), with_kwargs=True)
         )
-        head, hooks = model.get_output_embeddings(), HeadHooks(self._owner)
+        rows = NewTokenHooks(self._owner)
+        embedding, head = _input_embeddings(model), model.get_output_embeddings()
+        if embedding is not None:
+            self._handles.append(embedding.register_forward_hook(rows.after_embedding))
+        self._handles.append(head.register_forward_hook(rows.after_head))
+        hooks = HeadHooks(self._owner)
         # False once it is known that something else follows the output product.
         self._head_is_last = type(head) is nn.Linear
         if self._head_is_last:
@@ -144,6 +152,7 @@ class HuggingFaceLanguageModel(nn.Module):
         before_block: BlockHook | None = None,
         use_cache: bool = False,
         head: Head | None = None,
+        new_tokens: NewTokenRows | None = None,
     ) -> LanguageModelOutput:
         check_inputs(input_ids, attention_mask, cache)
         held = 0 if cache is None else cache.length
@@ -157,14 +166,15 @@ class HuggingFaceLanguageModel(nn.Module):
 
         tracked = not torch.is_inference_mode_enabled()  # whether tensors are written to
         if head is not None and self._head_is_last and tracked and not options["use_cache"]:
-            call = Call(self._owner, before_block, without_logits=True)
+            call = Call(self._owner, before_block, None, True, new_tokens)
             output = self._run(call, input_ids, options)
             if call.nothing_follows_the_product(output.logits):
                 linear = self.model.get_output_embeddings()
                 result = head(call.hidden, linear.weight, linear.bias)
                 return LanguageModelOutput(None, None, result)
             self._head_is_last = False
-        output = self._run(Call(self._owner, before_block), input_ids, options)
+        call = Call(self._owner, before_block, new_tokens=new_tokens)
+        output = self._run(call, input_ids, options)
 
         if not options["use_cache"]:
             return LanguageModelOutput(output.logits, None)
@@ -199,10 +209,24 @@ class HuggingFaceLanguageModel(nn.Module):
                 f"{type(self.model).__name__} ran {call.blocks_run} of its {self.num_blocks} "
                 "blocks, so `before_block` was not called for all"
             )
+        if call.new_tokens is not None and not call.embedded:
+            raise RuntimeError(
+                f"{type(self.model).__name__} did not run its input embeddings, so rows of new "
+                "tokens cannot replace theirs: leave them frozen with config.new_token_ids=()"
+            )
         return output
 
+    def new_token_rows(self, token_ids: Sequence[int]) -> NewTokenRows:
+        """Return rows for these tokens that can be trained while ``model`` is frozen."""
+        embedding, head = _input_embeddings(self.model), self.model.get_output_embeddings()
+        return NewTokenRows(token_ids, embedding, head)
+
     def generate(
-        self, input_ids: Tensor, before_blocks_of: BlockHookFactory, **options: Any
+        self,
+        input_ids: Tensor,
+        before_blocks_of: BlockHookFactory,
+        new_tokens: NewTokenRows | None = None,
+        **options: Any,
     ) -> Any:
         """Run the ``generate`` of transformers, with a function before each block.
 
@@ -214,6 +238,8 @@ class HuggingFaceLanguageModel(nn.Module):
             ``before_blocks_of(start, end, rows) -> before_block`` for the forward that reads tokens
             start..end-1 of ``rows`` sequences. Beam search and several sequences per prompt make
             ``rows`` a multiple of B; the sequences of one prompt stand side by side.
+        new_tokens : NewTokenRows, optional
+            As in ``forward``.
         options
             Options of the ``generate`` of transformers.
 
@@ -223,7 +249,7 @@ class HuggingFaceLanguageModel(nn.Module):
             As ``forward``, and what the ``generate`` of transformers raises.
         """
         self._check_can_run_hooks()
-        with Call(self._owner, None, before_blocks_of).running():
+        with Call(self._owner, None, before_blocks_of, new_tokens=new_tokens).running():
             return self.model.generate(input_ids=input_ids, **options)
 
     def unwrap(self) -> nn.Module:
@@ -245,3 +271,7 @@ class HuggingFaceLanguageModel(nn.Module):
                 "`before_block` when it computes again: turn it off there and use "
                 "FlamingoModel.gradient_checkpointing_enable"
             )
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    return getattr(model, "get_input_embeddings", lambda: None)()

@@ -181,6 +181,7 @@ class _Steps:
             self.language,
             self.network.block_hook(self.context, start, end),
             use_cache=self.use_cache,
+            **self.network.language_options,
         )
         self.language = out.cache
         return out.logits

@@ -44,7 +44,9 @@ def decode(
         if generator is not None:
             seed = torch.randint(2**62, (), generator=generator, device=generator.device)
             torch.manual_seed(int(seed))
-        out = network.language_model.generate(context.input_ids, before_blocks_of, **arguments)
+        out = network.language_model.generate(
+            context.input_ids, before_blocks_of, **network.language_options, **arguments
+        )
     if options.return_cache:
         masked = context.attention_mask is not None
         return Decoded(out.sequences, HuggingFaceCache(returned_cache(out), masked))

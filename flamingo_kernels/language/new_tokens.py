@@ -1,0 +1,149 @@
+"""Trained rows of the embeddings of a language model that is frozen otherwise.
+
+Flamingo (Alayrac et al., 2022) adds an end-of-chunk token to the vocabulary and learns it.
+OpenFlamingo learns the rows of all tokens that it adds.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_PLAIN = (Tensor, nn.Parameter)
+
+
+class NewTokenRows(nn.Module):
+    """Rows of the input and output embeddings of R tokens, in place of the frozen ones.
+
+    The frozen embeddings are neither copied nor changed. Until the rows are, logits have the bits
+    of the frozen model (of a quantised output product: its values, to rounding).
+
+    Parameters
+    ----------
+    token_ids : sequence of int
+        Ids of the tokens.
+    embedding, head : nn.Module
+        The input embeddings and the output product. If they share one weight, a token has one row
+        for both.
+
+    Attributes
+    ----------
+    token_ids : Tensor
+        int64 [R].
+    embedding, head, head_bias : Parameter or None
+        [R, dim], [R, dim] or None (tied), [R] or None (no bias), in at least float32. They start
+        as the frozen rows.
+
+    Raises
+    ------
+    ValueError
+        The input embeddings are no ``nn.Embedding``, or a weight is not in floating point.
+    """
+
+    token_ids: Tensor
+
+    def __init__(
+        self, token_ids: Sequence[int], embedding: nn.Module | None, head: nn.Module
+    ) -> None:
+        super().__init__()
+        embedding, head = _base_layer(embedding), _base_layer(head)
+        if not isinstance(embedding, nn.Embedding):
+            raise ValueError(
+                f"cannot train the rows of new tokens {list(token_ids)}: the input embeddings are "
+                f"{type(embedding).__name__}, not nn.Embedding; leave the rows frozen with "
+                "config.new_token_ids=()"
+            )
+        ids = torch.tensor(token_ids, dtype=torch.int64)
+        rows = _first_value(embedding, "weight", ids)
+        self.register_buffer("token_ids", ids.to(rows.device), persistent=False)
+        # The least id of another token.
+        self.another_token = next(i for i in itertools.count() if i not in set(token_ids))
+        self.embedding = nn.Parameter(rows)
+        self.head = self.head_bias = None
+        if head.weight is not embedding.weight:
+            self.head = nn.Parameter(_first_value(head, "weight", ids))
+        if getattr(head, "bias", None) is not None:
+            self.head_bias = nn.Parameter(_first_value(head, "bias", ids))
+
+    def embed(self, embedding: nn.Module, input_ids: Tensor, embedded: Tensor) -> Tensor:
+        """Replace rows in the output [B, T, dim] of the input embeddings for ``input_ids``."""
+        chosen = input_ids[..., None] == self.token_ids
+        # A product and no lookup: the gradient is a sum in a fixed order.
+        rows = chosen.to(embedded.dtype) @ self._embedded(_base_layer(embedding), embedded.dtype)
+        return torch.where(chosen.any(-1, keepdim=True), rows, embedded)
+
+    def correct(self, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
+        """Replace the logits of the tokens in the output [..., V] of the product ``head``.
+
+        ``hidden`` is its input [..., dim]. What is added to the product (LoRA) stays.
+        """
+        head = _base_layer(head)
+        return self.correct_product(hidden, logits, head.weight, getattr(head, "bias", None))
+
+    def correct_product(
+        self, hidden: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        """Do as :meth:`correct`, for ``logits`` of ``weight`` [V, dim] and ``bias`` [V]."""
+        rows, own_bias = self.output_rows(hidden.dtype)
+        old: Tensor | float = 0.0
+        if type(weight) in _PLAIN and weight.device == hidden.device:  # not quantised or offloaded
+            # The difference of the rows, so that the product keeps its bits where there is none.
+            old = logits[..., self.token_ids]
+            rows = rows - weight[self.token_ids].to(rows.dtype)
+            if own_bias is not None and bias is not None:
+                own_bias = own_bias - bias[self.token_ids].to(own_bias.dtype)
+        new = F.linear(hidden, rows, own_bias) + old
+        return logits.index_copy(-1, self.token_ids, new.to(logits.dtype))
+
+    def output_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """Return weight [R, dim] and bias [R] (or None) of the output product, in ``dtype``."""
+        weight = self.embedding if self.head is None else self.head
+        return weight.to(dtype), None if self.head_bias is None else self.head_bias.to(dtype)
+
+    def _embedded(self, embedding: nn.Module, dtype: torch.dtype) -> Tensor:
+        """Return [R, dim], what ``embedding`` would give if it held these rows.
+
+        Some kinds scale or normalise them (Gemma).
+        """
+        twin = copy.copy(embedding)
+        vars(twin).update(_parameters={"weight": self.embedding.to(dtype)}, padding_idx=None)
+        rows = torch.arange(len(self.token_ids), device=self.token_ids.device)
+        return type(embedding).forward(twin, rows)
+
+
+def _base_layer(module: nn.Module | None) -> Any:
+    """Return the layer inside an adapter of PEFT, or ``module``."""
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+@torch.no_grad()
+def _first_value(module: nn.Module, name: str, ids: Tensor) -> Tensor:
+    """Return rows ``ids`` of a tensor of ``module``, as numbers in at least float32."""
+    with _loaded(module):
+        tensor = getattr(module, name)
+        if type(tensor) not in _PLAIN:
+            tensor = tensor.dequantize()
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"cannot train the rows of new tokens {ids.tolist()}: the {name} of a "
+                f"{type(module).__name__} is {tensor.dtype}; keep this layer in floating point, or "
+                "leave the rows frozen with config.new_token_ids=()"
+            )
+        rows = tensor[ids.to(tensor.device)]
+        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
+
+
+def _loaded(module: nn.Module) -> AbstractContextManager:
+    """Load what accelerate has offloaded of ``module``."""
+    if not hasattr(module, "_hf_hook"):
+        return nullcontext()
+    from accelerate.utils import align_module_device
+
+    return align_module_device(module)
