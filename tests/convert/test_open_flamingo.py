@@ -144,6 +144,24 @@ def test_there_and_back(model_type: str, every: int) -> None:
         assert torch.equal(logits, peer(**theirs(prompt())).logits)
 
 
+@pytest.mark.parametrize(("model_type", "every"), [("gpt_neox", 1), ("mpt", 1)])
+def test_trained_rows_of_new_tokens_go_back(model_type: str, every: int) -> None:
+    state = released(open_flamingo(model_type, every))
+    model = load_open_flamingo(state, clip(), language_model(model_type))
+    assert model.config.new_token_ids == (IMAGE, END_OF_CHUNK)
+    with torch.no_grad():
+        for rows in model.new_tokens.parameters():
+            rows += torch.randn(rows.shape, generator=torch.Generator().manual_seed(0))
+        peer = open_flamingo_model(clip(), language_model(model_type), every, IMAGE, END_OF_CHUNK)
+        back = to_open_flamingo(model)
+        assert not peer.load_state_dict(back, strict=False).unexpected_keys
+        batch, real = prompt(), prompt()["attention_mask"].bool()
+        assert_parity(model(**batch).logits[real], peer(**theirs(batch)).logits[real])
+    again = load_open_flamingo(back, clip(), language_model(model_type))
+    for name, rows in model.new_tokens.named_parameters():
+        assert torch.equal(again.new_tokens.get_parameter(name), rows)
+
+
 def test_embeddings_come_along_when_saved(tmp_path) -> None:
     """The checkpoint's embeddings are those of new tokens; the base model does not have them."""
     peer = open_flamingo("gpt_neox", 1)

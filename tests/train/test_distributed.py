@@ -97,6 +97,7 @@ class Case:
             language = language_model(self.language, vocab_size=TINY.language.vocab_size)
             for name in ("image_token_id", "end_of_chunk_token_id"):
                 setattr(language.config, name, getattr(TINY, name))
+            language.config.new_token_ids = [TINY.image_token_id, TINY.end_of_chunk_token_id]
             network = FlamingoModel.from_backbones(build_vision_encoder(TINY.vision), language)
         open_gates_of(network)
         return network
