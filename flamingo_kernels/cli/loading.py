@@ -1,4 +1,4 @@
-"""What several commands share: lines about progress, and backbones from folders."""
+"""What several commands share: lines about progress, backbones, and folders to write into."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from flamingo_kernels.model.saving import WEIGHTS_FILE
 from flamingo_kernels.transformers_models import read_folder
 
 
@@ -25,3 +26,11 @@ def read_backbone(auto_class: str, folder: str | Path | None) -> nn.Module | Non
     if Path(folder).is_dir():
         progress(f"loading {folder}")
     return read_folder(auto_class, Path(folder))
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if ``folder`` holds a model that may not be replaced."""
+    if (folder / WEIGHTS_FILE).exists() and not overwrite:
+        raise FileExistsError(
+            f"{folder / WEIGHTS_FILE} exists: give another folder, or --overwrite"
+        )

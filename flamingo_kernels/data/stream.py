@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,40 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from flamingo_kernels.data.formats import BROKEN_SHARD, SkipRecordError
 from flamingo_kernels.data.samples import Sample, collate, log_first
 from flamingo_kernels.data.shards import BrokenShardError, Record, read_shard
+from flamingo_kernels.fields import is_integer
 
 Builder = Callable[[Record, np.random.Generator, Counter], Sample]
+_LARGEST = 2**63 - 1
+
+
+def _is_count(value: Any) -> bool:
+    return is_integer(value) and 0 <= value <= _LARGEST
+
+
+def _is_place(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_count, value))
+
+
+# The fields of a position, and what they hold.
+_POSITION: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("epoch", "position", "offset", "draws", "made"), _is_count),
+    "buffer": lambda value: isinstance(value, list) and all(map(_is_place, value)),
+    "skipped": lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
+    "readers": _is_place,
+    "data": lambda value: isinstance(value, str),
+}
+_POSITION_OF_LOADER: dict[str, Callable[[Any], bool]] = {
+    "next_worker": _is_count,
+    "workers": lambda value: (
+        isinstance(value, list) and all(of is None or isinstance(of, dict) for of in value)
+    ),
+}
+
+
+def _check_fields(state: dict[str, Any], fields: dict[str, Callable[[Any], bool]]) -> None:
+    for name, holds in fields.items():
+        if name not in state or not holds(state[name]):
+            raise ValueError(f"the position's {name} is {reprlib.repr(state.get(name))}")
 
 
 class SampleStream:
@@ -101,8 +134,20 @@ class SampleStream:
         Raises
         ------
         ValueError
-            The state is of another number of readers, or of shards of other names or sizes.
+            The state is damaged, of another number of readers, or of shards of other names or
+            sizes.
         """
+        self.check_state(state)
+        self._epoch, self._position = state["epoch"], state["position"]
+        self._offset = state["offset"]
+        self._draws, self._made = state["draws"], state["made"]
+        self.skipped = Counter(state["skipped"])
+        self._reader = None
+        self._buffer = [(shard, self._read_at(shard, at)) for shard, at in state["buffer"]]
+
+    def check_state(self, state: dict[str, Any]) -> None:
+        """Raise ValueError as :meth:`load_state_dict` does, without reading a shard."""
+        _check_fields(state, _POSITION)
         readers = [self.part, self.parts]
         if state["readers"] != readers:
             raise ValueError(
@@ -113,12 +158,10 @@ class SampleStream:
                 f"the position was saved with {state['data']}, now there are {self._data}: the "
                 "data has changed since the checkpoint"
             )
-        self._epoch, self._position = state["epoch"], state["position"]
-        self._offset = state["offset"]
-        self._draws, self._made = state["draws"], state["made"]
-        self.skipped = Counter(state["skipped"])
-        self._reader = None
-        self._buffer = [(shard, self._read_at(shard, at)) for shard, at in state["buffer"]]
+        # Between epochs the position is behind the last shard.
+        last = max(state["position"] - 1, *(shard for shard, _ in state["buffer"]), 0)
+        if last >= len(self.shards):
+            raise ValueError(f"the position is in shard {last} of {len(self.shards)}")
 
     def _read_at(self, shard: int, offset: int) -> Record:
         try:
@@ -279,13 +322,22 @@ class BatchLoader:
         Raises
         ------
         ValueError
-            The state is of another number of workers.
+            The state is damaged, or of another number of workers; or a worker's as
+            :meth:`SampleStream.load_state_dict`.
         """
+        _check_fields(state, _POSITION_OF_LOADER)
         if len(state["workers"]) != len(self._states):
             raise ValueError(
                 f"the position was saved with {len(state['workers'])} worker(s), now "
                 f"{len(self._states)}"
             )
+        if state["next_worker"] >= len(self._states):
+            raise ValueError(f"the position's next_worker is {state['next_worker']}")
+        count = len(self._states)
+        for worker, of_worker in enumerate(state["workers"]):
+            if of_worker is not None:
+                stream = self.make(self.rank * count + worker, self.world_size * count)
+                stream.check_state(of_worker)
         self._states, self._next_worker = list(state["workers"]), state["next_worker"]
         self._batches = None
 

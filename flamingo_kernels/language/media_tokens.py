@@ -91,6 +91,12 @@ def add_media_tokens(
     return tokens
 
 
+def has_media_tokens(language_model: nn.Module) -> bool:
+    """Return whether the configuration of a transformers model has the ids of media tokens."""
+    names = ("image_token_id", "end_of_chunk_token_id")
+    return all(getattr(language_model.config, name, None) is not None for name in names)
+
+
 @torch.no_grad()
 def resize_embeddings(language_model: nn.Module, rows: int) -> None:
     """Resize input and output embeddings to ``rows``; new rows are the mean of the old ones."""

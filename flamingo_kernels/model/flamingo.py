@@ -289,6 +289,13 @@ class FlamingoModel(FlamingoNetwork):
         include_frozen : bool
             Write all tensors. False: the trainable ones, and those of the frozen parts that
             ``saved_frozen`` names (embeddings that came with a converted checkpoint).
+
+        Raises
+        ------
+        FileExistsError
+            The directory holds weights that are not a checkpoint of this package.
+        OSError
+            The file cannot be written, as on a full disk; nothing is left of it.
         """
         saving.save(self, path, include_frozen)
 

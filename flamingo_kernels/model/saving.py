@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Set
 from os import PathLike
 from pathlib import Path
@@ -34,23 +34,56 @@ def save(network: FlamingoNetwork, path: str | PathLike, include_frozen: bool) -
 
 
 def write(tensors: dict[str, Tensor], config: FlamingoConfig, path: str | PathLike) -> None:
-    """Write a checkpoint; a crash leaves either the old file or the new one."""
+    """Write a checkpoint; a crash leaves either the old file or the new one.
+
+    Raises
+    ------
+    FileExistsError
+        The folder holds weights that are not a checkpoint of this package.
+    OSError
+        The file cannot be written, as on a full disk; nothing is left of it.
+    """
     distinct = {name: tensors[name].detach().contiguous() for name in _owners(tensors)}
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     file = directory / WEIGHTS_FILE
-    handle, name = tempfile.mkstemp(dir=directory, prefix=f".{WEIGHTS_FILE}.")
-    os.close(handle)
-    temporary = Path(name)
+    if file.exists() and not _is_ours(file):
+        raise FileExistsError(
+            f"{file} holds weights that are not a checkpoint of flamingo_kernels: give another "
+            "folder"
+        )
+    temporary = directory / f".{WEIGHTS_FILE}.{secrets.token_hex(8)}"
     try:
-        save_file(distinct, temporary, metadata)
+        write_tensors(distinct, temporary, metadata)
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-        temporary.chmod(0o644)
         os.replace(temporary, file)
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_tensors(
+    tensors: dict[str, Tensor], file: Path, metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file with the permissions of any new file.
+
+    safetensors writes files that their owner alone can read, whatever the umask says.
+    """
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata)
+    file.chmod(mode)
+
+
+def _is_ours(file: Path) -> bool:
+    try:
+        with safe_open(file, "pt") as stored:
+            return CONFIG_KEY in (stored.metadata() or {})
+    except (OSError, SafetensorError):
+        return False
 
 
 def load(
@@ -97,15 +130,8 @@ def load(
         for name, tensor in tensors.items()
         if name in expected and tensor.is_floating_point() != expected[name].is_floating_point()
     )
-    problems = [
-        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-        for what, names in faults.items()
-        if names
-    ]
-    if problems:
-        raise ValueError(
-            f"{file} does not fit its config {config.name!r}: tensors " + "; ".join(problems)
-        )
+    if problems := described(faults):
+        raise ValueError(f"{file} does not fit its config {config.name!r}: tensors {problems}")
     for name, parameter in network.named_parameters():
         # A part that was given keeps its own dtype: one tensor of another would not run with it.
         if name in tensors and not is_given(name):
@@ -141,6 +167,15 @@ def misfits(
             if name in expected and tensor.shape != expected[name].shape
         ),
     }
+
+
+def described(faults: Mapping[str, list[str]]) -> str:
+    """Return what :func:`misfits` found in words, the first names of each fault; "" for nothing."""
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in faults.items()
+        if names
+    )
 
 
 def _resize_to_checkpoint(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass
 from os import PathLike
@@ -214,6 +215,20 @@ class TrainConfig:
             raise ValueError("TrainConfig.datasets is empty; training needs at least one")
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"TrainConfig.datasets: name {repeated[0]!r} is given twice")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dicts of JSON types, the folders of the model absolute.
+
+        :meth:`from_dict` reads them.
+        """
+        values = dataclasses.asdict(self)
+        model = values["model"]
+        for name in ("pretrained", "language_model", "vision_encoder", "tokenizer"):
+            if model[name] is not None:
+                model[name] = str(Path(model[name]).absolute())
+        if model["config"] is not None and model["config"].endswith(".json"):
+            model["config"] = str(Path(model["config"]).absolute())
+        return json.loads(json.dumps(values))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.samples import SampleBuilder, TextEncoding
@@ -17,15 +18,20 @@ from flamingo_kernels.transformers_models import read_folder
 from flamingo_kernels.vision import VisionEncoder
 
 
-def build_loaders(config: TrainConfig, model: FlamingoModel) -> dict[str, BatchLoader]:
+def build_loaders(
+    config: TrainConfig, model: FlamingoModel, tokenizer: Any | None = None
+) -> dict[str, BatchLoader]:
     """Return this process's loader of every dataset of ``config``, by the dataset's name.
+
+    ``tokenizer`` is one of transformers; None: the one in the folder that ``config`` names, if the
+    model's text is not bytes.
 
     Raises
     ------
     FileNotFoundError, ValueError
         As :func:`text_encoding` and :func:`build_loader`.
     """
-    encoding = text_encoding(config.model.tokenizer_folder, model.config)
+    encoding = text_encoding(tokenizer or config.model.tokenizer_folder, model.config)
     return {
         section.name: build_loader(
             section,
@@ -39,13 +45,13 @@ def build_loaders(config: TrainConfig, model: FlamingoModel) -> dict[str, BatchL
     }
 
 
-def text_encoding(tokenizer: Path | None, config: FlamingoConfig) -> TextEncoding:
+def text_encoding(tokenizer: Any | Path | None, config: FlamingoConfig) -> TextEncoding:
     """Return how training text becomes ids.
 
     Parameters
     ----------
-    tokenizer : Path or None
-        Folder of the language model's tokenizer; not used by a model whose text is bytes.
+    tokenizer : transformers tokenizer, Path or None
+        The language model's, or its folder; not used by a model whose text is bytes.
     config : FlamingoConfig
 
     Raises
@@ -58,9 +64,9 @@ def text_encoding(tokenizer: Path | None, config: FlamingoConfig) -> TextEncodin
     elif tokenizer is None:
         raise ValueError("model.tokenizer is missing: this language model needs one")
     else:
-        encode = functools.partial(
-            read_folder("AutoTokenizer", tokenizer).encode, add_special_tokens=False
-        )
+        if isinstance(tokenizer, Path):
+            tokenizer = read_folder("AutoTokenizer", tokenizer)
+        encode = functools.partial(tokenizer.encode, add_special_tokens=False)
     return TextEncoding(
         encode,
         config.image_token_id,

@@ -18,8 +18,15 @@ from flamingo_kernels.data.stream import BatchLoader
 from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.model.loss import ignore_text_before_first_image
 from flamingo_kernels.train import distributed, sharding
-from flamingo_kernels.train.checkpoints.contents import Trained
-from flamingo_kernels.train.checkpoints.folder import is_sharded, list_checkpoints
+from flamingo_kernels.train.checkpoints.contents import Trained, check_values
+from flamingo_kernels.train.checkpoints.folder import (
+    STATE_FILE,
+    is_sharded,
+    list_checkpoints,
+    step_of,
+    unreadable,
+)
+from flamingo_kernels.train.checkpoints.settings import compare
 from flamingo_kernels.train.checkpoints.state import check_base_model, fingerprints, read_state
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
 from flamingo_kernels.train.log import RunLog
@@ -65,6 +72,10 @@ class Trainer:
         Updates done so far.
     masters : MasterWeights
         The float32 parameters that ``optimizer`` updates.
+    stopped : bool
+        Whether :meth:`stop` was called.
+    changed_settings : list of str
+        What the configuration changes of the run that :meth:`resume` continues, in words.
 
     Raises
     ------
@@ -80,6 +91,8 @@ class Trainer:
         self.config = config
         self.output = Path(config.output)
         self.step_number = 0
+        self.stopped = False
+        self.changed_settings: list[str] = []
         self.base_model = fingerprints(model)
         for other, found in enumerate(distributed.gather(self.base_model)):
             if found != self.base_model:
@@ -106,20 +119,16 @@ class Trainer:
         Raises
         ------
         ValueError
-            The checkpoint is damaged, of another base model or of other datasets.
+            The checkpoint is damaged, of another base model, or of settings that cannot change.
         """
         found = list_checkpoints(self.output)
         if not found:
             return False
-        try:
-            self._restore(found[-1])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"cannot read the checkpoint {found[-1]}: {error!r}") from error
+        self._restore(found[-1])
         return True
 
     def _restore(self, folder: Path) -> None:
         state = read_state(folder)
-        check_base_model(folder, state, self.base_model)
         positions = state["data"]
         if len(positions) != distributed.world_size():
             raise ValueError(
@@ -137,10 +146,34 @@ class Trainer:
                 f"{folder} was saved with another value of distributed: continue with that, or "
                 "start a new run from what flamingo-kernels export writes"
             )
-        self._strategy.load(folder, self._trained)
-        for name, data in position.items():
-            self.loaders[name].load_state_dict(data)
+        self.changed_settings = compare(folder, state["settings"], self._settings())
+        check_base_model(folder, state, self.base_model)
+        if state["step"] != step_of(folder):
+            raise unreadable(folder, f"the step in its {STATE_FILE} is {state['step']}")
+        for fault in distributed.gather(self._fault_of_loading(folder, state["step"], position)):
+            if fault is not None:
+                raise unreadable(folder, fault)
+        self.masters.publish()
         self.step_number = state["step"]
+
+    def _fault_of_loading(self, folder: Path, step: int, position: dict[str, Any]) -> str | None:
+        """Load a checkpoint; return what is wrong with it for this process."""
+        try:
+            self._strategy.load(folder, self._trained)
+            check_values(self._trained, step)
+            for name, data in position.items():
+                self.loaders[name].load_state_dict(data)
+        except ValueError as error:
+            return str(error)
+        except (AttributeError, IndexError, KeyError, TypeError) as error:  # of a loader
+            return repr(error)
+        return None
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the configuration for ``state.json``, which may move with its folder."""
+        settings = self.config.to_dict()
+        del settings["output"]
+        return settings
 
     def save(self) -> Path:
         """Write a checkpoint, and return its folder. All processes of a group must call it.
@@ -159,6 +192,7 @@ class Trainer:
         state = {
             "step": self.step_number,
             "base_model": self.base_model,
+            "settings": self._settings(),
             "data": distributed.gather(position),
         }
         return self._strategy.save(self.output, self._trained, state, keep=self.config.keep)
@@ -219,6 +253,13 @@ class Trainer:
             "images": images,
         }
 
+    def stop(self) -> None:
+        """Let :meth:`run` save and return after the step that it is in; a signal handler may call.
+
+        In a process group one process is enough.
+        """
+        self.stopped = True
+
     def run(self) -> None:
         """Train up to ``config.steps``, log and save; call :meth:`resume` before to continue.
 
@@ -232,13 +273,15 @@ class Trainer:
             log = RunLog(self.output, self.step_number, self.config.steps)
         try:
             started, tokens, images = time.perf_counter(), 0, 0
-            while self.step_number < self.config.steps:
+            stopping = False
+            while self.step_number < self.config.steps and not stopping:
                 report = self.step()
                 if log is not None:
                     log.show(self.step_number)
                 tokens += report.pop("tokens")
                 images += report.pop("images")
-                last = self.step_number == self.config.steps
+                stopping = any(distributed.gather(self.stopped))
+                last = stopping or self.step_number == self.config.steps
                 if last or self.step_number % self.config.log_every == 0:
                     seconds = time.perf_counter() - started
                     report["tokens_per_second"] = tokens / seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from flamingo_kernels.model.network import NEW_TOKENS
 from flamingo_kernels.train.config import OptimizerSection
@@ -67,37 +67,14 @@ class MasterWeights:
             for name, parameter in self.computing.items():
                 parameter.copy_(self.parameters[name])
 
-    @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Set all masters by name, and publish them.
-
-        Raises
-        ------
-        ValueError
-            The names or shapes are not those of the masters.
-        """
-        self.check({name: tensor.shape for name, tensor in tensors.items()})
-        for name, tensor in tensors.items():
-            self.parameters[name].copy_(tensor)
-        self.publish()
-
-    def check(self, shapes: dict[str, torch.Size]) -> None:
-        """Raise ValueError unless these are the names and shapes of the masters."""
-        own = {name: parameter.shape for name, parameter in self.parameters.items()}
-        different = {name for name, _ in shapes.items() ^ own.items()}
-        if different:
-            raise ValueError(
-                f"{len(different)} trainable tensor(s) are not those of this model, such as "
-                f"{min(different)}"
-            )
-
 
 def build_optimizer(
     parameters: dict[str, nn.Parameter], section: OptimizerSection
 ) -> torch.optim.AdamW:
     """Return AdamW without weight decay on the resampler (appendix B.1.2) and new tokens.
 
-    Each group has a ``peak_lr``, which the loop scales by :func:`warm_up` into ``lr``.
+    Each group has a ``peak_lr``, which the loop scales by :func:`warm_up` into ``lr``. Its state is
+    there from the start, as AdamW would make it, so that a checkpoint has all of it or is damaged.
     """
     undecayed, gates, others = [], [], []
     for name, parameter in parameters.items():
@@ -114,12 +91,21 @@ def build_optimizer(
         {"params": gates, "weight_decay": decay, "peak_lr": gate_lr},
         {"params": others, "weight_decay": decay, "peak_lr": section.lr},
     ]
-    return torch.optim.AdamW(
+    optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=section.lr,
         betas=tuple(section.betas),
         eps=section.eps,
     )
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32),
+            **{
+                name: torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                for name in ("exp_avg", "exp_avg_sq")
+            },
+        }
+    return optimizer
 
 
 def warm_up(section: OptimizerSection, step: int) -> float:

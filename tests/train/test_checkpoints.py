@@ -13,10 +13,11 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from flamingo_kernels import FlamingoModel
 from flamingo_kernels.cli import main
@@ -109,16 +110,21 @@ def test_a_full_disk_leaves_the_previous_checkpoint_good(where: str, values, mon
     files = {path.name: path.read_bytes() for path in good.iterdir()}
     trainer.step()
 
+    write = whole.weights.write_tensors
+
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    def full_later(tensors: dict, file: Path, *more: object) -> None:
+        (full if file.name == whole.OPTIMIZER_FILE else write)(tensors, file, *more)
+
     target = {
         "model": (whole.weights, "save_file"),
-        "optimizer": (whole, "save_file"),
+        "optimizer": (whole.weights, "write_tensors"),
         "state": (folders.Path, "write_text"),
         "rename": (folders.os, "fsync"),
     }[where]
-    monkeypatch.setattr(*target, full)
+    monkeypatch.setattr(*target, full_later if where == "optimizer" else full)
     with pytest.raises(OSError, match=rf"cannot write .*step_00000002: .*No space.*is {good}"):
         trainer.save()
     monkeypatch.undo()
@@ -134,13 +140,16 @@ def test_export_writes_the_newest_as_one_file(values, tmp_path, capsys) -> None:
         trainer.step()
         folder = trainer.save()
         newest = {n: p.detach().clone() for n, p in trainer.masters.parameters.items()}
-        assert main(["export", str(trainer.output), str(target)]) == 0, number
+        command = ["export", str(trainer.output), str(target), "--trained-only", "--overwrite"]
+        assert main(command) == 0, number
         stored = load_file(target / "model.safetensors")
         assert stored.keys() == newest.keys()
         assert all(torch.equal(stored[name], tensor) for name, tensor in newest.items())
     assert capsys.readouterr().out == f"{target / 'model.safetensors'}\n" * 2
-    assert main(["export", str(folder), str(target)]) == 0
-    assert main(["export", str(tmp_path), str(target)]) == 1
+    assert main(["export", str(folder), str(target), "--overwrite"]) == 0
+    assert main(["export", str(folder), str(target)]) == 1
+    assert "exists: give another folder, or --overwrite" in capsys.readouterr().err
+    assert main(["export", str(tmp_path), str(tmp_path / "more")]) == 1
     assert "no checkpoint of a training run in" in capsys.readouterr().err
 
 
@@ -173,22 +182,101 @@ def test_damaged_checkpoints_are_refused(name: str, values) -> None:
     trainer.step()
     file = trainer.save() / name
     file.write_bytes(file.read_bytes()[:40])
-    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*step_00000001: "):
+    with pytest.raises(ValueError, match=rf"cannot read the checkpoint .*step_00000001: {name}: "):
+        make_trainer(values).resume()
+    file.unlink()
+    if name == "state.json":
+        assert not make_trainer(values).resume()  # it is no checkpoint
+        return
+    with pytest.raises(ValueError, match=rf"cannot read the checkpoint .*step_00000001: {name}: "):
         make_trainer(values).resume()
 
 
-@pytest.mark.parametrize("changes", [[], None, {"data": None}, {"base_model": 3}, {"step": "a"}])
-def test_damaged_states_are_refused(changes: object, values) -> None:
+MOMENT = "perceiver.latents/exp_avg"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({MOMENT: None}, rf"tensors 1 missing \({MOMENT}\)"),
+        ({"perceiver.latents": None}, r"tensors 1 missing \(perceiver\.latents\)"),
+        ({MOMENT: lambda t: t[:3]}, rf"1 of another shape \({MOMENT} \(3, 64\) instead of"),
+        ({MOMENT: lambda t: t.half()}, rf"{MOMENT} torch.float16 instead of torch.float32"),
+        ({MOMENT: lambda t: t * torch.nan}, f"{MOMENT} is not finite"),
+        ({MOMENT + "_sq": lambda t: t - 1}, f"{MOMENT}_sq is negative"),
+        ({"perceiver.latents": lambda t: t + torch.inf}, r"perceiver\.latents is not finite"),
+        ({"perceiver.gone/exp_avg": lambda _: torch.zeros(3)}, "1 unknown "),
+        ({"perceiver.latents/step": lambda t: t - 5}, "latents/step is -4 after step 1"),
+        ({"perceiver.latents/step": lambda t: t + 1}, "latents/step is 2 after step 1"),
+        ({"/step": torch.zeros_like}, "the optimiser is at step 0, the checkpoint at 1"),
+        ({"/exp_avg": None}, r"tensors \d\d missing"),
+        ({"/random/cpu": None}, "the random state '/random/cpu' is missing"),
+        ({"/random/cpu": lambda t: t[:3]}, "a random state is wrong: .*size"),
+    ],
+)
+def test_damaged_tensors_are_refused(changes: dict, reason: str, values) -> None:
     trainer = make_trainer(values)
     trainer.step()
     folder = trainer.save()
-    file = folder / "state.json"
-    state = json.loads(file.read_text())
-    file.write_text(json.dumps({**state, **changes} if isinstance(changes, dict) else changes))
-    with pytest.raises(ValueError, match="step_00000001"):
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for ending, change in changes.items():
+            found = [name for name in tensors if name.endswith(ending)]
+            found += [ending] * ("gone" in ending and file.stem == "optimizer")
+            for name in found:
+                tensor = tensors.pop(name, None)
+                if change is not None:
+                    tensors[name] = change(tensor)
+        save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"cannot read the checkpoint .*step_00000001: .*{reason}"):
         make_trainer(values).resume()
-    file.write_text(json.dumps({**state, "data": [{"pages": {}, "pairs": {}}]}))
-    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*: KeyError"):
+
+
+def changed(values: Any, place: tuple, new: object) -> Any:
+    """Return nested dicts and lists with the value at ``place`` replaced."""
+    if not place:
+        return new
+    copied = values.copy()
+    copied[place[0]] = changed(values[place[0]], place[1:], new)
+    return copied
+
+
+PAGES = ("data", 0, "pages")
+WORKER = (*PAGES, "workers", 0)
+
+
+@pytest.mark.parametrize(
+    ("place", "new"),
+    [
+        ((), []),
+        ((), None),
+        (("data",), None),
+        (("data",), [3]),
+        (PAGES, {}),
+        (PAGES, None),
+        ((*PAGES, "next_worker"), 1),
+        (WORKER, {}),
+        ((*WORKER, "epoch"), -1),
+        ((*WORKER, "offset"), 10**30),
+        ((*WORKER, "offset"), "0"),
+        ((*WORKER, "position"), 7),
+        ((*WORKER, "buffer"), [[9, 0]]),
+        ((*WORKER, "buffer"), [[0, 3, 3]]),
+        ((*WORKER, "skipped"), {"broken record": "many"}),
+        (("base_model",), 3),
+        (("step",), "a"),
+        (("step",), True),
+        (("step",), 2),
+        (("step",), -1),
+        (("format",), 0),
+    ],
+)
+def test_damaged_states_are_refused(place: tuple, new: object, values) -> None:
+    trainer = make_trainer(values)
+    trainer.step()
+    file = trainer.save() / "state.json"
+    file.write_text(json.dumps(changed(json.loads(file.read_text()), place, new)))
+    with pytest.raises(ValueError, match=r"cannot read the checkpoint .*step_00000001: "):
         make_trainer(values).resume()
 
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.filesystem import FileSystem
 
@@ -41,6 +42,7 @@ from testing.budgets import assert_close_to_reference
 from testing.tiny_model import TINY, open_gates_of
 
 STEPS = 2
+FIRST_SHARD = "shard-00001-model-00001-of-00001.safetensors"
 SECOND_SHARD = "shard-00002-model-00001-of-00001.safetensors"
 
 
@@ -187,13 +189,15 @@ def train_save_resume(rank: int, folder: str, case: Case) -> None:
         },
         f"{folder}/reports.{rank}.safetensors",
     )
+    if case.distributed == "fsdp":
+        assert_damaged_shards_are_refused(resumed, saved, rank)
     assert_refused(resumed, rank)
 
 
 def assert_stays_good_on_a_full_disk(trainer: Trainer, saved: Path, rank: int) -> None:
     """Fill the disk of the process that writes, or of the last one if all write."""
     whole = trainer.config.distributed == "ddp"
-    target = (whole_checkpoints, "save_file") if whole else (FileSystem, "create_stream")
+    target = (whole_checkpoints.weights, "save_file") if whole else (FileSystem, "create_stream")
     broken = mock.patch.object(*target, side_effect=OSError(errno.ENOSPC, "No space left"))
     message = rf"cannot write .*step_00000002: .*No space.*; the last good one is {saved}"
     with broken if rank == (0 if whole else 1) else nullcontext():
@@ -232,6 +236,35 @@ def assert_refused(trainer: Trainer, rank: int) -> None:
         Trainer(network, trainer.loaders, config)
 
 
+def assert_damaged_shards_are_refused(trainer: Trainer, saved: Path, rank: int) -> None:
+    """Refuse on all processes what one shard lacks, or holds and cannot be."""
+    moment, state = "perceiver.latents/exp_avg", "/random/cpu.0"
+    for name, change, reason in (
+        (moment, None, f"a part of {moment} is missing"),
+        (moment, lambda t: t * torch.nan, f"{moment} is not finite"),
+        (state, None, f"process 0: .*{state}"),
+        (state, lambda t: t[:3], f"process 0: .*{state}"),
+    ):
+        file = saved / FIRST_SHARD
+        good = file.read_bytes()
+        dist.barrier()
+        if rank == 0:
+            tensors = load_file(file)
+            with safe_open(file, "pt") as stored:
+                metadata = stored.metadata()
+            tensor = tensors.pop(name)
+            if change is not None:
+                tensors[name] = change(tensor)
+            save_file(tensors, file, metadata)
+        dist.barrier()
+        with pytest.raises(ValueError, match=rf"cannot read the checkpoint {saved}: {reason}"):
+            trainer.resume()
+        dist.barrier()
+        if rank == 0:
+            file.write_bytes(good)
+        dist.barrier()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
@@ -259,7 +292,8 @@ def test_two_processes_are_one(case: Case, tmp_path: Path, capsys) -> None:
     assert found[0].keys() == expected.keys()
 
     exported = tmp_path / "exported"
-    assert main(["export", str(tmp_path / "out"), str(exported)]) == 0
+    export = ["export", str(tmp_path / "out"), str(exported), "--trained-only"]
+    assert main([*export, "--overwrite"]) == 0
     base = {part: getattr(alone.model, part) for part in FROZEN_PARTS}
     trained = FlamingoModel.from_pretrained(exported, **base).trainable_parameters()
     assert trained.keys() == expected.keys()
@@ -268,7 +302,7 @@ def test_two_processes_are_one(case: Case, tmp_path: Path, capsys) -> None:
 
     if case.distributed == "fsdp":
         (tmp_path / "out" / "step_00000001" / SECOND_SHARD).unlink()
-        assert main(["export", str(tmp_path / "out"), str(exported)]) == 1
+        assert main([*export, "--overwrite"]) == 1
         assert "step_00000001: 1 of 2 shards" in capsys.readouterr().err
 
     reports.append(alone.step())

@@ -6,6 +6,7 @@ A trained tensor has its name in the model's state dict, a moment of the optimis
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from flamingo_kernels.model import FlamingoModel
+from flamingo_kernels.model.saving import described, misfits
+from flamingo_kernels.train import sharding
 from flamingo_kernels.train.optimizer import MasterWeights
 
 _RANDOM = "/random/"
@@ -41,27 +44,55 @@ def is_trained_tensor(name: str) -> bool:
     return "/" not in name
 
 
-def owner_of_moment(name: str, masters: MasterWeights) -> str | None:
-    """Return the parameter whose moment has this name; None for what is no moment."""
-    owner = name.rpartition("/")[0]
-    return owner if owner in masters.parameters else None
-
-
 def moments(trained: Trained) -> dict[str, Tensor]:
-    """Return the optimiser's tensors by name."""
+    """Return the optimiser's own tensors by name."""
     names = {id(parameter): name for name, parameter in trained.masters.parameters.items()}
     return {
-        f"{names[id(parameter)]}/{key}": value.detach().contiguous()
+        f"{names[id(parameter)]}/{key}": value
         for parameter, of_parameter in trained.optimizer.state.items()
         for key, value in of_parameter.items()
     }
 
 
-def set_moments(trained: Trained, values: dict[str, Tensor]) -> None:
-    """Give the optimiser the tensors that :func:`moments` returned."""
-    for name, value in values.items():
-        owner, _, key = name.rpartition("/")
-        trained.optimizer.state[trained.masters.parameters[owner]][key] = value
+def resumed_tensors(trained: Trained) -> dict[str, Tensor]:
+    """Return the tensors that a checkpoint sets, by name: the masters and the moments."""
+    masters = {name: p.detach() for name, p in trained.masters.parameters.items()}
+    return {**masters, **moments(trained)}
+
+
+def check_headers(stored: Mapping[str, Tensor], trained: Trained) -> None:
+    """Raise ValueError unless ``stored`` has the names, shapes and dtypes of what it sets.
+
+    Random states and frozen tensors are not looked at. The tensors may be on the meta device.
+    """
+    frozen = trained.model.saved_frozen
+    found = {n: t for n, t in stored.items() if n not in frozen and not n.startswith(_RANDOM)}
+    expected = resumed_tensors(trained)
+    faults = misfits(found, expected, expected.keys())
+    faults["of another dtype"] = sorted(
+        f"{name} {tensor.dtype} instead of {expected[name].dtype}"
+        for name, tensor in found.items()
+        if name in expected and tensor.dtype != expected[name].dtype
+    )
+    if problems := described(faults):
+        raise ValueError(f"tensors {problems}")
+
+
+def check_values(trained: Trained, step: int) -> None:
+    """Raise ValueError unless this process's values can be those after ``step``."""
+    counts = []
+    for name, tensor in resumed_tensors(trained).items():
+        values = sharding.local(tensor)
+        if not values.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+        if name.endswith("/exp_avg_sq") and (values < 0).any():
+            raise ValueError(f"{name} is negative")
+        if name.endswith("/step"):
+            counts.append(values.item())
+            if counts[-1] not in range(step + 1):
+                raise ValueError(f"{name} is {counts[-1]:g} after step {step}")
+    if max(counts, default=step) != step:
+        raise ValueError(f"the optimiser is at step {max(counts):g}, the checkpoint at {step}")
 
 
 def random_states() -> dict[str, Tensor]:
@@ -73,7 +104,18 @@ def random_states() -> dict[str, Tensor]:
 
 
 def set_random_states(states: dict[str, Tensor]) -> None:
-    """Set the generators to :func:`random_states`; without a GPU, its state is ignored."""
-    torch.set_rng_state(states[f"{_RANDOM}cpu"])
-    if f"{_RANDOM}cuda" in states and torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[f"{_RANDOM}cuda"])
+    """Set the generators to :func:`random_states`; without a GPU, its state is ignored.
+
+    Raises
+    ------
+    ValueError
+        A state is missing, or is none of this generator.
+    """
+    try:
+        torch.set_rng_state(states[f"{_RANDOM}cpu"])
+        if f"{_RANDOM}cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states[f"{_RANDOM}cuda"])
+    except KeyError as error:
+        raise ValueError(f"the random state {error} is missing") from error
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"a random state is wrong: {error}") from error

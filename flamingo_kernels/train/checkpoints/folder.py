@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
+
+from flamingo_kernels.train import distributed
 
 STATE_FILE = "state.json"
 SHARDS = "shard-*.safetensors"
 FORMAT = 1
+_LOCK_FILE = ".lock"
 _FOLDER = re.compile(r"step_(\d{8,})")
 
 
@@ -19,7 +25,12 @@ def list_checkpoints(output: Path) -> list[Path]:
     """Return the folders of complete checkpoints, oldest first."""
     found = [path for path in output.glob("step_*") if _FOLDER.fullmatch(path.name)]
     found = [path for path in found if (path / STATE_FILE).is_file()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step in the name of a checkpoint's folder."""
+    return int(folder.name.removeprefix("step_"))
 
 
 def is_sharded(folder: Path) -> bool:
@@ -62,12 +73,50 @@ def finish(temporary: Path, state: dict[str, Any], keep: int) -> Path:
     return folder
 
 
+def unreadable(folder: Path, why: object) -> ValueError:
+    """Return the error to raise for a checkpoint that is damaged."""
+    return ValueError(f"cannot read the checkpoint {folder}: {why}")
+
+
 def failed(temporary: Path, why: object) -> OSError:
     """Remove ``temporary``; return the error to raise, which names the last good checkpoint."""
     shutil.rmtree(temporary, ignore_errors=True)
     earlier = list_checkpoints(temporary.parent)
     last = f"the last good one is {earlier[-1]}" if earlier else "there is no earlier one"
     return OSError(f"cannot write the checkpoint {_folder_of(temporary)}: {why}; {last}")
+
+
+@contextmanager
+def exclusive(output: Path) -> Iterator[None]:
+    """Let no other process train into ``output`` at the same time.
+
+    The lock is the kernel's, on a file that stays: it ends with this process, however that ends.
+
+    Raises
+    ------
+    OSError
+        On all processes of the group: another run holds the lock, or the folder cannot be written.
+    """
+    held: list[IO[str]] = []
+
+    def lock() -> None:
+        output.mkdir(parents=True, exist_ok=True)
+        file = (output / _LOCK_FILE).open("a")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise OSError(
+                f"another run is training into {output}: wait for it, or give another output"
+            ) from error
+        held.append(file)
+
+    distributed.on_first_rank(lock)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
 
 
 def _folder_of(temporary: Path) -> Path:

@@ -65,32 +65,24 @@ def save(output: Path, trained: Trained, state: dict[str, Any], *, keep: int) ->
 
 def load(folder: Path, trained: Trained) -> None:
     """Set everything to a checkpoint, as ``whole.load`` does; each process reads its shards."""
-    stored, masters = _metadata(folder), trained.masters
-    masters.check(
-        {
-            name: tensor.size
-            for name, tensor in stored.items()
-            if contents.is_trained_tensor(name) and name not in trained.model.saved_frozen
-        }
-    )
-    moments: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        if (owner := contents.owner_of_moment(name, masters)) is not None:
-            # AdamW keeps its count of steps on the host, and every process the whole of it.
-            moments[name] = (
-                torch.zeros(tensor.size)
-                if name.endswith("/step")
-                else torch.zeros_like(masters.parameters[owner]).detach()
-            )
+    stored = {
+        name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta")
+        for name, tensor in _metadata(folder).items()
+    }
+    contents.check_headers(stored, trained)
     random_states = contents.random_states()
-    parameters = {name: parameter.detach() for name, parameter in masters.parameters.items()}
-    _read(folder, {**parameters, **moments, **_of_this_rank(random_states)})
-    contents.set_moments(trained, moments)
+    _read(folder, {**contents.resumed_tensors(trained), **_of_this_rank(random_states)})
     contents.set_random_states(random_states)
 
 
 def whole_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return the trained tensors of a checkpoint, put together by this process alone."""
+    """Return the trained tensors of a checkpoint, put together by this process alone.
+
+    Raises
+    ------
+    ValueError
+        The shards are damaged.
+    """
     tensors = {
         name: torch.empty(tensor.size, dtype=tensor.properties.dtype)
         for name, tensor in _metadata(folder).items()
@@ -111,9 +103,13 @@ def _metadata(folder: Path) -> dict[str, TensorStorageMetadata]:
     """Return the sizes and dtypes of all tensors, from the headers of all files."""
     try:
         stored = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
-    return {name: t for name, t in stored.items() if isinstance(t, TensorStorageMetadata)}
+    except (AttributeError, KeyError, OSError, TypeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"its shards cannot be read: {error!r}") from error
+    tensors = {name: t for name, t in stored.items() if isinstance(t, TensorStorageMetadata)}
+    for name, tensor in tensors.items():
+        if sum(chunk.sizes.numel() for chunk in tensor.chunks) != tensor.size.numel():
+            raise ValueError(f"a part of {name} is missing")
+    return tensors
 
 
 def _read(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
@@ -122,7 +118,7 @@ def _read(folder: Path, tensors: dict[str, Tensor], **options: Any) -> None:
         reader = HuggingFaceStorageReader(str(folder))
         state_dict_loader.load(tensors, storage_reader=reader, **options)
     except CheckpointException as error:
-        raise ValueError(f"cannot read the checkpoint {folder}: {_first_failure(error)}") from error
+        raise ValueError(_first_failure(error)) from error
 
 
 def _first_failure(error: CheckpointException) -> str:

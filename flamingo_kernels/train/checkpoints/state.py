@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from flamingo_kernels.model import FlamingoModel
 from flamingo_kernels.model.network import FROZEN_PARTS
-from flamingo_kernels.train.checkpoints.folder import FORMAT, SHARDS, STATE_FILE
+from flamingo_kernels.train.checkpoints.folder import FORMAT, SHARDS, STATE_FILE, unreadable
 
 # Values of a frozen tensor that its fingerprint reads; smaller tensors are read whole.
 _FINGERPRINT_VALUES = 65_536
@@ -27,20 +28,22 @@ def read_state(folder: Path, *more: str) -> dict[str, Any]:
     """
     try:
         state = json.loads((folder / STATE_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
-    if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
-        raise ValueError(f"{folder} was written by another version of flamingo_kernels")
-    kinds = {"step": int, "base_model": dict, "data": list, **dict.fromkeys(more, dict)}
+    except (OSError, ValueError, RecursionError) as error:
+        raise unreadable(folder, f"{STATE_FILE}: {error}") from error
+    if not isinstance(state, dict):
+        raise unreadable(folder, f"{STATE_FILE} holds a {type(state).__name__}")
+    if (found := state.pop("format", None)) != FORMAT:
+        raise unreadable(folder, f"its format is {found!r}, this version reads {FORMAT}")
+    mappings = ("base_model", "settings", *more)
+    kinds = {"step": int, "data": list, **dict.fromkeys(mappings, dict)}
     for name, kind in kinds.items():
-        if not isinstance(state.get(name), kind):
-            raise ValueError(
-                f"cannot read the checkpoint {folder}: {name} in {STATE_FILE} is "
-                f"{state.get(name)!r}"
-            )
+        if type(state.get(name)) is not kind:  # True is an int too
+            raise unreadable(folder, f"{name} in {STATE_FILE} is {reprlib.repr(state.get(name))}")
+    if not all(isinstance(position, dict) for position in state["data"]):
+        raise unreadable(folder, f"data in {STATE_FILE} is {reprlib.repr(state['data'])}")
     shards, writers = len(list(folder.glob(SHARDS))), len(state["data"])
     if shards not in (0, writers):
-        raise ValueError(f"cannot read the checkpoint {folder}: {shards} of {writers} shards")
+        raise unreadable(folder, f"{shards} of {writers} shards")
     return state
 
 

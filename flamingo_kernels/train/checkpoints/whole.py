@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from flamingo_kernels.model import saving as weights
@@ -40,7 +40,7 @@ def save(output: Path, trained: Trained, state: dict[str, Any], *, keep: int) ->
         temporary = begin(output, state["step"])
         try:
             weights.write(tensors, trained.model.config, temporary)
-            save_file(rest, temporary / OPTIMIZER_FILE)
+            weights.write_tensors(rest, temporary / OPTIMIZER_FILE)
         except (OSError, SafetensorError) as error:
             raise failed(temporary, error) from error
         return finish(temporary, state, keep)
@@ -56,18 +56,13 @@ def load(folder: Path, trained: Trained) -> None:
     ValueError
         A file is missing or damaged, or the tensors are not those of this model.
     """
-    try:
-        stored = load_file(folder / OPTIMIZER_FILE)
-        tensors = load_file(folder / weights.WEIGHTS_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"cannot read the checkpoint {folder}: {error}") from error
-    saved_frozen, masters = trained.model.saved_frozen, trained.masters
-    masters.load({name: t for name, t in tensors.items() if name not in saved_frozen})
-    moments: dict[str, Tensor] = {}
-    for name, tensor in stored.items():
-        if (owner := contents.owner_of_moment(name, masters)) is not None:
-            # AdamW keeps its count of steps on the host.
-            where = "cpu" if name.endswith("/step") else masters.parameters[owner].device
-            moments[name] = tensor.to(where, copy=True)
-    contents.set_moments(trained, moments)
+    stored: dict[str, Tensor] = {}
+    for file in (weights.WEIGHTS_FILE, OPTIMIZER_FILE):
+        try:
+            stored |= load_file(folder / file)
+        except (OSError, ValueError, SafetensorError) as error:
+            raise ValueError(f"{file}: {error}") from error
+    contents.check_headers(stored, trained)
+    for name, tensor in contents.resumed_tensors(trained).items():
+        tensor.copy_(stored[name])
     contents.set_random_states(stored)
