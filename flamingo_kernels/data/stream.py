@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from flamingo_kernels.data.formats import BROKEN_SHARD, SkipRecordError
 from flamingo_kernels.data.samples import Sample, collate, log_first
-from flamingo_kernels.data.shards import BrokenShardError, Record, read_shard
+from flamingo_kernels.data.shards import (
+    JSON_LINES_SUFFIXES,
+    BrokenShardError,
+    Record,
+    read_shard,
+)
 from flamingo_kernels.fields import is_integer
 
 Builder = Callable[[Record, np.random.Generator, Counter], Sample]
@@ -54,12 +60,22 @@ def _check_fields(state: dict[str, Any], fields: dict[str, Callable[[Any], bool]
             raise ValueError(f"the position's {name} is {reprlib.repr(state.get(name))}")
 
 
+class _Share(NamedTuple):
+    """What one reader reads of a shard: every ``of``-th record from number ``first`` on."""
+
+    shard: int  # index
+    first: int = 0
+    of: int = 1
+
+
 class SampleStream:
     """Samples of one reader's part of the shards, epoch after epoch.
 
-    Each epoch visits the shards in another order, and every record once. All random draws are
-    functions of the seed and a position, so the position is the whole state. Records that wait in
-    the shuffle buffer are named by shard and byte, and are read again on resuming.
+    Each epoch visits the shards in another order, and every record once. Where there are fewer of
+    them than readers, every reader reads all of a JSON-lines file and takes each n-th line. All
+    random draws are functions of the seed and a position, so the position is the whole state.
+    Records that wait in the shuffle buffer are named by shard and byte, and are read again on
+    resuming.
 
     Parameters
     ----------
@@ -82,7 +98,8 @@ class SampleStream:
     Raises
     ------
     ValueError
-        There are fewer shards than readers; or, from ``next``, no shard has a usable sample.
+        There are fewer shards than readers, none of them JSON lines; or, from ``next``, no shard
+        has a usable sample.
     """
 
     def __init__(
@@ -95,12 +112,8 @@ class SampleStream:
         part: int = 0,
         parts: int = 1,
     ) -> None:
-        if len(shards) < parts:
-            raise ValueError(
-                f"{len(shards)} shard(s) for {parts} readers (ranks x workers), which get disjoint "
-                "ones: write more shards or use fewer workers"
-            )
         self.shards = list(shards)
+        self._shares = _shares(self.shards, parts)
         self.build = build
         self.seed = seed
         self.shuffle = max(1, shuffle)
@@ -108,8 +121,8 @@ class SampleStream:
         self.skipped: Counter[str] = Counter()
         self._epoch = self._position = self._offset = 0  # of the next record to read
         self._draws = self._made = 0  # of this run, of this epoch
-        self._ordered: tuple[int, list[int]] = (-1, [])  # epoch, and its shards
-        self._fruitless: set[int] = set()  # shards of the epochs since one gave a sample
+        self._ordered: tuple[int, list[_Share]] = (-1, [])  # epoch, and its shares
+        self._fruitless: set[_Share] = set()  # of the epochs since one gave a sample
         self._data = _fingerprint(self.shards)
         self._buffer: list[tuple[int, Record]] = []
         self._reader: Iterator[Record] | None = None
@@ -198,30 +211,34 @@ class SampleStream:
             return sample
 
     def _next_epoch(self) -> None:
-        # Every epoch gives this reader other shards, and all of one epoch may be broken.
+        # Every epoch gives this reader other shares, and all of one epoch may be broken or empty.
         self._fruitless = set() if self._made else self._fruitless.union(self._order())
-        if len(self._fruitless) == len(self.shards):
+        if len(self._fruitless) == len(self._shares):
             raise ValueError(
                 f"no usable sample in any of {len(self.shards)} shard(s), first "
-                f"{self.shards[self._order()[0]]}; skipped: {dict(self.skipped) or 'nothing'}"
+                f"{self.shards[self._order()[0].shard]}; skipped: {dict(self.skipped) or 'nothing'}"
             )
         self._epoch += 1
         self._position = self._offset = self._made = 0
 
-    def _order(self) -> list[int]:
-        """Return the indices of this reader's shards in this epoch."""
+    def _order(self) -> list[_Share]:
+        """Return this reader's shares in this epoch."""
         if self._ordered[0] != self._epoch:
-            order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self.shards))
-            self._ordered = (self._epoch, order[self.part :: self.parts].tolist())
+            order = np.random.default_rng([self.seed, self._epoch]).permutation(len(self._shares))
+            own = [self._shares[i] for i in order[self.part :: self.parts]]
+            self._ordered = (self._epoch, own)
         return self._ordered[1]
 
     def _read(self) -> tuple[int, Record] | None:
         """Return the index of a shard and its next record; None after the epoch's last."""
         order = self._order()
         while self._position < len(order):
-            shard = order[self._position]
+            shard, first, of = order[self._position]
             if self._reader is None:
-                self._reader = read_shard(self.shards[shard], self._offset)
+                # Except at the start, the record before the offset was one of this share.
+                skip = of - 1 if self._offset else first
+                records = read_shard(self.shards[shard], self._offset)
+                self._reader = itertools.islice(records, skip, None, of)
             try:
                 record = next(self._reader, None)
             except BrokenShardError as error:
@@ -234,6 +251,21 @@ class SampleStream:
             self._position += 1
             self._offset = 0
         return None
+
+
+def _shares(shards: Sequence[str], readers: int) -> list[_Share]:
+    """Return whole shards, or with fewer of them than readers, pieces of the JSON lines too."""
+    shares: list[_Share] = []
+    for shard, path in enumerate(shards):
+        lines = path.endswith(JSON_LINES_SUFFIXES)
+        of = readers if lines and len(shards) < readers else 1
+        shares += [_Share(shard, first, of) for first in range(of)]
+    if len(shares) < readers:
+        raise ValueError(
+            f"{len(shards)} shard(s) for {readers} readers (ranks x workers), which get disjoint "
+            "ones: write more shards or use fewer workers (only JSON lines are divided)"
+        )
+    return shares
 
 
 def _fingerprint(shards: Sequence[str]) -> str:
@@ -283,7 +315,7 @@ class BatchLoader:
     pad_token_id : int
         Fills short rows.
     rank, world_size : int
-        Of this process; every reader of every rank gets its own shards.
+        Of this process; every reader of every rank gets its own shards, or lines.
     workers : int
         Worker processes; 0 prepares batches in this one.
 

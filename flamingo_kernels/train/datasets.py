@@ -91,7 +91,7 @@ def build_loader(
     Raises
     ------
     FileNotFoundError, ValueError
-        No shard matches, there are fewer shards than readers, or the encoder takes no pictures.
+        No shard matches, there are fewer tar shards than readers, or the encoder takes no pictures.
     """
     if encoder.image_size is None:
         raise ValueError(f"datasets.{section.name} holds pictures, but this model takes features")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,12 +39,12 @@ def test_train_and_what_it_writes(values, tmp_path: Path, capsys) -> None:
 
 def test_errors_are_one_line(values, tmp_path: Path, capsys) -> None:
     config = tmp_path / "run.yaml"
-    pages = dict(values["datasets"][0])
+    pages, pairs = map(dict, values["datasets"])
     for changes, message in (
         ({"steps": "many"}, "run.yaml: steps must be int, got 'many'"),
         ({"model": {"config": "huge"}}, "unknown config 'huge'"),
         ({"datasets": [{**pages, "shards": ["none*.tar"]}]}, "no shard matches 'none*.tar'"),
-        ({"datasets": [{**pages, "workers": 2}]}, "1 shard(s) for 2 readers"),
+        ({"datasets": [{**pairs, "workers": 3}]}, "2 shard(s) for 3 readers"),
         ({"model": {"language_model": str(tmp_path / "lm")}}, "no folder "),
     ):
         config.write_text(yaml.safe_dump({**values, **changes}))
@@ -50,6 +53,34 @@ def test_errors_are_one_line(values, tmp_path: Path, capsys) -> None:
         assert error.startswith("flamingo-kernels train: ") and message in error
         assert error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_one_json_lines_file_under_torchrun(values, tmp_path: Path) -> None:
+    """The command of README, with the file and the workers of its example, and once more."""
+    lines, config = tmp_path / "pages.jsonl", tmp_path / "run.yaml"
+    for steps, records, workers in ((2, 6, 0), (3, 6, 0), (2, 3, 2)):
+        values["output"] = str(tmp_path / f"out{workers}")
+        pages = {**values["datasets"][0], "workers": workers}
+        values |= {"steps": steps, "datasets": [pages]}
+        lines.write_text("".join(lines.read_text().splitlines(keepends=True)[:records]))
+        config.write_text(yaml.safe_dump(values))
+        command = "-m torch.distributed.run --standalone --nproc_per_node 2 -m flamingo_kernels"
+        run = subprocess.run(
+            [sys.executable, *command.split(), "train", str(config)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert run.returncode == 0, run.stderr
+        assert "2 process(es) on " in run.stderr
+        assert ("continuing after step 2" in run.stderr) == (steps == 3)
+        log = Path(values["output"]) / "log.jsonl"
+        assert [json.loads(x)["step"] for x in log.read_text().splitlines()] == [
+            *range(1, steps + 1)
+        ]
 
 
 def test_train_around_hugging_face_models(values, tmp_path: Path, capsys) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,81 @@ def test_readers_get_disjoint_shards_that_cover_all(tmp_path: Path) -> None:
     assert not shares[0] & shares[1] and len(shares[0] | shares[1]) == 10
     with pytest.raises(ValueError, match=r"5 shard\(s\) for 6 readers"):
         make_stream(paths, 0, 6)
+
+
+def lines_of(folder: Path, records: int, name: str = "a.jsonl") -> str:
+    """Write JSON lines of pairs whose text is their number, with blank lines between them."""
+    (folder / "0.png").write_bytes(picture_bytes())
+    path = folder / name
+    lines = [json.dumps({"image": "0.png", "text": str(i)}) for i in range(records)]
+    text = "\n\n".join(lines) + "\n"
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("records", [1, 2, 5, 13])
+@pytest.mark.parametrize("workers", [0, 1, 2])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_one_json_lines_file_is_shared(
+    ranks: int, workers: int, records: int, tmp_path: Path
+) -> None:
+    """Every epoch of all readers together has each record once, resumed or not."""
+    make = functools.partial(make_stream, [lines_of(tmp_path, records)])
+
+    def loader(rank: int) -> BatchLoader:
+        return BatchLoader(make, 1, 0, rank=rank, world_size=ranks, workers=workers)
+
+    epochs = {epoch: Counter() for epoch in range(3)}
+    for rank in range(ranks):
+        reader = loader(rank)
+        running = set(range(max(1, workers)))
+        for i in itertools.count():
+            worker = reader.state_dict()["next_worker"]
+            if i == 4:  # another process continues
+                position, reader = reader.state_dict(), loader(rank)
+                reader.load_state_dict(json.loads(json.dumps(position)))
+            (row,) = next(reader)["input_ids"]
+            epoch = reader.state_dict()["workers"][worker]["epoch"]
+            if epoch in epochs:
+                epochs[epoch][TOKENS.decode(row[row != 0])] += 1
+            else:
+                running.discard(worker)
+            if not running:
+                break
+    assert all(seen == {str(i): 1 for i in range(records)} for seen in epochs.values())
+
+
+@pytest.mark.parametrize("taken", [0, 1, 3, 4, 7])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_a_share_of_lines_is_resumed_to_the_sample(name: str, taken: int, tmp_path: Path) -> None:
+    paths = [lines_of(tmp_path, 11, name)]
+    for part in range(3):
+        stream, resumed = make_stream(paths, part, 3, shuffle=2), make_stream(paths, part, 3)
+        take(stream, taken)
+        resumed.shuffle = 2
+        resumed.load_state_dict(json.loads(json.dumps(stream.state_dict())))
+        assert take(resumed, 20) == take(stream, 20)
+
+
+def test_lines_are_divided_only_where_files_are_too_few(tmp_path: Path) -> None:
+    lines = [lines_of(tmp_path, 4, f"{i}.jsonl") for i in range(2)]
+    tars = numbered_pairs(tmp_path, 2, 3)
+
+    def first_epoch(paths: list[str], parts: int) -> list[list[str]]:
+        found = []
+        for part in range(parts):
+            stream = make_stream(paths, part, parts, shuffle=1)
+            samples = itertools.takewhile(lambda _, s=stream: s.state_dict()["epoch"] == 0, stream)
+            found.append([sample.key for sample in samples])
+        return found
+
+    whole = first_epoch(lines, 2)
+    assert [{Path(key.split(": ")[0]).name for key in part} for part in whole] in (
+        [{"0.jsonl"}, {"1.jsonl"}],
+        [{"1.jsonl"}, {"0.jsonl"}],
+    )
+    mixed = [key for part in first_epoch(lines + tars, 5) for key in part]
+    assert len(mixed) == len(set(mixed)) == 2 * 4 + 2 * 3
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7, 13, 14, 15, 31])
