@@ -1,10 +1,12 @@
-"""The one place that opens pictures: which formats are read, by Pillow."""
+"""The one place that opens pictures: which formats are read, by Pillow, and how large ones."""
 
 from __future__ import annotations
 
 from io import BytesIO
 from os import PathLike
 from typing import TYPE_CHECKING
+
+from flamingo_kernels.data import bounds
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,12 +29,26 @@ def open_picture(source: str | PathLike | bytes) -> Image:
     OSError
         There is no such file, or it is damaged.
     ValueError
-        The contents are of none of ``FORMATS``. The name of a file does not matter.
+        The contents are of none of ``FORMATS`` (the name of a file does not matter), or the
+        picture has more pixels or frames than ``data.bounds`` allows.
     """
     import PIL.Image
 
     file = BytesIO(source) if isinstance(source, bytes) else source
     try:
-        return PIL.Image.open(file, formats=FORMATS)
+        image = PIL.Image.open(file, formats=FORMATS)
+    except PIL.Image.DecompressionBombError as error:  # of twice as many pixels as it warns of
+        limit = f"{bounds.__name__}.PIXELS.limit is {bounds.PIXELS.limit:,}"
+        raise ValueError(f"{error} {limit}: make the picture smaller") from None
     except PIL.UnidentifiedImageError:
         raise ValueError(f"it is none of {', '.join(FORMATS)}, or its header is damaged") from None
+    try:
+        pixels = image.width * image.height
+        bounds.PIXELS.check(pixels, f"the picture of {image.width} x {image.height}")
+        frames = getattr(image, "n_frames", 1)
+        bounds.FRAMES.check(frames, "the picture")
+        bounds.ANIMATION.check(frames * pixels, f"the picture of {frames} frames")
+    except Exception:
+        image.close()
+        raise
+    return image

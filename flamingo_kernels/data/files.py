@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from flamingo_kernels.data import bounds
+
 _LONGEST_NAME = 4096  # of a path, in characters
 
 
@@ -38,7 +40,8 @@ class DataFile:
             There is no such file, or it cannot be read.
         ValueError
             The name leads out of the folder (as an absolute path, by ``..`` or by a link), to what
-            is no regular file, or is no name of a file.
+            is no regular file, is no name of a file, or leads to a file of more bytes than
+            ``data.bounds.FILE``.
         """
         if len(self.name) > _LONGEST_NAME:
             raise ValueError(
@@ -52,7 +55,9 @@ class DataFile:
                 "there, or set image_root to a folder that holds it"
             )
         check_regular(path)
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            bounds.FILE.check(os.fstat(file.fileno()).st_size, self.name)
+            return file.read(bounds.FILE.limit)
 
 
 def check_regular(path: str | PathLike) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flamingo_kernels.data import bounds
 from flamingo_kernels.data.decode import open_picture
 from flamingo_kernels.data.files import DataFile
 
@@ -34,7 +35,8 @@ def load_image(path: str | PathLike) -> Image:
         There is no such file.
     ValueError
         It is of a format that is not read (BMP, GIF, JPEG, PNG, PPM, TIFF and WebP are), Pillow
-        cannot decode it (it may be truncated), or it is grey of more than 16 bits.
+        cannot decode it (it may be truncated), it is grey of more than 16 bits, or it has more
+        pixels or frames than ``data.bounds`` allows.
     """
     return load_frames(path, 1)[0]
 
@@ -64,11 +66,13 @@ def load_frames(
         name, source = name or source.name, source.read()
     try:
         with open_picture(source) as image:
-            pictures = []
-            for index in sample_frames(getattr(image, "n_frames", 1), frames):
+            chosen = sample_frames(getattr(image, "n_frames", 1), frames)
+            pictures = dict.fromkeys(chosen, image)  # repeated ones are decoded once
+            bounds.CLIP.check(len(pictures) * image.width * image.height, "the clip")
+            for index in pictures:
                 image.seek(index)
-                pictures.append(_rgb(ImageOps.exif_transpose(image)))
-            return pictures
+                pictures[index] = _rgb(ImageOps.exif_transpose(image))
+            return [pictures[index] for index in chosen]
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise anything on damaged files

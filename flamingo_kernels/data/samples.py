@@ -7,14 +7,17 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from flamingo_kernels.data import bounds
 from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.formats import (
     BROKEN_IMAGE,
+    BROKEN_RECORD,
     NO_IMAGE,
     NO_TEXT,
     PARSERS,
@@ -24,6 +27,9 @@ from flamingo_kernels.data.formats import (
 )
 from flamingo_kernels.data.images import load_frames, sample_frames, stack_media
 from flamingo_kernels.data.shards import Record
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IGNORED_LABEL = -100
 logger = logging.getLogger(__name__)
@@ -179,22 +185,29 @@ class SampleBuilder:
         Raises
         ------
         SkipRecordError
-            The record cannot be read, or has no text or no image.
+            The record cannot be read or exceeds a bound, or has no text or no image.
         """
+        key = f"{record.shard}: {record.key}"
+        if record.too_large:
+            raise SkipRecordError(BROKEN_RECORD, f"{key}: {record.too_large}")
         document = PARSERS[self.kind](record, self.image_root)
         interleaved = self.kind == "interleaved"
         # Drawn first and always, so that these draws do not depend on the document.
         assign = "next" if generator.random() < self.p_next and interleaved else "previous"
         if generator.random() < self.leading_space and not interleaved:
             document = Document((document.parts[0], " " + document.parts[1]))
-        key = f"{record.shard}: {record.key}"
+        texts = [part for part in document.parts if isinstance(part, str)]
+        try:
+            bounds.TEXT.check(sum(map(len, texts)), "its text")
+        except ValueError as error:
+            raise SkipRecordError(BROKEN_RECORD, f"{key}: {error}") from error
         try:
             ids, media = encode_document(document, self.encoding)
         except ValueError as error:  # text without UTF-8 form
             raise SkipRecordError(NO_TEXT, f"{key}: {error}") from error
         if not media:
             raise SkipRecordError(NO_IMAGE, key)
-        if not any(isinstance(part, str) and part.strip() for part in document.parts):
+        if not any(text.strip() for text in texts):
             raise SkipRecordError(NO_TEXT, key)
         image = self.encoding.image_token_id
         if interleaved:
@@ -218,12 +231,23 @@ class SampleBuilder:
             elif len(media.sources) == 1:
                 frames = load_frames(media.sources[0], self.frames, media.name)
             else:
-                chosen = sample_frames(len(media.sources), self.frames)
-                frames = [load_frames(media.sources[i], 1, media.name)[0] for i in chosen]
+                frames = _load_stills(media, self.frames)
             return self.preparation(frames, generator)
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             log_first(skipped, BROKEN_IMAGE, str(error))
             return None
+
+
+def _load_stills(media: Media, frames: int) -> list[Image]:
+    """Return ``frames`` pictures of a clip that has a file for each."""
+    chosen = sample_frames(len(media.sources), frames)
+    pictures: dict[int, Image] = {}
+    pixels = 0
+    for i in dict.fromkeys(chosen):
+        (pictures[i],) = load_frames(media.sources[i], 1, media.name)
+        pixels += pictures[i].width * pictures[i].height
+        bounds.CLIP.check(pixels, f"the clip {media.name}")
+    return [pictures[i] for i in chosen]
 
 
 def _without(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from flamingo_kernels.data import bounds
 from flamingo_kernels.data.formats import BROKEN_SHARD, SkipRecordError
 from flamingo_kernels.data.samples import Sample, collate, log_first
 from flamingo_kernels.data.shards import (
@@ -86,7 +87,8 @@ class SampleStream:
     seed : int
         Of all draws.
     shuffle : int
-        Records in the buffer that the next one is drawn from; 1 keeps the order of a shard.
+        Records in the buffer that the next one is drawn from; 1 keeps the order of a shard. Fewer
+        where they would take more bytes than ``data.bounds.BUFFER``.
     part, parts : int
         This reader's number, and the number of readers (ranks x workers).
 
@@ -125,6 +127,7 @@ class SampleStream:
         self._fruitless: set[_Share] = set()  # of the epochs since one gave a sample
         self._data = _fingerprint(self.shards)
         self._buffer: list[tuple[int, Record]] = []
+        self._held = 0  # bytes in the buffer
         self._reader: Iterator[Record] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -157,6 +160,7 @@ class SampleStream:
         self.skipped = Counter(state["skipped"])
         self._reader = None
         self._buffer = [(shard, self._read_at(shard, at)) for shard, at in state["buffer"]]
+        self._held = sum(record.size for _, record in self._buffer)
 
     def check_state(self, state: dict[str, Any]) -> None:
         """Raise ValueError as :meth:`load_state_dict` does, without reading a shard."""
@@ -191,8 +195,13 @@ class SampleStream:
 
     def __next__(self) -> Sample:
         while True:
-            while len(self._buffer) < self.shuffle and (found := self._read()) is not None:
+            while (
+                len(self._buffer) < self.shuffle
+                and self._held < bounds.BUFFER.limit
+                and (found := self._read()) is not None
+            ):
                 self._buffer.append(found)
+                self._held += found[1].size
             if not self._buffer:
                 self._next_epoch()
                 continue
@@ -201,6 +210,7 @@ class SampleStream:
             place = int(draw.integers(len(self._buffer)))
             self._buffer[place], self._buffer[-1] = self._buffer[-1], self._buffer[place]
             shard, record = self._buffer.pop()
+            self._held -= record.size
             generator = np.random.default_rng([self.seed, self._epoch, shard, record.offset])
             try:
                 sample = self.build(record, generator, self.skipped)
