@@ -31,8 +31,8 @@ class Flamingo(nn.Module):
     ----------
     config : object
         vision, language, resampler, cross_attention (see those modules, and README.md),
-        image_token_id, pad_token_id and eos_token_id. Cross-attention layer n comes before the
-        n-th decoder block i with ``i % every == offset``.
+        image_token_id, pad_token_id, eos_token_id and end_of_chunk_token_id. Cross-attention layer
+        n comes before the n-th decoder block i with ``i % every == offset``.
 
     Raises
     ------
@@ -109,34 +109,36 @@ class Flamingo(nn.Module):
         first, last = media_spans(
             input_ids, self.config.image_token_id, self.config.cross_attention.attend, assign
         )
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
         x = self.language_model.token_embedding(input_ids)
         for i, block in enumerate(self.language_model.blocks):
             if i in self.insertions:
                 cross_attention = self.gated_cross_attn_layers[self.insertions.index(i)]
                 x = cross_attention(x, media, first, last)
-            x = block(x, attention_mask)
+            x = block(x, real)
         logits = self.language_model.to_logits(x)
         if labels is None:
             return FlamingoOutput(None, logits)
         return FlamingoOutput(self.next_token_loss(logits, labels, attention_mask), logits)
 
-    def next_token_loss(self, logits: Tensor, labels: Tensor, attention_mask: Tensor) -> Tensor:
+    def next_token_loss(
+        self, logits: Tensor, labels: Tensor, attention_mask: Tensor | None
+    ) -> Tensor:
         """Mean cross-entropy of ``labels[:, t + 1]`` under ``logits[:, t]``.
 
-        Left out: labels of -100, ``<image>`` labels, the pad token (unless it doubles as the end of
-        sequence), and pairs of which either side is padding.
+        Left out: labels of -100, ``<image>`` labels, and pairs of which either side is padding.
+        Without a mask the pad token is padding, unless it doubles as the end of a text.
         """
         config = self.config
         targets = labels[:, 1:]
-        real = attention_mask.bool()
-        # A left-padded row must lose the same terms as the row alone, whose first token is not
-        # predicted from anything.
-        kept = real[:, 1:] & real[:, :-1]
-        kept = kept & (targets != IGNORED_LABEL) & (targets != config.image_token_id)
-        if config.pad_token_id != config.eos_token_id:
+        kept = (targets != IGNORED_LABEL) & (targets != config.image_token_id)
+        if attention_mask is not None:
+            # A left-padded row must lose the same terms as the row alone, whose first token is not
+            # predicted from anything.
+            real = attention_mask.bool()
+            kept = kept & real[:, 1:] & real[:, :-1]
+        elif config.pad_token_id not in (config.eos_token_id, config.end_of_chunk_token_id):
             kept = kept & (targets != config.pad_token_id)
         scores = logits[:, :-1][kept].to(working_dtype(logits))  # [K, V]
         chosen = scores[torch.arange(len(scores), device=scores.device), targets[kept]]

@@ -101,8 +101,8 @@ class CrossAttentionConfig:
 class FlamingoConfig:
     """Everything that determines the architecture of a :class:`FlamingoModel`.
 
-    Without ``pad_token_id`` only the attention mask marks padding, and every label counts. The rows
-    of ``new_token_ids`` in the embeddings of the frozen language model are trained; see
+    ``pad_token_id`` marks padding where no attention mask does; see ``FlamingoModel.forward``. The
+    rows of ``new_token_ids`` in the embeddings of the frozen language model are trained; see
     :class:`flamingo_kernels.language.NewTokenRows`.
     """
 

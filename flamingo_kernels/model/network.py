@@ -26,6 +26,7 @@ from flamingo_kernels.model.inputs import check_labels, check_media, check_text
 from flamingo_kernels.model.loan import Loan
 from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidden
 from flamingo_kernels.model.media import encode_media, project_media
+from flamingo_kernels.model.stops import default_stops
 from flamingo_kernels.nn import MediaKeyValue
 from flamingo_kernels.ops import plan_media_attention
 from flamingo_kernels.ops.dispatch import check_kernel_name
@@ -182,7 +183,9 @@ class FlamingoNetwork(nn.Module):
             cached tokens.
         labels : Tensor, optional
             int64 [B, T], usually ``input_ids``; they are shifted inside. -100, ``<image>`` and
-            padding are ignored. The loss is 0 if nothing is left.
+            padding are ignored. The loss is 0 if nothing is left. Padding is where
+            ``attention_mask`` is 0; without a mask it is ``config.pad_token_id``, unless that
+            token also ends texts.
         num_images : Tensor, optional
             Integer [B]: how many of the I slots each row fills (default: all). The others are never
             read.
@@ -225,7 +228,9 @@ class FlamingoNetwork(nn.Module):
         mask = context.attention_mask
         if labels is not None:
             check_labels(labels, input_ids, self.config.language.vocab_size)
-            labels = self.mask_labels(labels, None if mask is None else mask[:, -new:] != 0)
+            labels = self.mask_labels(
+                labels, None if attention_mask is None else attention_mask[:, -new:] != 0
+            )
         options = self.language_options
         if not return_logits and "head" in signature(self.language_model.forward).parameters:
             options["head"] = partial(
@@ -332,20 +337,22 @@ class FlamingoNetwork(nn.Module):
 
         A label after padding is ignored because the first token of a left-padded row would be
         predicted from padding; without the padding nothing predicts it.
+        The padding token may also end a turn, so its id marks padding only where nothing else says
+        what padding is: without ``real``, and only if generation does not stop at that token.
 
         Parameters
         ----------
         labels : Tensor
             int64 [B, T].
         real : Tensor, optional
-            bool [B, T], True at tokens that are not padding (default: all).
+            bool [B, T], True at tokens that are not padding (default: decided by the id).
         """
-        ignored = labels == self.config.image_token_id
-        if self.config.pad_token_id not in (None, self.config.eos_token_id):
-            ignored = ignored | (labels == self.config.pad_token_id)
+        ignored, pad = labels == self.config.image_token_id, self.config.pad_token_id
         if real is not None:
             ignored = ignored | ~real
             ignored[:, 1:] |= ~real[:, :-1]
+        elif pad is not None and pad not in default_stops(self.config, self.language_model):
+            ignored = ignored | (labels == pad)
         return labels.masked_fill(ignored, -100)
 
 

@@ -14,7 +14,7 @@ from flamingo_kernels.ops.spans import ATTEND_MODES
 from testing.budgets import assert_close_to_reference, assert_gradients_close
 from testing.tiny_model import TINY, make_model, ragged_batch
 
-IMAGE = TINY.image_token_id
+IMAGE, PAD = TINY.image_token_id, TINY.pad_token_id
 
 
 def trainable_gradients(model: FlamingoModel) -> dict[str, torch.Tensor]:
@@ -290,6 +290,41 @@ def test_point_14_loss_ignores_images_padding_and_labels_of_minus_100() -> None:
     some[0, 3] = -100
     expected = -torch.stack([log_probability[0, t, ids[0, t + 1]] for t in (1, 3)]).mean()
     assert_close_to_reference(model(ids, pixels, labels=some).loss, expected, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("mask", "counted"),
+    [
+        (None, [5, PAD, 7, 8, PAD]),
+        ([1, 1, 1, 1, 1, 1], [5, PAD, 7, 8, PAD]),
+        ([1, 1, 1, 1, 1, 0], [5, PAD, 7, 8]),
+        ([0, 1, 1, 1, 1, 1], [PAD, 7, 8, PAD]),  # nothing predicts the first token
+        ([1, 1, 0, 1, 1, 1], [5, 8, PAD]),
+    ],
+)
+@pytest.mark.parametrize("ends", [(), (PAD,), (3, PAD)])
+def test_point_14_a_mask_and_not_the_id_says_what_padding_is(mask, counted, ends) -> None:
+    """Padding tokens may end turns: with a mask they count, and without one if they end texts."""
+    model = make_model()
+    model.language_model.eos_token_ids = ends
+    labels = torch.tensor([[4, 5, PAD, 7, 8, PAD]])
+    if mask is None and not ends:
+        counted = [5, 7, 8]
+    real = None if mask is None else torch.tensor([mask])
+    targets = model.mask_labels(labels, None if real is None else real != 0)[:, 1:]
+    assert targets[targets != -100].tolist() == counted
+    loss = model(labels, attention_mask=real, labels=labels).loss
+    logits = model(labels, attention_mask=real).logits
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten())
+    assert_close_to_reference(loss, expected, torch.float32)
+
+
+@pytest.mark.parametrize("role", ["eos_token_id", "end_of_chunk_token_id"])
+def test_point_14_a_padding_token_that_ends_texts_counts(role: str) -> None:
+    model = make_model()
+    model.config = replace(TINY, **{role: PAD})
+    labels = torch.tensor([[4, 5, PAD]])
+    assert torch.equal(model.mask_labels(labels), labels)
 
 
 def test_point_14_all_labels_ignored_is_a_finite_zero_with_zero_gradients() -> None:

@@ -220,15 +220,18 @@ def test_loss_is_the_mean_over_what_is_kept(make_model, pixels):
     assert_close_to_reference(out.loss, expected, torch.float64)
 
 
-def test_pad_labels_are_ignored_unless_pad_is_the_end_of_sequence(make_model):
+def test_pad_labels_are_ignored_unless_pad_ends_texts_or_a_mask_says_what_is_real(make_model):
     model = make_model()
     logits = torch.zeros(1, 3, 64, dtype=torch.float64)
     logits[0, 1, PAD] = 5.0
     labels, mask = torch.tensor([[4, 5, PAD]]), torch.ones(1, 3, dtype=torch.long)
     uniform = torch.tensor(64.0, dtype=torch.float64).log()
-    assert_close_to_reference(model.next_token_loss(logits, labels, mask), uniform, torch.float64)
-    model.config.eos_token_id = PAD
+    assert_close_to_reference(model.next_token_loss(logits, labels, None), uniform, torch.float64)
     assert model.next_token_loss(logits, labels, mask) < uniform
+    for end in ("eos_token_id", "end_of_chunk_token_id"):
+        changed = make_model()
+        setattr(changed.config, end, PAD)
+        assert changed.next_token_loss(logits, labels, None) < uniform
 
 
 def test_all_labels_ignored(make_model, pixels):

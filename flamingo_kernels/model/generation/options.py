@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from flamingo_kernels.fields import is_integer
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.generation.sampling import Sampling, check_count
+from flamingo_kernels.model.stops import default_stops
 
 # Options of transformers' generate that would be overwritten here or break a promise.
 _REFUSED = {
@@ -104,10 +105,7 @@ class GenerationOptions:
 def choose_stops(
     stop_token_ids: Sequence[int] | None, config: FlamingoConfig, language_model: nn.Module
 ) -> tuple[int, ...]:
-    """Return the stop tokens that were given, or the default.
-
-    The default is end of chunk, and every id that the config and the language model's own
-    configuration end a text with.
+    """Return the stop tokens that were given, or :func:`default_stops`.
 
     Raises
     ------
@@ -116,13 +114,7 @@ def choose_stops(
     """
     vocab_size = config.language.vocab_size
     if stop_token_ids is None:
-        ends = (config.end_of_chunk_token_id, config.eos_token_id)
-        ends += tuple(getattr(language_model, "eos_token_ids", ()))
-        return tuple(
-            token
-            for token in dict.fromkeys(ends)
-            if token is not None and token in range(vocab_size)
-        )
+        return default_stops(config, language_model)
     if not isinstance(stop_token_ids, Sequence) or not all(map(is_integer, stop_token_ids)):
         raise TypeError(f"stop_token_ids must be a sequence of ints, got {stop_token_ids!r}")
     for token in stop_token_ids:
