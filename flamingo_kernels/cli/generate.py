@@ -12,7 +12,7 @@ from torch import Tensor
 from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli.loading import progress, read_backbone
 from flamingo_kernels.data.images import FITS, load_image, stack_media, to_pixel_values
-from flamingo_kernels.language import ByteTokenizer
+from flamingo_kernels.language import ByteTokenizer, encode_prompt
 from flamingo_kernels.shipped import FAST_BINDING
 from flamingo_kernels.transformers_models import read_folder
 
@@ -98,7 +98,8 @@ def _text_coding(
     """Return the functions text -> ids and ids -> text, by the tokenizer in ``folder``."""
     if config.uses_byte_tokenizer:
         own = ByteTokenizer()
-        return lambda text: own.encode(text, add_bos=True), own.decode
+        written = own.decode([own.bos_token_id], skip_special_tokens=False)
+        return lambda text: own.encode(text, add_bos=not text.startswith(written)), own.decode
     tokenizer = read_folder("AutoTokenizer", folder)
     added = {token: name for name, token in tokenizer.get_added_vocab().items()}
     marker = added.get(config.image_token_id)
@@ -108,6 +109,6 @@ def _text_coding(
             "which the model has: save the one that language.add_media_tokens was given"
         )
     return (
-        lambda text: tokenizer.encode(text.replace(MARKER, marker)),
+        lambda text: encode_prompt(tokenizer, text.replace(MARKER, marker)),
         lambda ids: tokenizer.decode(ids, skip_special_tokens=True),
     )

@@ -46,6 +46,8 @@ class TextEncoding:
     image_token_id, end_of_chunk_token_id : int
     bos_token_id, eos_token_id, pad_token_id : int or None
         The ids that mark structure.
+    start : tuple of int or None
+        What a document starts with; None: ``bos_token_id``.
     """
 
     encode: Callable[[str], list[int]]
@@ -54,6 +56,7 @@ class TextEncoding:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    start: tuple[int, ...] | None = None
 
     def text(self, text: str) -> list[int]:
         """Return the ids of plain text, without ids of structure, such as a written ``<image>``.
@@ -96,7 +99,10 @@ def encode_document(document: Document, encoding: TextEncoding) -> tuple[list[in
     The ids are ``<BOS>text<EOC><image>text<EOC><image>text<EOC><EOS>``. ``<EOC>`` ends a chunk of
     text before an image and at the end of the document. Adjacent images have no chunk between them.
     """
-    ids = [] if encoding.bos_token_id is None else [encoding.bos_token_id]
+    start = encoding.start
+    if start is None:
+        start = () if encoding.bos_token_id is None else (encoding.bos_token_id,)
+    ids = list(start)
     media: list[Media] = []
     open_chunk = False
     for part in document.parts:

@@ -21,6 +21,7 @@ from flamingo_kernels.language.protocol import (
     LanguageModelOutput,
 )
 from flamingo_kernels.language.recompute import checkpoint_blocks
+from flamingo_kernels.language.text_encoding import encode_prompt, prompt_start
 
 __all__ = [
     "BlockHook",
@@ -40,6 +41,8 @@ __all__ = [
     "add_media_tokens",
     "build_language_model",
     "checkpoint_blocks",
+    "encode_prompt",
+    "prompt_start",
 ]
 
 _BUILDERS = {"decoder": Decoder, "huggingface": HuggingFaceLanguageModel.from_config}

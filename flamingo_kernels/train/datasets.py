@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.samples import SampleBuilder, TextEncoding
 from flamingo_kernels.data.shards import find_shards
 from flamingo_kernels.data.stream import BatchLoader, SampleStream
-from flamingo_kernels.language import ByteTokenizer
+from flamingo_kernels.language import ByteTokenizer, prompt_start
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
 from flamingo_kernels.train import distributed
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
@@ -48,6 +49,8 @@ def build_loaders(
 def text_encoding(tokenizer: Any | Path | None, config: FlamingoConfig) -> TextEncoding:
     """Return how training text becomes ids.
 
+    A document starts as the tokenizer starts a prompt, and ends in one ``config.eos_token_id``.
+
     Parameters
     ----------
     tokenizer : transformers tokenizer, Path or None
@@ -59,6 +62,8 @@ def text_encoding(tokenizer: Any | Path | None, config: FlamingoConfig) -> TextE
     FileNotFoundError, ValueError
         The model needs a tokenizer, and there is none that can be read.
     """
+    encode: Callable[[str], list[int]]
+    start = None
     if config.uses_byte_tokenizer:
         encode = ByteTokenizer().encode
     elif tokenizer is None:
@@ -67,6 +72,7 @@ def text_encoding(tokenizer: Any | Path | None, config: FlamingoConfig) -> TextE
         if isinstance(tokenizer, Path):
             tokenizer = read_folder("AutoTokenizer", tokenizer)
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+        start = prompt_start(tokenizer)
     return TextEncoding(
         encode,
         config.image_token_id,
@@ -74,6 +80,7 @@ def text_encoding(tokenizer: Any | Path | None, config: FlamingoConfig) -> TextE
         config.bos_token_id,
         config.eos_token_id,
         config.pad_token_id,
+        start,
     )
 
 

@@ -42,6 +42,8 @@ from flamingo_kernels.language import (
     add_media_tokens,
     build_language_model,
     checkpoint_blocks,
+    encode_prompt,
+    prompt_start,
 )
 from flamingo_kernels.model import CrossAttentionConfig, FlamingoOutput, ResamplerConfig
 from flamingo_kernels.nn import (
@@ -159,6 +161,8 @@ def model(input_ids: Tensor, pixel_values: Tensor, folder: Path) -> FlamingoMode
 
 def backbones(vision: nn.Module, language: nn.Module, tokenizer: object) -> FlamingoModel:
     tokens: MediaTokens = add_media_tokens(tokenizer, language)
+    prompt: list[int] = encode_prompt(tokenizer, "<image>")
+    assert prompt[: len(prompt_start(tokenizer))] == list(prompt_start(tokenizer))
     flamingo = FlamingoModel.from_backbones(wrap_vision_encoder(vision), language)
     _, unwrapped = flamingo.unwrap()
     rows: NewTokenRows | None = flamingo.new_tokens
