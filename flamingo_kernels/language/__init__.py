@@ -21,7 +21,7 @@ from flamingo_kernels.language.protocol import (
     LanguageModelOutput,
 )
 from flamingo_kernels.language.recompute import checkpoint_blocks
-from flamingo_kernels.language.text_encoding import encode_prompt, prompt_start
+from flamingo_kernels.language.text_encoding import PlainTextEncoder, encode_prompt, prompt_start
 
 __all__ = [
     "BlockHook",
@@ -38,6 +38,7 @@ __all__ = [
     "LanguageModelOutput",
     "MediaTokens",
     "NewTokenRows",
+    "PlainTextEncoder",
     "add_media_tokens",
     "build_language_model",
     "checkpoint_blocks",

@@ -36,8 +36,18 @@ class ByteTokenizer:
     image_token_id = _SPECIAL_TOKENS["<image>"]
     end_of_chunk_token_id = _SPECIAL_TOKENS["<EOC>"]
 
-    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+    def encode(
+        self, text: str, add_bos: bool = False, split_special_tokens: bool = False
+    ) -> list[int]:
         """Return the ids of ``text``; names of special tokens in it become their ids.
+
+        Parameters
+        ----------
+        text : str
+        add_bos : bool
+            Start with "<BOS>".
+        split_special_tokens : bool
+            Take names of special tokens for text like any other, as in a caption of others.
 
         Raises
         ------
@@ -45,8 +55,8 @@ class ByteTokenizer:
             The text has no UTF-8 form (lone surrogates).
         """
         ids = [self.bos_token_id] if add_bos else []
-        for part in _SPECIAL_PATTERN.split(text):
-            if part in _SPECIAL_TOKENS:
+        for part in (text,) if split_special_tokens else _SPECIAL_PATTERN.split(text):
+            if part in _SPECIAL_TOKENS and not split_special_tokens:
                 ids.append(_SPECIAL_TOKENS[part])
             else:
                 ids.extend(part.encode("utf-8"))

@@ -11,7 +11,7 @@ from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.samples import SampleBuilder, TextEncoding
 from flamingo_kernels.data.shards import find_shards
 from flamingo_kernels.data.stream import BatchLoader, SampleStream
-from flamingo_kernels.language import ByteTokenizer, prompt_start
+from flamingo_kernels.language import ByteTokenizer, PlainTextEncoder, prompt_start
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
 from flamingo_kernels.train import distributed
 from flamingo_kernels.train.config import DatasetSection, TrainConfig
@@ -50,6 +50,7 @@ def text_encoding(tokenizer: Any | Path | None, config: FlamingoConfig) -> TextE
     """Return how training text becomes ids.
 
     A document starts as the tokenizer starts a prompt, and ends in one ``config.eos_token_id``.
+    Names of special tokens in the text of a record are text like any other.
 
     Parameters
     ----------
@@ -65,13 +66,14 @@ def text_encoding(tokenizer: Any | Path | None, config: FlamingoConfig) -> TextE
     encode: Callable[[str], list[int]]
     start = None
     if config.uses_byte_tokenizer:
-        encode = ByteTokenizer().encode
+        encode = functools.partial(ByteTokenizer().encode, split_special_tokens=True)
     elif tokenizer is None:
         raise ValueError("model.tokenizer is missing: this language model needs one")
     else:
         if isinstance(tokenizer, Path):
             tokenizer = read_folder("AutoTokenizer", tokenizer)
-        encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+        structure = (config.image_token_id, config.end_of_chunk_token_id, config.bos_token_id)
+        encode = PlainTextEncoder(tokenizer, (*structure, config.eos_token_id, config.pad_token_id))
         start = prompt_start(tokenizer)
     return TextEncoding(
         encode,

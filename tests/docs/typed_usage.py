@@ -39,6 +39,7 @@ from flamingo_kernels.language import (
     LanguageModelOutput,
     MediaTokens,
     NewTokenRows,
+    PlainTextEncoder,
     add_media_tokens,
     build_language_model,
     checkpoint_blocks,
@@ -162,7 +163,9 @@ def model(input_ids: Tensor, pixel_values: Tensor, folder: Path) -> FlamingoMode
 def backbones(vision: nn.Module, language: nn.Module, tokenizer: object) -> FlamingoModel:
     tokens: MediaTokens = add_media_tokens(tokenizer, language)
     prompt: list[int] = encode_prompt(tokenizer, "<image>")
-    assert prompt[: len(prompt_start(tokenizer))] == list(prompt_start(tokenizer))
+    caption: list[int] = PlainTextEncoder(tokenizer)("<image>")
+    start: tuple[int, ...] = prompt_start(tokenizer)
+    assert prompt[: len(start)] == list(start) and prompt[-1] not in caption
     flamingo = FlamingoModel.from_backbones(wrap_vision_encoder(vision), language)
     _, unwrapped = flamingo.unwrap()
     rows: NewTokenRows | None = flamingo.new_tokens
