@@ -23,7 +23,7 @@ LAYERS = (
     ("ops",),
     ("_triton", "_cpp"),
     ("transformers_models",),
-    ("env", "fields", "precision", "saved_tensors", "shipped"),
+    ("bare_modules", "env", "fields", "precision", "saved_tensors", "shipped"),
 )
 RANK = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}
 

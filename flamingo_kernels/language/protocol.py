@@ -102,7 +102,8 @@ class LanguageModel(Protocol):
         head : callable, optional
             Called with the last hidden states and the weight and bias of the output product, in
             place of that product. A model whose logits need more than the product returns logits
-            instead. A language model may leave out this argument.
+            instead, such as one whose output product is hooked, wrapped, offloaded or quantised. A
+            language model may leave out this argument.
         new_tokens : NewTokenRows, optional
             Rows in place of those of the embeddings and of the output product; ``head`` gets the
             frozen weight. A language model without a method ``new_token_rows`` may leave out this

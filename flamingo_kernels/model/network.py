@@ -201,7 +201,8 @@ class FlamingoNetwork(nn.Module):
             Return a cache for the next call. A cache that is given is always returned, extended.
         return_logits : bool
             False, with labels, leaves out the logits. The loss is then computed without them where
-            that is possible (torch 2.13, a frozen output product, no cache).
+            that is possible (torch 2.13, no cache, and a frozen output product that is a plain
+            ``nn.Linear``: no hooks, adapter, offloading or quantisation).
 
         Returns
         -------

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flamingo_kernels.bare_modules import is_bare, is_plain_product
 from flamingo_kernels.fields import is_integer
 from flamingo_kernels.ops import (
     gated_activation,
@@ -28,26 +29,6 @@ def require_sizes(**sizes: int) -> None:
             raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
 
 
-_HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-
-
-def _is_bare(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs the ``forward`` of its class and nothing else."""
-    return (
-        "forward" not in module.__dict__
-        and not any(getattr(module, f"_{hooks}") for hooks in _HOOKS)
-        and not any(getattr(torch.nn.modules.module, f"_global_{hooks}") for hooks in _HOOKS)
-    )
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether calling ``module`` is the product with its weight and nothing else.
-
-    Adapters, sharding and offloading wrap, replace or hook a Linear. Such a module must be called.
-    """
-    return type(module) is nn.Linear and module.bias is None and _is_bare(module)
-
-
 class LayerNorm(nn.LayerNorm):
     """``torch.nn.LayerNorm`` over the last dimension, computed by the selected kernel."""
 
@@ -63,7 +44,7 @@ class LayerNorm(nn.LayerNorm):
 
     def project_normed(self, linear: nn.Module, x: Tensor) -> Tensor:
         """Return ``linear(self(x))`` without saving the normalised values for the backward."""
-        if not (_is_bare(self) and is_plain_linear(linear)):
+        if not (is_bare(self) and is_plain_product(linear)):
             return linear(self(x))
         return layer_norm_linear(
             x, self.weight, self.bias, linear.weight, self.eps, kernel=self.kernel
@@ -112,7 +93,7 @@ class _Activation(nn.Module):
 
     def project_activated(self, linear: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
         """Return ``linear(self(x, gate))`` without saving the activated values for the backward."""
-        if self.activation == "swiglu" or not (_is_bare(self) and is_plain_linear(linear)):
+        if self.activation == "swiglu" or not (is_bare(self) and is_plain_product(linear)):
             return linear(self(x, gate))
         return gated_activation_linear(x, linear.weight, gate, self.activation, kernel=self.kernel)
 

@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flamingo_kernels.bare_modules import is_plain_product
 from flamingo_kernels.nn.layers import (
     LAYER_NORM_EPS,
     FeedForward,
     LayerNorm,
-    is_plain_linear,
     require_sizes,
 )
 from flamingo_kernels.ops import checks, latent_attention, layer_norm
@@ -61,7 +61,7 @@ class PerceiverAttention(nn.Module):
     def _project_features(self, normed: Tensor) -> Tensor:
         """Return ``to_kv(normed * weight + bias)``, with the scale applied to ``to_kv`` instead."""
         norm, linear = self.norm_media, self.to_kv
-        if not is_plain_linear(linear):
+        if not is_plain_product(linear):
             return linear(normed * norm.weight + norm.bias)
         shift = F.linear(norm.bias, linear.weight)
         return F.linear(normed, linear.weight * norm.weight, shift)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from flamingo_kernels.model import loss as losses
 from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidden
@@ -158,6 +159,111 @@ def test_logits_that_are_changed_afterwards_are_given(model_type, changes, monke
     for _ in range(2):
         out = wrapped(ids, head=F.linear)
         assert out.head_output is None and torch.equal(out.logits, expected)
+
+
+class Scaled(nn.Module):
+    """Five times what it holds, of which it shows the weight."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 5 * self.linear(x)
+
+
+class Fivefold(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 5 * weight
+
+
+def _replace_forward(model: nn.Module, head: nn.Module) -> None:
+    own = head.forward
+    head.forward = lambda x: 5 * own(x)
+
+
+def _subclass(model: nn.Module, head: nn.Module) -> None:
+    head.__class__ = type("Fine", (nn.Linear,), {"forward": lambda s, x: 5 * F.linear(x, s.weight)})
+
+
+def _adapt(model: nn.Module, head: nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False)
+    peft.inject_adapter_in_model(options, model)
+
+
+def _keep_a_copy(model: nn.Module, head: nn.Module) -> None:
+    peft = pytest.importorskip("peft")
+    options = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    peft.get_peft_model(model, options)
+    model.lm_head.modules_to_save["default"].weight.data *= 5
+
+
+def _offload(model: nn.Module, head: nn.Module) -> None:
+    pytest.importorskip("accelerate").cpu_offload(head, execution_device="cpu")
+    assert head.weight.is_meta
+
+
+def _quantise(model: nn.Module, head: nn.Module) -> None:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(head, quantization.Int8WeightOnlyConfig())
+    assert type(head.weight) is not nn.Parameter
+
+
+HEADS = {
+    "forward hook": lambda m, head: head.register_forward_hook(lambda h, x, out: 5 * out),
+    "forward pre-hook": lambda m, head: head.register_forward_pre_hook(lambda h, x: (5 * x[0],)),
+    "backward hook": lambda m, head: head.register_full_backward_hook(lambda h, x, out: None),
+    "forward replaced": _replace_forward,
+    "subclass": _subclass,
+    "parametrization": lambda m, head: parametrize.register_parametrization(
+        head, "weight", Fivefold()
+    ),
+    "another module": lambda m, head: setattr(m, "lm_head", Scaled(head)),
+    "another linear": lambda m, head: m.set_output_embeddings(nn.Linear(32, VOCAB)),
+    "LoRA": _adapt,
+    "modules_to_save": _keep_a_copy,
+    "offloaded": _offload,
+    "int8": _quantise,
+}
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before wrapping", "after"])
+@pytest.mark.parametrize("change", HEADS.values(), ids=list(HEADS))
+def test_an_output_product_that_is_not_plain_is_called(change, after: bool) -> None:
+    pytest.importorskip("transformers")
+    from flamingo_kernels.language import HuggingFaceLanguageModel
+
+    model, ids = language_model("llama"), torch.randint(3, VOCAB - 2, (2, 7))
+    plain = model(ids).logits
+    if not after:
+        change(model, model.lm_head)
+    wrapped = HuggingFaceLanguageModel(model)
+    if after:
+        assert torch.equal(wrapped(ids, head=F.linear).head_output, plain)
+        change(model, model.lm_head)
+    expected = model(input_ids=ids).logits
+    out = wrapped(ids, head=F.linear)
+    if out.logits is None:  # a plain linear from the start
+        assert change is HEADS["another linear"] and not after
+    assert torch.equal(out.head_output if out.logits is None else out.logits, expected)
+
+
+def test_hooks_on_all_modules_are_run() -> None:
+    pytest.importorskip("transformers")
+    from flamingo_kernels.language import HuggingFaceLanguageModel
+
+    wrapped, ids = HuggingFaceLanguageModel(language_model("llama")), torch.tensor([[5, 6, 7]])
+    shapes = []
+    hook = nn.modules.module.register_module_forward_hook(
+        lambda module, x, out: shapes.append(out.shape) if isinstance(module, nn.Linear) else None
+    )
+    try:
+        assert wrapped(ids, head=F.linear).head_output is None
+    finally:
+        hook.remove()
+    assert (1, 3, VOCAB) in shapes
+    assert wrapped(ids, head=F.linear).logits is None  # the hook has gone
 
 
 def test_logits_that_are_written_to_afterwards_are_given() -> None:

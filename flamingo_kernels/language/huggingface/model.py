@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flamingo_kernels.bare_modules import is_plain_linear
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.language.huggingface.cache import HuggingFaceCache, cache_name, returned_cache
 from flamingo_kernels.language.huggingface.hooks import (
@@ -79,8 +80,10 @@ class HuggingFaceLanguageModel(nn.Module):
         rows = NewTokenHooks(self._owner)
         embedding, head = _input_embeddings(model), model.get_output_embeddings()
         if embedding is not None:
-            self._handles.append(embedding.register_forward_hook(rows.after_embedding))
-        self._handles.append(head.register_forward_hook(rows.after_head))
+            self._handles.append(
+                embedding.register_forward_hook(rows.after_embedding, prepend=True)
+            )
+        self._handles.append(head.register_forward_hook(rows.after_head, prepend=True))
         hooks = HeadHooks(self._owner)
         # False once it is known that something else follows the output product.
         self._head_is_last = type(head) is nn.Linear
@@ -164,8 +167,7 @@ class HuggingFaceLanguageModel(nn.Module):
             if self._takes_position_ids:
                 options["position_ids"] = positions(attention_mask, input_ids.shape[1])
 
-        tracked = not torch.is_inference_mode_enabled()  # whether tensors are written to
-        if head is not None and self._head_is_last and tracked and not options["use_cache"]:
+        if head is not None and not options["use_cache"] and self._gives_its_product():
             call = Call(self._owner, before_block, None, True, new_tokens)
             output = self._run(call, input_ids, options)
             if call.nothing_follows_the_product(output.logits):
@@ -259,6 +261,18 @@ class HuggingFaceLanguageModel(nn.Module):
             handle.remove()
         self._handles = []
         return self.model
+
+    def _gives_its_product(self) -> bool:
+        """Whether the output product is a plain one, as far as is known the last step.
+
+        It is looked at in every call, since hooks and adapters come and go.
+        """
+        tracked = not torch.is_inference_mode_enabled()  # whether tensors are written to
+        linear = self.model.get_output_embeddings()
+        return self._head_is_last and tracked and is_plain_linear(linear, self._is_own_hook)
+
+    def _is_own_hook(self, hook: Any) -> bool:
+        return getattr(getattr(hook, "__self__", None), "owner", None) is self._owner
 
     def _check_can_run_hooks(self) -> None:
         if not self._handles:
