@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Any other type holds numbers in a form of its own: quantised, sharded.
 _PLAIN = (Tensor, nn.Parameter, FakeTensor)
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
@@ -35,10 +34,15 @@ def is_plain_linear(module: nn.Module, ours: Callable[[Any], bool] = lambda hook
     return (
         type(module) is nn.Linear
         and is_bare(module, ours)
-        and all(t is None or type(t) in _PLAIN for t in (module.weight, module.bias))
+        and all(t is None or is_plain_tensor(t) for t in (module.weight, module.bias))
     )
 
 
 def is_plain_product(module: nn.Module) -> bool:
     """Whether ``module`` is a plain linear without a bias."""
     return is_plain_linear(module) and module.bias is None
+
+
+def is_plain_tensor(tensor: Tensor) -> bool:
+    """Whether ``tensor`` holds its numbers in no form of its own (quantised, sharded)."""
+    return type(tensor) in _PLAIN

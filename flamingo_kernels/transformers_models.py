@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from torch import nn
 
-# What a configuration of transformers writes about itself, and labels of classifiers.
+# What a configuration of transformers writes about itself and its weights, and labels of
+# classifiers.
 _NOT_OPTIONS = {
     "_name_or_path",
     "architectures",
@@ -20,6 +21,7 @@ _NOT_OPTIONS = {
     "id2label",
     "label2id",
     "model_type",
+    "quantization_config",
     "torch_dtype",
     "transformers_version",
 }

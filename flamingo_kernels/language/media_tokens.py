@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from flamingo_kernels.bare_modules import is_plain_tensor
 from flamingo_kernels.precision import accumulator
 
 IMAGE_TOKEN = "<image>"
@@ -58,7 +59,7 @@ def add_media_tokens(
     Raises
     ------
     ValueError
-        Both tokens are the same.
+        Both tokens are the same, or rows would have to be added to quantised embeddings.
     ImportError
         transformers is not installed.
     """
@@ -99,10 +100,24 @@ def has_media_tokens(language_model: nn.Module) -> bool:
 
 @torch.no_grad()
 def resize_embeddings(language_model: nn.Module, rows: int) -> None:
-    """Resize input and output embeddings to ``rows``; new rows are the mean of the old ones."""
+    """Resize input and output embeddings to ``rows``; new rows are the mean of the old ones.
+
+    Raises
+    ------
+    ValueError
+        They are quantised.
+    """
     old = language_model.get_input_embeddings().weight.shape[0]
     if rows == old:
         return
+    for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
+        weight = getattr(layer, "weight", None)
+        if weight is not None and not (is_plain_tensor(weight) and weight.is_floating_point()):
+            raise ValueError(
+                f"cannot resize the embeddings of {type(language_model).__name__} from {old} to "
+                f"{rows} rows: a {type(layer).__name__} holds a {type(weight).__name__} of "
+                f"{weight.dtype}; call add_media_tokens before quantising"
+            )
     language_model.resize_token_embeddings(rows, mean_resizing=False)
     for layer in (language_model.get_input_embeddings(), language_model.get_output_embeddings()):
         for tensor in () if layer is None else (layer.weight, getattr(layer, "bias", None)):

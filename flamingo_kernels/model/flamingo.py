@@ -296,6 +296,8 @@ class FlamingoModel(FlamingoNetwork):
             The directory holds weights that are not a checkpoint of this package.
         OSError
             The file cannot be written, as on a full disk; nothing is left of it.
+        ValueError
+            A tensor to be written is quantised or sharded.
         """
         saving.save(self, path, include_frozen)
 

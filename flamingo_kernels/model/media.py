@@ -83,7 +83,8 @@ def _encode_frames(vision_encoder: nn.Module, inputs: MediaInputs, parameter: Te
     They are in the dtype of ``parameter``, which the encoder's may differ from.
     """
     pixels, dtype = inputs.pixel_values, parameter.dtype
-    weight = next(vision_encoder.parameters(), parameter)
+    weights = (p for p in vision_encoder.parameters() if p.is_floating_point())  # not the int8 ones
+    weight = next(weights, parameter)
     real = inputs.real_frames()
     with torch.no_grad():
         if real is None:

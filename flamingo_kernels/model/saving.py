@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from flamingo_kernels.bare_modules import is_plain_tensor
 from flamingo_kernels.language import HuggingFaceLanguageModel
 from flamingo_kernels.language.media_tokens import resize_embeddings
 from flamingo_kernels.model.backbones import as_language_model, as_vision_encoder
@@ -30,6 +31,7 @@ def save(network: FlamingoNetwork, path: str | PathLike, include_frozen: bool) -
     if not include_frozen:
         wanted = network.trainable_parameters().keys() | network.saved_frozen
         tensors = {name: tensor for name, tensor in tensors.items() if name in wanted}
+    _check_can_be_written(network, tensors.keys())
     write(tensors, network.config, path)
 
 
@@ -84,6 +86,21 @@ def _is_ours(file: Path) -> bool:
             return CONFIG_KEY in (stored.metadata() or {})
     except (OSError, SafetensorError):
         return False
+
+
+def _check_can_be_written(network: FlamingoNetwork, names: Set[str]) -> None:
+    """Raise ValueError unless the parameters ``names`` are plain numbers in memory."""
+    faults = [
+        f"{name} ({type(parameter).__name__} of {parameter.dtype} on {parameter.device})"
+        for name, parameter in network.named_parameters(remove_duplicate=False)
+        if name in names and not (is_plain_tensor(parameter) and parameter.is_floating_point())
+    ]
+    if faults:
+        raise ValueError(
+            f"cannot write {len(faults)} parameters that are quantised or sharded, the first of "
+            f"which is {faults[0]}: save the model as it was before, and quantise it again after "
+            "loading; without include_frozen the frozen parts may be quantised"
+        )
 
 
 def load(
