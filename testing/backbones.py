@@ -30,6 +30,52 @@ LANGUAGE_OPTIONS = {
     "bloom": {"hidden_size": DIM, "n_layer": DEPTH, "n_head": 4},
     "gptj": {"n_embd": DIM, "n_layer": DEPTH, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
 }
+_MIXED = {**_GROUPED, "num_hidden_layers": 2, "head_dim": 8}
+_MAMBA = {
+    "mamba_n_heads": 4,
+    "mamba_d_head": 16,
+    "mamba_expand": 2,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+}
+_EXPERTS = {
+    "num_experts": 2,
+    "num_local_experts": 2,
+    "num_experts_per_tok": 1,
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 16,
+    "shared_intermediate_size": 16,
+}
+_LINEAR = {
+    "layer_types": ["linear_attention", "full_attention"],
+    **{f"linear_num_{kind}_heads": 2 for kind in ("key", "value")},
+    **{f"linear_{kind}_head_dim": 8 for kind in ("key", "value")},
+}
+# Language models with recurrent or convolution states beside keys and values.
+HYBRID_OPTIONS = {
+    "granitemoehybrid": {**_MIXED, **_MAMBA, **_EXPERTS, "layer_types": ["mamba", "attention"]},
+    "falcon_h1": {**_MIXED, **_MAMBA, "mamba_d_ssm": 64},
+    "bamba": {**_MIXED, **_MAMBA, "attn_layer_indices": [1]},
+    "qwen3_next": {**_MIXED, **_LINEAR, **_EXPERTS},
+    "olmo_hybrid": {**_MIXED, **_LINEAR},
+    "lfm2": {**_MIXED, "layer_types": ["conv", "full_attention"], "block_multiple_of": 16},
+    "jamba": {
+        **_MIXED,
+        **_EXPERTS,
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+        "use_mamba_kernels": False,
+    },
+    "minimax": {**_MIXED, **_EXPERTS, "layer_types": ["full_attention", "linear_attention"]},
+    "recurrent_gemma": {
+        **_MIXED,
+        "block_types": ["recurrent", "attention"],
+        "lru_width": DIM,
+        "attention_window_size": 64,
+    },
+}
 EAGER_ONLY = ("bloom", "gptj", "mpt")
 SPECIAL = {"vocab_size": VOCAB, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _TOWER = {
@@ -58,7 +104,7 @@ def language_model(model_type: str, attention: str | None = None, **changes: obj
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    options = {**SPECIAL, **LANGUAGE_OPTIONS[model_type], **changes}
+    options = {**SPECIAL, **{**LANGUAGE_OPTIONS, **HYBRID_OPTIONS}[model_type], **changes}
     config = AutoConfig.for_model(model_type, **options)
     config.image_token_id, config.end_of_chunk_token_id = IMAGE, END_OF_CHUNK
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)

@@ -13,7 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from flamingo_kernels.language.huggingface.cache import cached_tokens, given_cache
+from flamingo_kernels.language.huggingface.cache import (
+    cache_name,
+    cached_tokens,
+    given_cache,
+)
+from flamingo_kernels.language.huggingface.states import StateChecks, check_beams
 from flamingo_kernels.language.new_tokens import NewTokenRows
 from flamingo_kernels.language.protocol import BlockHook
 
@@ -36,6 +41,8 @@ class Call:
         Give the output product no tokens, and keep its input in ``hidden``.
     new_tokens : NewTokenRows, optional
         Rows in place of those of the embeddings and of the output product.
+    with_beams : bool
+        Whether a generation reorders the rows of its cache.
     """
 
     def __init__(
@@ -45,6 +52,7 @@ class Call:
         block_hook_factory: BlockHookFactory | None = None,
         without_logits: bool = False,
         new_tokens: NewTokenRows | None = None,
+        with_beams: bool = False,
     ) -> None:
         self.owner = owner
         self.new_tokens = new_tokens
@@ -52,6 +60,8 @@ class Call:
         self.block_hook = block_hook
         self.block_hook_factory = block_hook_factory
         self.blocks_run = 0
+        self.with_beams = with_beams
+        self.cache_is_checked = False
         self.without_logits = without_logits
         self.hidden: Tensor | None = None
         self.empty_logits: Tensor | None = None  # result of the product for no tokens
@@ -115,8 +125,9 @@ class BlockPreHook:
 class ModelPreHook:
     """Pre-hook of the whole model: in a generation, makes the block hook for the next tokens."""
 
-    def __init__(self, owner: object) -> None:
+    def __init__(self, owner: object, check_states: StateChecks) -> None:
         self.owner = owner
+        self.check_states = check_states
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _call_of(self.owner)
@@ -133,12 +144,20 @@ class ModelPreHook:
         start = 0 if cache is None else cached_tokens(cache)
         rows, tokens = ids.shape
         mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] != start + tokens:
+        if not (isinstance(mask, Tensor) and mask.ndim == 2):
+            mask = None
+        if mask is not None and mask.shape[1] != start + tokens:
             raise RuntimeError(
                 f"the cache of {type(model).__name__}, a {type(cache).__name__}, says that it "
                 f"holds {start} tokens, but {tokens} new ones make {mask.shape[1]}: decode with "
                 "use_cache=False"
             )
+        if start and not (call.cache_is_checked and tokens == 1):
+            if call.with_beams:
+                check_beams(model, cache)
+            with Call(self.owner, None).running():
+                self.check_states(model, cache, cache_name(model) or "", ids, mask)
+            call.cache_is_checked = True
         call.block_hook = call.block_hook_factory(start, start + tokens, rows)
         call.blocks_run = 0
 

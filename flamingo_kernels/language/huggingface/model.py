@@ -20,6 +20,7 @@ from flamingo_kernels.language.huggingface.hooks import (
     ModelPreHook,
     NewTokenHooks,
 )
+from flamingo_kernels.language.huggingface.states import StateChecks
 from flamingo_kernels.language.huggingface.structure import check_causal, find_blocks, text_config
 from flamingo_kernels.language.new_tokens import NewTokenRows
 from flamingo_kernels.language.protocol import (
@@ -58,6 +59,8 @@ class HuggingFaceLanguageModel(nn.Module):
         From ``forward`` with ``before_block``: the blocks do not run once each in order, the model
         was unwrapped, or it uses activation checkpointing of its own while training. That would
         recompute blocks in the backward, outside the call, without ``before_block``.
+        From ``forward`` and ``generate`` with a cache: the model would read it wrongly (recurrent
+        states that padding went into, that it forgets, or that do not follow beams).
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -74,9 +77,9 @@ class HuggingFaceLanguageModel(nn.Module):
             block.register_forward_pre_hook(BlockPreHook(self._owner, i), with_kwargs=True)
             for i, block in enumerate(blocks)
         ]
-        self._handles.append(
-            model.register_forward_pre_hook(ModelPreHook(self._owner), with_kwargs=True)
-        )
+        self._check_states = StateChecks()
+        before = ModelPreHook(self._owner, self._check_states)
+        self._handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
         rows = NewTokenHooks(self._owner)
         embedding, head = _input_embeddings(model), model.get_output_embeddings()
         if embedding is not None:
@@ -162,13 +165,26 @@ class HuggingFaceLanguageModel(nn.Module):
         options: dict[str, Any] = {"use_cache": use_cache or cache is not None}
         if cache is not None:
             options[self.cache_name] = cache.past_key_values
+            if held:
+                with Call(self._owner, None).running():
+                    self._check_states(
+                        self.model,
+                        cache.past_key_values,
+                        self.cache_name,
+                        input_ids,
+                        attention_mask,
+                    )
         if attention_mask is not None:
             options["attention_mask"] = attention_mask
             if self._takes_position_ids:
                 options["position_ids"] = positions(attention_mask, input_ids.shape[1])
+        elif held and self._takes_position_ids:
+            # Bamba counts from 0 again unless it is told.
+            new = torch.arange(held, held + input_ids.shape[1], device=input_ids.device)
+            options["position_ids"] = new.expand_as(input_ids)
 
         if head is not None and not options["use_cache"] and self._gives_its_product():
-            call = Call(self._owner, before_block, None, True, new_tokens)
+            call = Call(self._owner, before_block, without_logits=True, new_tokens=new_tokens)
             output = self._run(call, input_ids, options)
             if call.nothing_follows_the_product(output.logits):
                 linear = self.model.get_output_embeddings()
@@ -251,7 +267,11 @@ class HuggingFaceLanguageModel(nn.Module):
             As ``forward``, and what the ``generate`` of transformers raises.
         """
         self._check_can_run_hooks()
-        with Call(self._owner, None, before_blocks_of, new_tokens=new_tokens).running():
+        with_beams = options.get("num_beams", 1) > 1
+        call = Call(
+            self._owner, None, before_blocks_of, new_tokens=new_tokens, with_beams=with_beams
+        )
+        with call.running():
             return self.model.generate(input_ids=input_ids, **options)
 
     def unwrap(self) -> nn.Module:
