@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 import sys
 import threading
@@ -460,7 +461,7 @@ def test_caches_that_do_not_count_are_refused():
 )
 def test_caches_that_do_not_count_are_refused_in_a_generation(kind, message):
     wrapped, ids = build(), tokens(1, 4)
-    seen = next(h for h in wrapped.model._forward_pre_hooks.values() if h.owner is wrapped._owner)
+    (seen,) = wrapped.model._forward_pre_hooks.values()
     call = Call(wrapped._owner, None, lambda start, end, rows: lambda i, x: x)
     with call.running():
         seen(wrapped.model, (), {"input_ids": ids, "attention_mask": torch.ones(1, 4)})
@@ -476,6 +477,34 @@ def test_caches_that_do_not_count_are_refused_in_a_generation(kind, message):
             )
         with pytest.raises(RuntimeError, match=r"without input_ids, on \['inputs_embeds'\]"):
             seen(wrapped.model, (), {"inputs_embeds": torch.zeros(1, 4, DIM)})
+
+
+@pytest.mark.parametrize("last", [0, 3, None, "missing"])
+def test_a_generation_whose_cache_miscounts_is_refused(last):
+    """Also without a mask, which transformers leaves out where it is all ones."""
+    wrapped, ids = build(), tokens(2, 4)
+
+    class Miscounting(transformers.DynamicCache):
+        if last == "missing":
+            get_seq_length = property()
+        else:
+
+            def get_seq_length(self, layer_idx=0):
+                return last
+
+    run = wrapped.model.forward
+
+    def forward(*args, **kwargs):
+        output = run(*args, **kwargs)
+        setattr(output, wrapped.cache_name, Miscounting())
+        return output
+
+    wrapped.model.forward = functools.wraps(run)(forward)
+    hook = lambda start, end, rows: lambda i, x: x  # noqa: E731
+    with pytest.raises(RuntimeError, match=r"a Miscounting, says|Miscounting does not say"):
+        wrapped.generate(ids, hook, max_new_tokens=2)
+    wrapped.model.forward = run
+    assert wrapped.generate(ids, hook, max_new_tokens=2).shape == (2, 6)
 
 
 def test_activation_checkpointing_is_refused():

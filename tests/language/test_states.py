@@ -157,6 +157,20 @@ def test_states_in_the_model_cannot_follow_beams() -> None:
         model(**turn(0), use_cache=True)
 
 
+def test_a_cache_that_counts_no_tokens_is_refused() -> None:
+    """That of a MiniMax whose first layer keeps no keys."""
+    if BY_LIST not in transformers.CONFIG_MAPPING:
+        pytest.skip("this transformers has no MiniMax")
+    lm = language_model(BY_LIST, layer_types=["linear_attention", "full_attention"]).float()
+    model = FlamingoModel.from_backbones(clip(), lm).eval()
+    for options in ({}, {"num_beams": 2}, {"attention_mask": torch.tensor([[0, 1, 1, 1, 1]] * 2)}):
+        with pytest.raises(
+            RuntimeError, match="a MiniMaxCache, says that it holds 0 tokens after 5"
+        ):
+            model.generate(**turn(0), **options)
+        model.generate(**turn(0), **options, use_cache=False, max_new_tokens=2)
+
+
 def test_a_cache_that_cannot_select_rows_says_what_it_leaves_out() -> None:
     class Extra(transformers.DynamicCache):
         def reorder_cache(self, rows):

@@ -17,6 +17,7 @@ from flamingo_kernels.language.huggingface.cache import (
     cache_name,
     cached_tokens,
     given_cache,
+    returned_cache,
 )
 from flamingo_kernels.language.huggingface.states import StateChecks, check_beams
 from flamingo_kernels.language.new_tokens import NewTokenRows
@@ -62,6 +63,8 @@ class Call:
         self.blocks_run = 0
         self.with_beams = with_beams
         self.cache_is_checked = False
+        self.tokens_read = 0
+        self.forwards_counted = 0
         self.without_logits = without_logits
         self.hidden: Tensor | None = None
         self.empty_logits: Tensor | None = None  # result of the product for no tokens
@@ -122,14 +125,14 @@ class BlockPreHook:
         return args, {**kwargs, "hidden_states": hidden}
 
 
-class ModelPreHook:
-    """Pre-hook of the whole model: in a generation, makes the block hook for the next tokens."""
+class ModelHooks:
+    """Hooks of the whole model: in a generation, they make the block hook for the next tokens."""
 
     def __init__(self, owner: object, check_states: StateChecks) -> None:
         self.owner = owner
         self.check_states = check_states
 
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = _call_of(self.owner)
         if call is None or call.block_hook_factory is None:
             return
@@ -160,6 +163,27 @@ class ModelPreHook:
             call.cache_is_checked = True
         call.block_hook = call.block_hook_factory(start, start + tokens, rows)
         call.blocks_run = 0
+        call.tokens_read = start + tokens
+
+    def after(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """Raise RuntimeError if the cache does not count what the first two forwards have read.
+
+        Tokens of later forwards would be taken for others. Between forwards a cache may shrink.
+        """
+        call = _call_of(self.owner)
+        if call is None or call.block_hook_factory is None or call.forwards_counted == 2:
+            return
+        returned = returned_cache(output)
+        cache = given_cache(kwargs) if returned is None else returned
+        if cache is not None and cached_tokens(cache) != call.tokens_read:
+            raise RuntimeError(
+                f"the cache of {type(model).__name__}, a {type(cache).__name__}, says that it "
+                f"holds {cached_tokens(cache)} tokens after {call.tokens_read}: decode with "
+                "use_cache=False"
+            )
+        call.forwards_counted += 1
 
 
 class NewTokenHooks:

@@ -17,7 +17,7 @@ from flamingo_kernels.language.huggingface.hooks import (
     BlockPreHook,
     Call,
     HeadHooks,
-    ModelPreHook,
+    ModelHooks,
     NewTokenHooks,
 )
 from flamingo_kernels.language.huggingface.states import StateChecks
@@ -78,8 +78,9 @@ class HuggingFaceLanguageModel(nn.Module):
             for i, block in enumerate(blocks)
         ]
         self._check_states = StateChecks()
-        before = ModelPreHook(self._owner, self._check_states)
-        self._handles.append(model.register_forward_pre_hook(before, with_kwargs=True))
+        whole = ModelHooks(self._owner, self._check_states)
+        self._handles.append(model.register_forward_pre_hook(whole.before, with_kwargs=True))
+        self._handles.append(model.register_forward_hook(whole.after, with_kwargs=True))
         rows = NewTokenHooks(self._owner)
         embedding, head = _input_embeddings(model), model.get_output_embeddings()
         if embedding is not None:
