@@ -60,6 +60,8 @@ class DecoderCache:
         if held is None:
             self._blocks[block] = (key, value)
             return key, value
+        held = held[0].to(key.dtype), held[1].to(value.dtype)  # autocast may have begun or ended
+        self._blocks[block] = held
         if key.requires_grad or value.requires_grad or held[0].requires_grad:
             # Writing into a buffer that autograd has saved would corrupt its backward.
             keys, values = (

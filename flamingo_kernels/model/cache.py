@@ -85,6 +85,13 @@ class FlamingoCache:
             extendable=may_write_in_place(self.media),
         )
 
+    def in_dtype(self, dtype: torch.dtype) -> FlamingoCache:
+        """Return a cache whose media are in ``dtype``: autocast may have begun or ended."""
+        if all(k.dtype == v.dtype == dtype for k, v in self.media):
+            return self
+        media = tuple(MediaKeyValue(k.to(dtype), v.to(dtype)) for k, v in self.media)
+        return replace(self, media=media)
+
     def append_text(
         self, input_ids: Tensor, attention_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:

@@ -288,11 +288,17 @@ class FlamingoNetwork(nn.Module):
         counts = (input_ids == config.image_token_id).sum(1)
         text, mask = input_ids, None if attention_mask is None else (attention_mask != 0).long()
         if cache is not None:
+            cache = cache.in_dtype(self._media_dtype() if media is None else media[0].key.dtype)
             media, extendable = cache.append_media(media, counts)
             counts = counts + cache.num_images
             text, mask = cache.append_text(input_ids, mask)
         spans = token_spans(text, config.image_token_id, config.cross_attention.attend, assign)
         return MediaContext(media, counts, text, mask, spans, extendable)
+
+    def _media_dtype(self) -> torch.dtype:
+        """Return the dtype that media are projected to: that of the layers, or of autocast."""
+        none = self.perceiver.latents.new_zeros(0, 0, *self.perceiver.latents.shape)
+        return project_media(self.gated_cross_attn_layers[:1], none)[0].key.dtype
 
     def block_hook(self, context: MediaContext, start: int, end: int) -> BlockHook:
         """Return what runs before the LM blocks for tokens start..end-1.

@@ -25,6 +25,7 @@ from testing.backbones import (
     word_tokenizer,
 )
 from testing.budgets import assert_close_to_reference, assert_gradients_close
+from testing.tiny_model import make_model
 
 pytest.importorskip("transformers")
 MODEL_TYPES = list(LANGUAGE_OPTIONS)
@@ -432,3 +433,35 @@ def test_own_parts_are_taken_as_they_are() -> None:
     model = FlamingoModel.from_backbones(parts.vision_encoder, parts.language_model, config)
     assert isinstance(model.language_model, Decoder)
     assert model.unwrap() == (parts.vision_encoder, parts.language_model)
+
+
+@pytest.mark.parametrize("kind", ["own decoder", "llama", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("change", ["into autocast", "out of autocast"])
+def test_a_cache_crosses_autocast(kind: str, change: str) -> None:
+    """Turns with and without a new image, and a generation; the text at once is the reference."""
+    if kind == "own decoder":
+        model, size = make_model(media_norm=True), 32
+    else:
+        model, size = build(kind), 16
+    image = model.config.image_token_id
+
+    def turn(seed: int, *images: int) -> tuple[Tensor, Tensor | None]:
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(3, 90, (2, 5), generator=generator)
+        ids[:, list(images)] = image
+        pixels = torch.randn(2, len(images), 1, 3, size, size, generator=generator)
+        return ids, pixels if images else None
+
+    turns = [turn(0, 1, 3), turn(1), turn(2, 0)]
+    text, pixels = torch.cat([ids for ids, _ in turns], 1), torch.cat([turns[0][1], turns[2][1]], 1)
+    with torch.no_grad():
+        expected = model(text, pixels).logits
+        with torch.autocast("cpu", torch.bfloat16, enabled=change == "out of autocast"):
+            cache = model(*turns[0], use_cache=True).cache
+        with torch.autocast("cpu", torch.bfloat16, enabled=change == "into autocast"):
+            second = model(*turns[1], cache=cache)
+            kept = second.cache.select_rows(torch.arange(2))
+            third = model(*turns[2], cache=second.cache)
+            assert model.generate(*turns[2], cache=kept, max_new_tokens=2).shape == (2, 7)
+    logits = torch.cat((second.logits, third.logits), 1)
+    assert_close_to_reference(logits, expected[:, 5:], torch.bfloat16)
