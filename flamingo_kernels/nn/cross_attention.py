@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flamingo_kernels.nn.layers import FeedForward, LayerNorm, RMSNorm, build_norm
+from flamingo_kernels.nn.layers import FeedForward, LayerNorm, RMSNorm, build_norm, project_normed
 from flamingo_kernels.ops import MediaSpans, gated_residual, media_cross_attention
 from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.spans import ATTEND_MODES
@@ -61,7 +61,7 @@ class MaskedCrossAttention(nn.Module):
     def forward(
         self, x: Tensor, media_kv: MediaKeyValue, spans: MediaSpans, gate: Tensor | None = None
     ) -> Tensor:
-        q = self.norm.project_normed(self.to_q, x).unflatten(-1, (self.heads, -1))
+        q = project_normed(self.norm, self.to_q, x).unflatten(-1, (self.heads, -1))
         if self.norm_q is not None:
             q = self.norm_q(q)
         out = media_cross_attention(

@@ -42,9 +42,13 @@ class LayerNorm(nn.LayerNorm):
         """Normalise ``x`` [..., dim]."""
         return layer_norm(x, self.weight, self.bias, self.eps, kernel=self.kernel)
 
+    def is_plain(self) -> bool:
+        """Whether calling this module is the norm by its weight and bias, and nothing else."""
+        return type(self).forward is LayerNorm.forward and is_bare(self)
+
     def project_normed(self, linear: nn.Module, x: Tensor) -> Tensor:
         """Return ``linear(self(x))`` without saving the normalised values for the backward."""
-        if not (is_bare(self) and is_plain_product(linear)):
+        if not (self.is_plain() and is_plain_product(linear)):
             return linear(self(x))
         return layer_norm_linear(
             x, self.weight, self.bias, linear.weight, self.eps, kernel=self.kernel
@@ -66,6 +70,13 @@ class RMSNorm(nn.Module):
     def project_normed(self, linear: nn.Module, x: Tensor) -> Tensor:
         """Return ``linear(self(x))``."""
         return linear(self(x))
+
+
+def project_normed(norm: nn.Module, linear: nn.Module, x: Tensor) -> Tensor:
+    """Return ``linear(norm(x))``; adapters may stand in place of either."""
+    if hasattr(norm, "project_normed"):
+        return norm.project_normed(linear, x)
+    return linear(norm(x))
 
 
 def build_norm(dim: int, kernel: str, rms_norm_eps: float | None) -> nn.Module:
@@ -141,4 +152,4 @@ class FeedForward(nn.Sequential):
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
         """Map ``x`` [..., dim] to [..., dim], times ``tanh(gate)`` if a scalar gate is given."""
         norm, expand, activation, project = self
-        return activation.project_activated(project, norm.project_normed(expand, x), gate)
+        return activation.project_activated(project, project_normed(norm, expand, x), gate)

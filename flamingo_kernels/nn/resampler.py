@@ -22,9 +22,9 @@ class PerceiverAttention(nn.Module):
     """Latents [N, L, dim] attend to features [N, M, dim] and to themselves.
 
     Every layer normalises the same features and applies its own scale and bias. The resampler
-    therefore normalises once, and ``forward`` takes the result. The submodule ``norm_media`` holds
-    only this layer's scale and bias, under OpenFlamingo's name; it is never called, so hooks on it
-    do not run.
+    therefore normalises once, and ``forward`` takes the result too. The submodule ``norm_media``
+    holds only this layer's scale and bias, under OpenFlamingo's name. It is called where calling it
+    does more: where it is hooked, adapted or replaced.
     """
 
     def __init__(
@@ -48,19 +48,23 @@ class PerceiverAttention(nn.Module):
         self.to_kv = nn.Linear(dim, 2 * inner, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
-    def forward(self, normed: Tensor, latents: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self, features: Tensor, normed: Tensor, latents: Tensor, lengths: Tensor | None = None
+    ) -> Tensor:
         latents = self.norm_latents(latents)
         q = self.norm_q(self.to_q(latents).unflatten(-1, (self.heads, -1)))
-        k_media, v_media = self._key_value(self._project_features(normed))
+        k_media, v_media = self._key_value(self._project_features(features, normed))
         k_latents, v_latents = self._key_value(self.to_kv(latents))
         out = latent_attention(
             q, k_media, v_media, k_latents, v_latents, lengths, kernel=self.kernel
         )
         return self.to_out(out.flatten(-2))
 
-    def _project_features(self, normed: Tensor) -> Tensor:
+    def _project_features(self, features: Tensor, normed: Tensor) -> Tensor:
         """Return ``to_kv(normed * weight + bias)``, with the scale applied to ``to_kv`` instead."""
         norm, linear = self.norm_media, self.to_kv
+        if not (isinstance(norm, LayerNorm) and norm.is_plain()):
+            return linear(norm(features))
         if not is_plain_product(linear):
             return linear(normed * norm.weight + norm.bias)
         shift = F.linear(norm.bias, linear.weight)
@@ -212,7 +216,7 @@ class PerceiverResampler(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, nn.ModuleList)
             attention, feed_forward = layer
-            latents = latents + attention(normed, latents, lengths)
+            latents = latents + attention(x, normed, latents, lengths)
             latents = latents + feed_forward(latents)
         if self.norm is not None:
             latents = self.norm(latents)

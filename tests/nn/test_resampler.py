@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import reference
-from flamingo_kernels.nn import PerceiverResampler
+from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 from flamingo_kernels.nn import layers as layers_module
 from flamingo_kernels.nn import resampler as resampler_module
 from flamingo_kernels.nn.layers import FeedForward, LayerNorm
@@ -153,6 +153,48 @@ def test_a_hooked_or_replaced_projection_is_called() -> None:
         feed_forward[3].register_forward_hook(lambda module, given, out: 2 * out)
     x = torch.randn(1, 2, 1, 4, 8, dtype=torch.float64)
     assert_close_to_reference(resampler(x), expected(x), torch.float64)
+
+
+class Twice(nn.Module):
+    """An adapter in place of a norm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return 2 * self.norm(x)
+
+
+class TwiceByClass(LayerNorm):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.parametrize("how", ["replaced", "hooked", "subclass"])
+def test_norms_are_called_where_calling_does_more(how: str) -> None:
+    resampler = small(depth=2).double()
+    block = GatedCrossAttentionBlock(8, 8, 4, 2, media_norm=True).double()
+    for parameter in (*resampler.parameters(), *block.parameters()):
+        parameter.data.normal_()
+    x, media = torch.randn(1, 2, 1, 4, 8).double(), torch.randn(1, 2, 3, 8).double()
+    expected = copy.deepcopy((resampler, block))
+    for norm in [m for part in expected for m in part.modules() if isinstance(m, LayerNorm)]:
+        norm.weight.data *= 2
+        norm.bias.data *= 2
+    for part in (resampler, block):
+        names = [name for name, m in part.named_modules() if isinstance(m, LayerNorm)]
+        for name in names:
+            norm = part.get_submodule(name)
+            if how == "replaced":
+                part.set_submodule(name, Twice(norm))
+            elif how == "hooked":
+                norm.register_forward_hook(lambda module, given, out: 2 * out)
+            else:
+                norm.__class__ = TwiceByClass
+    assert_close_to_reference(resampler(x), expected[0](x), torch.float64)
+    text = torch.randn(1, 5, 8).double()
+    assert_close_to_reference(block(text, media), expected[1](text, media), torch.float64)
 
 
 def test_hooks_and_replaced_forwards_run() -> None:
