@@ -248,6 +248,11 @@ class Decoder(nn.Module):
                 x = before_block(i, x)
             x = block(x, angles, visible, cache, i)
         hidden, weight = self.final_norm(x), self.token_embedding.weight
+        if weight.is_meta and not hidden.is_meta:
+            raise RuntimeError(
+                "the token embeddings are offloaded, but they also give the logits: keep "
+                "language_model.token_embedding on the device"
+            )
         logits = F.linear(hidden, weight) if head is None else None
         if new_tokens is not None and logits is not None:
             logits = new_tokens.correct(self.token_embedding, hidden, logits)

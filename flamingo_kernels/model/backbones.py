@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from flamingo_kernels.fields import is_integer
@@ -44,6 +45,23 @@ def as_language_model(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"language_model must be a module, got {type(module).__name__}")
     return module if isinstance(module, LanguageModel) else HuggingFaceLanguageModel(module)
+
+
+def execution_device(module: nn.Module) -> torch.device:
+    """Return the device on which ``module`` computes first.
+
+    It is that of its first parameter. If accelerate has offloaded that one, it lies on the meta
+    device, and is brought to the execution device for the time of a call.
+    """
+    for part in module.modules():
+        for parameter in part.parameters(recurse=False):
+            hook = getattr(part, "_hf_hook", None)
+            for align in (hook, *getattr(hook, "hooks", ())):  # one hook, or a sequence
+                target = getattr(align, "execution_device", None)
+                if parameter.is_meta and target is not None:
+                    return torch.device(target)
+            return parameter.device
+    return torch.get_default_device()
 
 
 def default_config(vision_encoder: nn.Module, language_model: nn.Module) -> FlamingoConfig:

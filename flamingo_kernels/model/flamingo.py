@@ -10,7 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_kernels.model import saving, scoring
-from flamingo_kernels.model.backbones import as_language_model, as_vision_encoder, default_config
+from flamingo_kernels.model.backbones import (
+    as_language_model,
+    as_vision_encoder,
+    default_config,
+    execution_device,
+)
 from flamingo_kernels.model.cache import FlamingoCache
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.generation import (
@@ -88,7 +93,7 @@ class FlamingoModel(FlamingoNetwork):
             }
             model = cls(config or default_config(**parts), kernel, **parts)
             # Same device as the backbones, but not their dtype, which may be too narrow to train.
-            device = next(language_model.parameters()).device
+            device = execution_device(language_model)
             for part in (model.perceiver, model.gated_cross_attn_layers, model.new_tokens):
                 if part is not None:
                     part.to(device)
@@ -297,7 +302,7 @@ class FlamingoModel(FlamingoNetwork):
         OSError
             The file cannot be written, as on a full disk; nothing is left of it.
         ValueError
-            A tensor to be written is quantised or sharded.
+            A tensor to be written is quantised, sharded or offloaded.
         """
         saving.save(self, path, include_frozen)
 

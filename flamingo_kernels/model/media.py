@@ -16,6 +16,7 @@ def encode_media(
     resampler: PerceiverResampler,
     inputs: MediaInputs | None,
     batch: int,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Encode and resample images.
 
@@ -29,6 +30,8 @@ def encode_media(
         The images; None: no row has any.
     batch : int
         Number of rows B.
+    device : torch.device, optional
+        Of the result without images (default: that of the resampler, which may be offloaded).
 
     Returns
     -------
@@ -37,7 +40,7 @@ def encode_media(
     """
     parameter = resampler.latents
     if inputs is None:
-        return parameter.new_zeros(batch, 0, *parameter.shape)
+        return parameter.new_zeros(batch, 0, *parameter.shape, device=device)
     if inputs.pixel_values.ndim == 5:
         features = _given_features(inputs, vision_encoder.output_dim, parameter.dtype)
     else:

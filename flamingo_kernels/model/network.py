@@ -283,21 +283,25 @@ class FlamingoNetwork(nn.Module):
 
         media, extendable = None, False
         if cache is None or inputs is not None:
-            latents = encode_media(self.vision_encoder, self.perceiver, inputs, rows)
+            latents = encode_media(
+                self.vision_encoder, self.perceiver, inputs, rows, input_ids.device
+            )
             media = project_media(self.gated_cross_attn_layers, latents)
         counts = (input_ids == config.image_token_id).sum(1)
         text, mask = input_ids, None if attention_mask is None else (attention_mask != 0).long()
         if cache is not None:
-            cache = cache.in_dtype(self._media_dtype() if media is None else media[0].key.dtype)
+            cache = cache.in_dtype(
+                self._media_dtype(input_ids.device) if media is None else media[0].key.dtype
+            )
             media, extendable = cache.append_media(media, counts)
             counts = counts + cache.num_images
             text, mask = cache.append_text(input_ids, mask)
         spans = token_spans(text, config.image_token_id, config.cross_attention.attend, assign)
         return MediaContext(media, counts, text, mask, spans, extendable)
 
-    def _media_dtype(self) -> torch.dtype:
+    def _media_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype that media are projected to: that of the layers, or of autocast."""
-        none = self.perceiver.latents.new_zeros(0, 0, *self.perceiver.latents.shape)
+        none = encode_media(self.vision_encoder, self.perceiver, None, 0, device)
         return project_media(self.gated_cross_attn_layers[:1], none)[0].key.dtype
 
     def block_hook(self, context: MediaContext, start: int, end: int) -> BlockHook:
@@ -323,16 +327,16 @@ class FlamingoNetwork(nn.Module):
                 return hidden
             layer, kv = layers[block]
             dtype = kv.key.dtype  # the layer's; the frozen model may have another
-            inside = hidden.to(dtype)
+            inside = hidden.to(kv.key.device, dtype)  # blocks may lie on other devices
             if self._use_reentrant is None or not torch.is_grad_enabled():
                 out = run(inside, *kv, layer)
             else:
                 # The re-entrant mode needs everything that gradients flow to as an argument.
                 out = run_checkpointed(run, inside, *kv, layer, use_reentrant=self._use_reentrant)
             if torch.promote_types(dtype, hidden.dtype) == dtype:
-                return out.to(hidden.dtype)
+                return out.to(hidden)
             # Round the update of a narrower layer only, not the residual stream of a wider model.
-            return hidden + (out - inside).to(hidden.dtype)
+            return hidden + (out - inside).to(hidden)
 
         def run(hidden: Tensor, key: Tensor, value: Tensor, layer: nn.Module) -> Tensor:
             return layer(hidden, spans=spans, media_kv=MediaKeyValue(key, value))

@@ -93,13 +93,16 @@ def _check_can_be_written(network: FlamingoNetwork, names: Set[str]) -> None:
     faults = [
         f"{name} ({type(parameter).__name__} of {parameter.dtype} on {parameter.device})"
         for name, parameter in network.named_parameters(remove_duplicate=False)
-        if name in names and not (is_plain_tensor(parameter) and parameter.is_floating_point())
+        if name in names
+        and (
+            parameter.is_meta or not is_plain_tensor(parameter) or not parameter.is_floating_point()
+        )
     ]
     if faults:
         raise ValueError(
-            f"cannot write {len(faults)} parameters that are quantised or sharded, the first of "
-            f"which is {faults[0]}: save the model as it was before, and quantise it again after "
-            "loading; without include_frozen the frozen parts may be quantised"
+            f"cannot write {len(faults)} parameters that are quantised, sharded or offloaded, the "
+            f"first of which is {faults[0]}: save the model as it was before, and quantise it "
+            "again after loading; without include_frozen the frozen parts may be any of these"
         )
 
 

@@ -105,7 +105,7 @@ def test_casts_leave_the_integers_alone(quantise, part: str) -> None:
 @pytest.mark.parametrize("quantise", [by_torchao, by_stand_in])
 def test_checkpoints_of_a_bridge_to_an_int8_language_model(quantise, tmp_path) -> None:
     model, given = build(quantise), arguments()
-    with pytest.raises(ValueError, match=r"cannot write \d+ parameters that are quantised or shar"):
+    with pytest.raises(ValueError, match=r"cannot write \d+ parameters that are quantised, shar"):
         model.save_pretrained(tmp_path, include_frozen=True)
     assert not list(tmp_path.iterdir())
     model.save_pretrained(tmp_path)
@@ -114,7 +114,7 @@ def test_checkpoints_of_a_bridge_to_an_int8_language_model(quantise, tmp_path) -
     again = build(quantise)(**given).logits
     assert torch.equal(loaded(**given).logits, again)
     whole = build(quantise, "")
-    with pytest.raises(ValueError, match="save the model as it was before, and quantise it again"):
+    with pytest.raises(ValueError, match="save the model as it was before, and quantise it"):
         whole.save_pretrained(tmp_path)
 
 
