@@ -21,7 +21,12 @@ from flamingo_kernels.language.huggingface.hooks import (
     NewTokenHooks,
 )
 from flamingo_kernels.language.huggingface.states import StateChecks
-from flamingo_kernels.language.huggingface.structure import check_causal, find_blocks, text_config
+from flamingo_kernels.language.huggingface.structure import (
+    check_causal,
+    find_blocks,
+    inner_model,
+    text_config,
+)
 from flamingo_kernels.language.new_tokens import NewTokenRows
 from flamingo_kernels.language.protocol import (
     BlockHook,
@@ -40,13 +45,13 @@ class HuggingFaceLanguageModel(nn.Module):
     Parameters
     ----------
     model : nn.Module
-        The language model. It becomes the submodule ``model``. Nothing is added to it but hooks,
-        which :meth:`unwrap` removes.
+        The language model, also inside a model of PEFT or compiled. It becomes the submodule
+        ``model``. Nothing is added to it but hooks, which :meth:`unwrap` removes.
 
     Attributes
     ----------
     blocks_name : str
-        Name of the list of decoder blocks in ``model``.
+        Name of the list of decoder blocks in the model of transformers.
     cache_name : str
         Name under which ``model`` takes its cache; it depends on the version of transformers.
 
@@ -65,13 +70,14 @@ class HuggingFaceLanguageModel(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.blocks_name, blocks = find_blocks(model)
-        check_causal(model)
+        inner = inner_model(model)
+        self.blocks_name, blocks = find_blocks(inner)
+        check_causal(inner)
         self.model = model
-        self.cache_name: str = cache_name(model) or ""
+        self.cache_name: str = cache_name(inner) or ""
         self.num_blocks = len(blocks)
         # Models like OPT derive positions from the mask; models like MPT have none.
-        self._takes_position_ids = "position_ids" in inspect.signature(model.forward).parameters
+        self._takes_position_ids = "position_ids" in inspect.signature(inner.forward).parameters
         self._owner = object()
         self._handles = [
             block.register_forward_pre_hook(BlockPreHook(self._owner, i), with_kwargs=True)
@@ -79,10 +85,10 @@ class HuggingFaceLanguageModel(nn.Module):
         ]
         self._check_states = StateChecks()
         whole = ModelHooks(self._owner, self._check_states)
-        self._handles.append(model.register_forward_pre_hook(whole.before, with_kwargs=True))
-        self._handles.append(model.register_forward_hook(whole.after, with_kwargs=True))
+        self._handles.append(inner.register_forward_pre_hook(whole.before, with_kwargs=True))
+        self._handles.append(inner.register_forward_hook(whole.after, with_kwargs=True))
         rows = NewTokenHooks(self._owner)
-        embedding, head = _input_embeddings(model), model.get_output_embeddings()
+        embedding, head = _input_embeddings(inner), inner.get_output_embeddings()
         if embedding is not None:
             self._handles.append(
                 embedding.register_forward_hook(rows.after_embedding, prepend=True)
@@ -115,7 +121,7 @@ class HuggingFaceLanguageModel(nn.Module):
     @property
     def config(self) -> HuggingFaceLanguageConfig:
         """What :meth:`from_config` needs to build a model like this one."""
-        config = self.model.config
+        config = self._inner.config
         return HuggingFaceLanguageConfig(
             model_type=config.model_type,
             options=plain_options(config.to_diff_dict()),
@@ -127,17 +133,17 @@ class HuggingFaceLanguageModel(nn.Module):
     @property
     def dim(self) -> int:
         """Width of the residual stream."""
-        return text_config(self.model).hidden_size
+        return text_config(self._inner).hidden_size
 
     @property
     def vocab_size(self) -> int:
         """Size of the vocabulary; follows ``model.resize_token_embeddings``."""
-        return text_config(self.model).vocab_size
+        return text_config(self._inner).vocab_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a text; Gemma 3 and Llama 3 have several."""
-        sources = (text_config(self.model), getattr(self.model, "generation_config", None))
+        sources = (text_config(self._inner), getattr(self._inner, "generation_config", None))
         found: list[int] = []
         for source in sources:
             ids = getattr(source, "eos_token_id", None)
@@ -145,9 +151,13 @@ class HuggingFaceLanguageModel(nn.Module):
         return tuple(dict.fromkeys(found))
 
     @property
+    def _inner(self) -> Any:
+        return inner_model(self.model)
+
+    @property
     def blocks(self) -> nn.ModuleList:
         """The decoder blocks, inside ``model``."""
-        blocks = self.model.get_submodule(self.blocks_name)
+        blocks = self._inner.get_submodule(self.blocks_name)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
@@ -188,7 +198,7 @@ class HuggingFaceLanguageModel(nn.Module):
             call = Call(self._owner, before_block, without_logits=True, new_tokens=new_tokens)
             output = self._run(call, input_ids, options)
             if call.nothing_follows_the_product(output.logits):
-                linear = self.model.get_output_embeddings()
+                linear = self._inner.get_output_embeddings()
                 result = head(call.hidden, linear.weight, linear.bias)
                 return LanguageModelOutput(None, None, result)
             self._head_is_last = False
@@ -206,13 +216,13 @@ class HuggingFaceLanguageModel(nn.Module):
         returned = returned_cache(output)
         if returned is None:
             raise RuntimeError(
-                f"{type(self.model).__name__} returns no {self.cache_name}: use it with "
+                f"{type(self._inner).__name__} returns no {self.cache_name}: use it with "
                 "use_cache=False only"
             )
         cache = HuggingFaceCache(returned, masked)
         if cache.length != tokens:
             raise RuntimeError(
-                f"the cache of {type(self.model).__name__}, a "
+                f"the cache of {type(self._inner).__name__}, a "
                 f"{type(returned).__name__}, says that it holds {cache.length} "
                 f"tokens after {tokens}: use it with use_cache=False only"
             )
@@ -225,19 +235,19 @@ class HuggingFaceLanguageModel(nn.Module):
             output = self.model(input_ids=input_ids, **options)
         if call.block_hook is not None and call.blocks_run != self.num_blocks:
             raise RuntimeError(
-                f"{type(self.model).__name__} ran {call.blocks_run} of its {self.num_blocks} "
+                f"{type(self._inner).__name__} ran {call.blocks_run} of its {self.num_blocks} "
                 "blocks, so `before_block` was not called for all"
             )
         if call.new_tokens is not None and not call.embedded:
             raise RuntimeError(
-                f"{type(self.model).__name__} did not run its input embeddings, so rows of new "
+                f"{type(self._inner).__name__} did not run its input embeddings, so rows of new "
                 "tokens cannot replace theirs: leave them frozen with config.new_token_ids=()"
             )
         return output
 
     def new_token_rows(self, token_ids: Sequence[int]) -> NewTokenRows:
         """Return rows for these tokens that can be trained while ``model`` is frozen."""
-        embedding, head = _input_embeddings(self.model), self.model.get_output_embeddings()
+        embedding, head = _input_embeddings(self._inner), self._inner.get_output_embeddings()
         return NewTokenRows(token_ids, embedding, head)
 
     def generate(
@@ -289,7 +299,7 @@ class HuggingFaceLanguageModel(nn.Module):
         It is looked at in every call, since hooks and adapters come and go.
         """
         tracked = not torch.is_inference_mode_enabled()  # whether tensors are written to
-        linear = self.model.get_output_embeddings()
+        linear = self._inner.get_output_embeddings()
         return self._head_is_last and tracked and is_plain_linear(linear, self._is_own_hook)
 
     def _is_own_hook(self, hook: Any) -> bool:
@@ -302,7 +312,7 @@ class HuggingFaceLanguageModel(nn.Module):
             return
         if any(getattr(module, "gradient_checkpointing", False) for module in self.model.modules()):
             raise RuntimeError(
-                f"activation checkpointing inside {type(self.model).__name__} would leave out "
+                f"activation checkpointing inside {type(self._inner).__name__} would leave out "
                 "`before_block` when it computes again: turn it off there and use "
                 "FlamingoModel.gradient_checkpointing_enable"
             )

@@ -13,6 +13,27 @@ from flamingo_kernels.language.huggingface.cache import CACHE_NAMES, cache_name
 _RECURRENT_LAYERS = {"linear_attention", "mamba"}
 
 
+def inner_model(model: nn.Module) -> Any:
+    """Return the model of transformers inside what ``torch.compile`` and PEFT put around it.
+
+    Raises
+    ------
+    ValueError
+        An adapter of PEFT puts tokens of its own in front of a text.
+    """
+    configs = getattr(model, "peft_config", None)
+    if hasattr(model, "get_base_model") and isinstance(configs, dict):
+        kinds = {type(c).__name__ for c in configs.values() if c.is_prompt_learning}
+        if kinds:
+            raise ValueError(
+                f"cannot wrap a PEFT model with {', '.join(sorted(kinds))}: its virtual tokens "
+                "would shift those that see images; take an adapter inside the layers, such as LoRA"
+            )
+        return inner_model(model.get_base_model())
+    original = getattr(model, "_orig_mod", None)
+    return model if original is None else inner_model(original)
+
+
 def text_config(model: nn.Module) -> Any:
     """Return the configuration of the text model; ValueError if there is none."""
     config = getattr(model, "config", None)
