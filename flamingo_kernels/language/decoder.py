@@ -24,6 +24,7 @@ from flamingo_kernels.language.protocol import (
     positions,
 )
 from flamingo_kernels.nn.layers import RMSNorm
+from flamingo_kernels.ops.attention import attend
 from flamingo_kernels.precision import accumulator
 
 _INIT_STD = 0.02
@@ -146,9 +147,7 @@ class SelfAttention(nn.Module):
         query, key = angles.rotate(query), angles.rotate(key)
         if cache is not None:
             key, value = cache.extend(block, key, value)
-        out = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, is_causal=visible is None
-        )
+        out = attend(query, key, value, visible, is_causal=visible is None)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.ops.spans import MediaSpans
+from flamingo_kernels.ops.transforms import is_watched
 
 INTEGERS = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8})
 
@@ -79,9 +80,9 @@ def require_counts(
 def require_within(op: str, name: str, counts: Tensor, low: int, high: int) -> None:
     """Raise unless ``counts`` are ``low..high``.
 
-    They are read on the CPU and outside of tracing only, where reading waits for nothing.
+    They are read on the CPU only, and unless torch looks on, where reading waits for nothing.
     """
-    if torch.compiler.is_compiling() or type(counts) is not Tensor or not counts.is_cpu:
+    if type(counts) is not Tensor or is_watched() or not counts.is_cpu:
         return
     for count in counts.flatten().tolist():
         if not low <= count <= high:

@@ -11,6 +11,7 @@ import torch
 from flamingo_kernels import _triton
 from flamingo_kernels._cpp import library
 from flamingo_kernels.ops.rows import has_unit_stride
+from flamingo_kernels.ops.transforms import is_recorded, transform_of
 
 # In order of preference for kernel="auto".
 KERNELS = ("triton", "cpp", "torch")
@@ -27,7 +28,7 @@ class Choice(NamedTuple):
     """The kernel that runs a call."""
 
     kernel: str
-    needs_grad: bool  # autograd will ask for a gradient of one of the tensors
+    saves: bool  # it runs as an autograd function, which saves what its backward needs
 
 
 class Call(NamedTuple):
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     head_dim: int | None = None
     plain_strides: bool = True  # every tensor has the strides that compiled kernels take
     channels: int | None = None  # of a row that is normalised
+    transform: str | None = None  # what torch asks for beside a first backward
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Capability:
     max_channels: int | None = None  # None: any
     any_stride: bool = True
     backward: bool = True
+    transforms: bool = True
     needs_segments: bool = False  # the backward works from a SegmentTable
     unavailable: Callable[[Call], str | None] = lambda call: None  # why it cannot run here at all
 
@@ -82,6 +85,8 @@ class Capability:
             )
         if call.needs_grad and not self.backward:
             reasons.append("has no backward and a gradient is needed")
+        if call.transform is not None and not self.transforms:
+            reasons.append(f'has no {call.transform}; use kernel="torch"')
         return reasons
 
     def limits(self) -> str:
@@ -101,6 +106,7 @@ _CPP = Capability(
     device_types=_CPU,
     dtypes=_FLOATS,
     any_stride=False,
+    transforms=False,
     unavailable=lambda call: library.unavailable_reason(),
 )
 
@@ -118,6 +124,7 @@ _TRITON = Capability(
     device_types=frozenset({"cuda", "cpu"}),
     dtypes=_FLOATS,
     any_stride=False,
+    transforms=False,
     unavailable=_triton_reason,
 )
 _TRITON_ATTENTION = replace(_TRITON, head_dims=range(1, _triton.MAX_HEAD_DIM + 1))
@@ -193,8 +200,9 @@ def choose_for(
         head_dim,
         all(plain(tensor) for tensor in present),
         channels,
+        transform_of(*present),
     )
-    return Choice(_constant_choice(op, kernel, *call), call.needs_grad)
+    return Choice(_constant_choice(op, kernel, *call), saves_for_backward(*present))
 
 
 def _constant_choice(op: str, kernel: str, *properties: Any) -> str:
@@ -210,6 +218,14 @@ _constant_choice._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def needs_grad(*tensors: torch.Tensor) -> bool:
     """Whether autograd will ask for a gradient of any of the tensors."""
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def saves_for_backward(*tensors: torch.Tensor) -> bool:
+    """Whether an op must run as an autograd function.
+
+    In a program that torch records, the operators have gradients of their own.
+    """
+    return needs_grad(*tensors) and not is_recorded()
 
 
 def _names(values: frozenset) -> str:

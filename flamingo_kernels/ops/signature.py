@@ -11,9 +11,9 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import is_grad_enabled, strided
-from torch.compiler import is_compiling
 
 from flamingo_kernels.ops.spans import MediaSpans
+from flamingo_kernels.ops.transforms import is_batched_gradient, is_watched
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _MOST_SIGNATURES = 4096
@@ -24,23 +24,23 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def is_eager(tensor: object) -> bool:
-    """Whether a kernel may take the tensor as it is: not while compiling, and no subclass."""
-    return type(tensor) in _PLAIN and not is_compiling()
+    """Whether a kernel may read the tensor's memory: no subclass, and torch does not look on."""
+    return type(tensor) in _PLAIN and not is_watched() and not is_batched_gradient(tensor)
 
 
 def remembered(function: Function) -> Function:
     """Call ``function`` once per signature of its arguments, which are positional, and cache it.
 
     The signature holds the metadata of tensors, that of :class:`MediaSpans`, options as they are,
-    and whether gradients are enabled. Exceptions are not cached. While torch compiles, and for
-    tensor subclasses, the function is called every time.
+    and whether gradients are enabled. Exceptions are not cached. While torch looks on (compiling,
+    tracing, transforms), and for tensor subclasses, the function is called every time.
     """
     known: dict[tuple, Any] = {}
     _caches.append(known)
 
     @wraps(function)
     def remembering(*arguments: Any) -> Any:
-        if is_compiling():
+        if is_watched():
             return function(*arguments)
         grad_enabled = is_grad_enabled()
         signature: list[Any] = [grad_enabled]

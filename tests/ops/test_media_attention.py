@@ -129,15 +129,6 @@ def test_an_item_with_scores_of_minus_infinity_has_no_weight(
     assert_close_to_reference(out, expected, dtype)
 
 
-@pytest.mark.parametrize("kernel", sorted({kernel for kernel, _ in TRAINING} - {"torch"}))
-def test_a_second_derivative_is_refused(kernel: str) -> None:
-    """Kernels have none; ``kernel="torch"`` does."""
-    case = media_case(torch.float32, nan=False).require_grad()
-    (d_q,) = torch.autograd.grad(run(case, kernel).sin().sum(), case.q, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        d_q.square().sum().backward()
-
-
 def test_a_changed_copy_of_spans_has_no_plan() -> None:
     spans = MediaSpans.from_media_index(torch.tensor([[0, 0, 1]]))
     planned = spans.with_segments(SegmentTable(torch.zeros(1), 2, 1))

@@ -146,28 +146,6 @@ def test_a_projection_joined_on_without_gradients(which: int) -> None:
     assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
-        lambda x, g, w, p, kernel: gated_residual(x, x, g, kernel=kernel),
-        lambda x, g, w, p, kernel: gated_activation(x, g, kernel=kernel),
-        lambda x, g, w, p, kernel: gated_activation_linear(x, p, g, kernel=kernel),
-        lambda x, g, w, p, kernel: layer_norm(x, w, w, kernel=kernel),
-        lambda x, g, w, p, kernel: layer_norm_linear(x, w, w, p, kernel=kernel),
-    ],
-)
-def test_a_second_derivative_is_refused(function) -> None:
-    """Silently dropping terms of it would be worse."""
-    kernels = {kernel for kernel, _ in kernels_for("layer_norm", True)} - {"torch"}
-    for kernel in kernels:
-        x, g, w, p = (torch.randn(shape) for shape in ((3, 8), (1,), (8,), (6, 8)))
-        x.requires_grad_()
-        out = function(x, g, w, p, kernel)
-        (d_x,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="differentiate twice"):
-            d_x.square().sum().backward()
-
-
 @pytest.mark.parametrize("vector", [False, True])
 def test_zero_gate_changes_no_bit(vector: bool) -> None:
     """A zero gate adds nothing, bit for bit (semantics, point 8)."""

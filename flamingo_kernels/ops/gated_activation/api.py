@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.gated_activation import impl_cpp, impl_torch, operators
 from flamingo_kernels.ops.projection import projection_gradient
 from flamingo_kernels.ops.rows import has_simple_rows
 from flamingo_kernels.ops.signature import is_eager, remembered
+from flamingo_kernels.ops.single_backward import single_backward
 from flamingo_kernels.precision import accumulated
 
 ACTIVATIONS = tuple(impl_torch.ACTIVATIONS)
@@ -56,8 +57,8 @@ def gated_activation(
 @remembered
 def _runner(x: Tensor, gate: Tensor | None, activation: str, kernel: str) -> Runner:
     """Check the arguments and return what runs calls of this signature, of (x, gate)."""
-    chosen, needs_grad = _choice("gated_activation", x, gate, activation, kernel)
-    if needs_grad and chosen != "torch":
+    chosen, saves = _choice("gated_activation", x, gate, activation, kernel)
+    if saves and chosen != "torch":
         return lambda x, gate: _GatedActivation.apply(x, accumulated(gate, x), activation, chosen)
     return _forward(x, gate, activation, chosen)
 
@@ -84,17 +85,14 @@ def _choice(
 
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, gate: Tensor | None, activation: str, kernel: str) -> Tensor:
-        ctx.save_for_backward(x, gate)
-        ctx.options = (activation, kernel)
-        return operators.forward(x, gate, activation, kernel)
+    def forward(ctx, *arguments: Any) -> Tensor:
+        out = operators.forward(*arguments)
+        operators.save(ctx, arguments, out)
+        return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate = ctx.saved_tensors
-        d_x, d_gate = operators.backward(d_out, x, gate, *ctx.options)
-        return d_x, None if gate is None else d_gate, None, None
+        return operators.gradients(ctx, d_out)
 
 
 def gated_activation_linear(
@@ -136,9 +134,9 @@ def _linear_runner(
 ) -> Runner:
     """Check the arguments and return what runs such calls, of (x, projection, gate)."""
     op = "gated_activation_linear"
-    chosen, needs_grad = _choice(op, x, gate, activation, kernel)
+    chosen, saves = _choice(op, x, gate, activation, kernel)
     checks.require_projection(op, projection, x)
-    if chosen != "torch" and (needs_grad or dispatch.needs_grad(projection)):
+    if chosen != "torch" and (saves or dispatch.saves_for_backward(projection)):
         return lambda x, projection, gate: _GatedActivationLinear.apply(
             x, accumulated(gate, x), projection, activation, chosen
         )
@@ -157,7 +155,7 @@ class _GatedActivationLinear(torch.autograd.Function):
         return F.linear(activated, projection)
 
     @staticmethod
-    @once_differentiable
+    @single_backward("gated_activation_linear")
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, gate, projection = ctx.saved_tensors
         d_x = d_gate = d_projection = None

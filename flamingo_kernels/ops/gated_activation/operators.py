@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from flamingo_kernels.ops.gated_activation import impl_cpp
-from flamingo_kernels.ops.operator import operator
+from flamingo_kernels.ops.operator import Gradient, operator
+from flamingo_kernels.ops.single_backward import single_backward
 
 
 def _forward_shape(x: Tensor, *_: object) -> Tensor:
@@ -18,7 +21,21 @@ def _backward_shapes(
     return x.new_empty(x.shape), x.new_empty(0) if gate is None else gate.new_empty(gate.shape)
 
 
-@operator("gated_activation_forward", fake=_forward_shape)
+def save(ctx: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+    """Keep for :func:`gradients` what they need of a forward's arguments."""
+    x, gate, *ctx.options = arguments
+    ctx.save_for_backward(x, gate)
+
+
+@single_backward("gated_activation")
+def gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the forward's arguments."""
+    x, gate = ctx.saved_tensors
+    d_x, d_gate = backward(d_out, x, gate, *ctx.options)
+    return d_x, None if gate is None else d_gate, None, None
+
+
+@operator("gated_activation_forward", fake=_forward_shape, gradient=Gradient(save, gradients))
 def forward(x: Tensor, gate: Tensor | None, activation: str, kernel: str) -> Tensor:
     """Return ``tanh(gate) * activation(x)``."""
     if kernel == "cpp":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.gated_residual import impl_cpp, impl_torch, operators
@@ -54,25 +54,22 @@ def _runner(
     if x.device != y.device:
         raise ValueError(f"{_OP}: x is on {x.device}, y on {y.device}")
     checks.require_gate(_OP, gate, x, (1, x.shape[-1]))
-    chosen, needs_grad = dispatch.choose_for(_OP, kernel, x, y, gate, plain=has_simple_rows)
+    chosen, saves = dispatch.choose_for(_OP, kernel, x, y, gate, plain=has_simple_rows)
     if chosen == "torch":
         return impl_torch.forward
-    if chosen == "cpp" and not needs_grad and is_eager(x) and y.dtype == x.dtype:
+    if chosen == "cpp" and not saves and is_eager(x) and y.dtype == x.dtype:
         return impl_cpp.bind_forward(x, y, gate)
-    run = _GatedResidual.apply if needs_grad else operators.forward
+    run = _GatedResidual.apply if saves else operators.forward
     return lambda x, y, gate: run(x, y.to(x.dtype), accumulated(gate, x), chosen)
 
 
 class _GatedResidual(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, y: Tensor, gate: Tensor, kernel: str) -> Tensor:
-        ctx.save_for_backward(y, gate)
-        ctx.kernel = kernel
-        return operators.forward(x, y, gate, kernel)
+    def forward(ctx, *arguments: Any) -> Tensor:
+        out = operators.forward(*arguments)
+        operators.save(ctx, arguments, out)
+        return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        y, gate = ctx.saved_tensors
-        d_y, d_gate = operators.backward(d_out, y, gate, ctx.kernel)
-        return d_out, d_y, d_gate, None
+        return operators.gradients(ctx, d_out)

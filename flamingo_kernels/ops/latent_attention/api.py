@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.latent_attention import impl_cpp, impl_torch, operators
@@ -79,13 +78,11 @@ def _runner(
     """Check the arguments and return what runs calls of this signature, of the six tensors."""
     tensors = (q, k_media, v_media, k_latents, v_latents)
     checks.latent_attention(tensors, lengths)
-    chosen, needs_grad = dispatch.choose_for(
-        "latent_attention", kernel, *tensors, head_dim=q.shape[-1]
-    )
+    chosen, saves = dispatch.choose_for("latent_attention", kernel, *tensors, head_dim=q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "torch":
         return lambda *inputs: impl_torch.forward(Arguments._make((*inputs, scale)))
-    if needs_grad:
+    if saves:
         return lambda *inputs: _LatentAttention.apply(*inputs, scale, chosen)
     if not is_eager(q):
         return lambda *inputs: operators.forward(*Arguments._make((*inputs, scale)), chosen)[0]
@@ -97,18 +94,12 @@ def _runner(
 
 
 class _LatentAttention(torch.autograd.Function):
-    """Save inputs, output and one number per query; to_out keeps the output alive."""
-
     @staticmethod
     def forward(ctx, *arguments: Any) -> Tensor:
-        *inputs, scale, kernel = arguments
-        out, lse = operators.forward(*arguments)
-        ctx.save_for_backward(*inputs, out, lse)
-        ctx.options = (scale, kernel)
-        return out
+        output = operators.forward(*arguments)
+        operators.save(ctx, arguments, output)
+        return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = operators.backward(d_out, *ctx.saved_tensors, *ctx.options)
-        return *gradients, None, None, None
+        return operators.gradients(ctx, d_out)

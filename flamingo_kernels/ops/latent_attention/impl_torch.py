@@ -1,4 +1,4 @@
-"""Latent attention in stock PyTorch: SDPA on concatenated keys, on any device."""
+"""Latent attention in stock PyTorch: attention to concatenated keys, on any device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flamingo_kernels.ops.attention import attend
 from flamingo_kernels.ops.latent_attention.arguments import Arguments
 
 
@@ -18,10 +19,10 @@ def forward(arguments: Arguments) -> Tensor:
         valid = keys < lengths[:, None]  # [N, M]
         k_media, v_media = (x.masked_fill(~valid[:, :, None, None], 0) for x in (k_media, v_media))
         mask = F.pad(valid, (0, k_latents.shape[1]), value=True)[:, None, None]
-    return F.scaled_dot_product_attention(
+    return attend(
         q.transpose(1, 2),
         torch.cat((k_media, k_latents), 1).transpose(1, 2),
         torch.cat((v_media, v_latents), 1).transpose(1, 2),
-        attn_mask=mask,
+        mask,
         scale=scale,
     ).transpose(1, 2)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from flamingo_kernels.ops.latent_attention import impl_cpp
 from flamingo_kernels.ops.latent_attention.arguments import Arguments
-from flamingo_kernels.ops.operator import operator
+from flamingo_kernels.ops.operator import Gradient, operator
+from flamingo_kernels.ops.single_backward import single_backward
 from flamingo_kernels.precision import accumulator
 
 
@@ -20,7 +23,20 @@ def _backward_shapes(d_out: Tensor, *arguments: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in arguments[:5])
 
 
-@operator("latent_attention_forward", fake=_forward_shapes)
+def save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep inputs, output and one number per query; to_out keeps the output alive."""
+    *inputs, scale, kernel = arguments
+    ctx.save_for_backward(*inputs, *output)
+    ctx.options = (scale, kernel)
+
+
+@single_backward("latent_attention")
+def gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the forward's arguments."""
+    return *backward(d_out, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+@operator("latent_attention_forward", fake=_forward_shapes, gradient=Gradient(save, gradients))
 def forward(
     q: Tensor,
     k_media: Tensor,

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.layer_norm import impl_cpp, impl_torch, operators
 from flamingo_kernels.ops.projection import projection_gradient
 from flamingo_kernels.ops.rows import has_simple_rows
 from flamingo_kernels.ops.signature import is_eager, remembered
+from flamingo_kernels.ops.single_backward import single_backward
 
 Runner = Callable[..., Tensor]
 
@@ -57,8 +58,8 @@ def _runner(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kernel: str
 ) -> Runner:
     """Check the arguments and return what runs calls of this signature, of (x, weight, bias)."""
-    chosen, needs_grad = _choice("layer_norm", x, weight, bias, eps, kernel)
-    if needs_grad and chosen != "torch":
+    chosen, saves = _choice("layer_norm", x, weight, bias, eps, kernel)
+    if saves and chosen != "torch":
         return lambda x, weight, bias: _LayerNorm.apply(x, weight, bias, eps, chosen)
     return _forward(x, weight, bias, eps, chosen)
 
@@ -95,28 +96,14 @@ def _choice(
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kernel: str
-    ) -> Tensor:
-        out, mean, rstd = operators.forward(x, weight, bias, eps, kernel)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.options = (bias is not None, kernel)
-        return out
+    def forward(ctx, *arguments: Any) -> Tensor:
+        output = operators.forward(*arguments)
+        operators.save(ctx, arguments, output)
+        return output[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
-        has_bias, kernel = ctx.options
-        has_bias = has_bias and ctx.needs_input_grad[2]
-        d_x, d_weight, d_bias = operators.backward(d_out, x, weight, mean, rstd, has_bias, kernel)
-        return (
-            d_x,
-            None if weight is None else d_weight,
-            d_bias if has_bias else None,
-            None,
-            None,
-        )
+        return operators.gradients(ctx, d_out)
 
 
 def layer_norm_linear(
@@ -164,9 +151,9 @@ def _linear_runner(
 ) -> Runner:
     """Check the arguments and return what runs such calls, of (x, weight, bias, projection)."""
     op = "layer_norm_linear"
-    chosen, needs_grad = _choice(op, x, weight, bias, eps, kernel)
+    chosen, saves = _choice(op, x, weight, bias, eps, kernel)
     checks.require_projection(op, projection, x)
-    if chosen != "torch" and (needs_grad or dispatch.needs_grad(projection)):
+    if chosen != "torch" and (saves or dispatch.saves_for_backward(projection)):
         return lambda *inputs: _LayerNormLinear.apply(*inputs, eps, chosen)
     normalise = _forward(x, weight, bias, eps, chosen)
     return lambda x, weight, bias, projection: F.linear(normalise(x, weight, bias), projection)
@@ -188,7 +175,7 @@ class _LayerNormLinear(torch.autograd.Function):
         return F.linear(operators.forward(x, weight, bias, eps, kernel)[0], projection)
 
     @staticmethod
-    @once_differentiable
+    @single_backward("layer_norm_linear")
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, projection = ctx.saved_tensors
         eps, kernel = ctx.options

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flamingo_kernels.ops.layer_norm import impl_cpp
-from flamingo_kernels.ops.operator import operator
+from flamingo_kernels.ops.operator import Gradient, operator
+from flamingo_kernels.ops.single_backward import single_backward
 from flamingo_kernels.precision import accumulator
 
 
@@ -33,7 +35,25 @@ def _backward_shapes(
     return x.new_empty(x.shape), d_weight, d_bias
 
 
-@operator("layer_norm_forward", fake=_forward_shapes)
+def save(ctx: Any, arguments: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    """Keep for :func:`gradients` what they need of a forward's arguments and output."""
+    x, weight, bias, _eps, kernel = arguments
+    _out, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.options = (bias is not None, kernel)
+
+
+@single_backward("layer_norm")
+def gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the forward's arguments."""
+    x, weight, mean, rstd = ctx.saved_tensors
+    has_bias, kernel = ctx.options
+    has_bias = has_bias and ctx.needs_input_grad[2]
+    d_x, d_weight, d_bias = backward(d_out, x, weight, mean, rstd, has_bias, kernel)
+    return d_x, None if weight is None else d_weight, d_bias if has_bias else None, None, None
+
+
+@operator("layer_norm_forward", fake=_forward_shapes, gradient=Gradient(save, gradients))
 def forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, kernel: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from flamingo_kernels.ops import checks, dispatch
 from flamingo_kernels.ops.media_attention import impl_cpp, impl_torch, operators
@@ -83,11 +82,11 @@ def _runner(
 ) -> Callable[[Tensor, Tensor, Tensor, MediaSpans, Tensor | None], Tensor]:
     """Check the arguments and return what runs calls of this signature."""
     checks.media_cross_attention(q, k, v, spans, gate)
-    chosen, needs_grad = dispatch.choose_for(_OP, kernel, q, k, v, gate, head_dim=q.shape[-1])
+    chosen, saves = dispatch.choose_for(_OP, kernel, q, k, v, gate, head_dim=q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "torch":
         return partial(impl_torch.forward, scale=scale)
-    if needs_grad:
+    if saves:
         return partial(_attend_with_gradients, scale=scale, kernel=chosen)
     if not is_eager(q):
         return lambda *inputs: operators.forward(*_arguments(inputs, scale), chosen)
@@ -112,22 +111,15 @@ def _attend_with_gradients(*inputs: Any, scale: float, kernel: str) -> Tensor:
 
 
 class _MediaCrossAttention(torch.autograd.Function):
-    """Save the inputs alone, with the segments; the backward recomputes the softmax."""
-
     @staticmethod
     def forward(ctx, segments: Tensor | None, *arguments: Any) -> Tensor:
-        *tensors, scale, single_item, kernel = arguments
-        ctx.save_for_backward(segments, *tensors)
-        ctx.options = (scale, single_item, kernel)
-        return operators.forward(*arguments)
+        out = operators.forward(*arguments)
+        operators.save(ctx, arguments, out, segments)
+        return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        d_q, d_k, d_v, d_gate = operators.backward(d_out, *saved, *ctx.options)
-        given_gate = None if saved[-1] is None else d_gate
-        return None, d_q, d_k, d_v, None, None, given_gate, None, None, None
+        return None, *operators.gradients(ctx, d_out)
 
 
 def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> MediaSpans:

@@ -1,4 +1,4 @@
-"""Media attention in stock PyTorch: SDPA with a boolean mask, on any device."""
+"""Media attention in stock PyTorch: attention with a boolean mask, on any device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flamingo_kernels.ops.attention import attend
 from flamingo_kernels.ops.spans import MediaSpans
 from flamingo_kernels.precision import accumulated
 
@@ -24,13 +25,12 @@ def forward(
     sees_nothing = ~visible.any(-1)  # [B, T]
     # A fully masked softmax row is NaN: let it see everything, then drop it.
     mask = (visible | sees_nothing[..., None]).repeat_interleave(k.shape[2], dim=-1)
-    out = F.scaled_dot_product_attention(
+    out = attend(
         q.transpose(1, 2),
         k.flatten(1, 2).transpose(1, 2),
         v.flatten(1, 2).transpose(1, 2),
-        attn_mask=mask[:, None],
+        mask[:, None],
         scale=scale,
-        enable_gqa=k.shape[3] != q.shape[2],
     ).transpose(1, 2)
     out = out.masked_fill(sees_nothing[..., None, None], 0)
     return out if gate is None else out * torch.tanh(accumulated(gate, q)).to(out.dtype)

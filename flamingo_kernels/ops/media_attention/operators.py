@@ -12,7 +12,8 @@ from torch import Tensor
 from flamingo_kernels.ops.media_attention import impl_cpp
 from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.media_attention.segment_sizes import table_entries
-from flamingo_kernels.ops.operator import operator
+from flamingo_kernels.ops.operator import Gradient, operator
+from flamingo_kernels.ops.single_backward import single_backward
 
 
 def _segments_shape(
@@ -44,7 +45,24 @@ def segments(
     return impl_triton.segments(first, last, media, kv_heads, single_item)
 
 
-@operator("media_attention_forward", fake=_forward_shape)
+def save(
+    ctx: Any, arguments: tuple[Any, ...], output: Tensor, segments: Tensor | None = None
+) -> None:
+    """Keep the inputs alone, with the segments; the backward recomputes the softmax."""
+    *tensors, scale, single_item, kernel = arguments
+    ctx.save_for_backward(segments, *tensors)
+    ctx.options = (scale, single_item, kernel)
+
+
+@single_backward("media_cross_attention")
+def gradients(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the forward's arguments."""
+    saved = ctx.saved_tensors
+    d_q, d_k, d_v, d_gate = backward(d_out, *saved, *ctx.options)
+    return d_q, d_k, d_v, None, None, None if saved[-1] is None else d_gate, None, None, None
+
+
+@operator("media_attention_forward", fake=_forward_shape, gradient=Gradient(save, gradients))
 def forward(
     q: Tensor,
     k: Tensor,
