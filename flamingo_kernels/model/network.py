@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
@@ -10,14 +10,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as run_checkpointed
 
-from flamingo_kernels.language import (
-    BlockHook,
-    NewTokenRows,
-    build_language_model,
-    checkpoint_blocks,
-)
+from flamingo_kernels.language import BlockHook, NewTokenRows, build_language_model
+from flamingo_kernels.language.recompute import Recompute, recompute_blocks
 from flamingo_kernels.model.bridge import build_cross_attention, build_resampler
 from flamingo_kernels.model.cache import FlamingoCache, check_cache
 from flamingo_kernels.model.config import FlamingoConfig
@@ -96,7 +91,7 @@ class FlamingoNetwork(nn.Module):
         # Tensors of the frozen parts that differ from the published backbones. A checkpoint holds
         # them beside the trainable ones.
         self.saved_frozen: set[str] = set()
-        self._use_reentrant: bool | None = None  # None: no activation checkpointing
+        self._recompute: Recompute | None = None  # None: no activation checkpointing
         self.loan = Loan(self._frozen_parts())
         self.train(self.training)
 
@@ -126,8 +121,11 @@ class FlamingoNetwork(nn.Module):
             if name.split(".", 1)[0] not in FROZEN_PARTS or parameter.requires_grad
         }
 
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
+    def activation_checkpointing_enable(
+        self,
+        activation_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
     ) -> None:
         """Save only the input of each cross-attention layer and LM block, and recompute the rest.
 
@@ -135,25 +133,51 @@ class FlamingoNetwork(nn.Module):
 
         Parameters
         ----------
-        gradient_checkpointing_kwargs : dict, optional
-            May hold ``use_reentrant`` (default False).
+        activation_checkpointing_kwargs : mapping, optional
+            Keywords of ``torch.utils.checkpoint.checkpoint``: ``use_reentrant`` (default False) and
+            ``preserve_rng_state``; if not re-entrant also ``context_fn``, ``determinism_check``,
+            ``debug`` and ``early_stop``.
+        every_n_layers : int
+            Recompute LM blocks 0, n, 2n, ..., and cross-attention layers 0, n, 2n, ... .
+        offload : bool
+            Hold the saved inputs in the memory of the host.
 
         Raises
         ------
-        ValueError
-            Any other option.
+        TypeError, ValueError
+            Another option, or a value that it does not take.
         """
-        options = dict(gradient_checkpointing_kwargs or {})
-        use_reentrant = bool(options.pop("use_reentrant", False))
-        if options:
-            raise ValueError(f"unknown checkpointing options {sorted(options)}; use_reentrant only")
-        self._use_reentrant = use_reentrant
-        checkpoint_blocks(self.language_model.blocks, use_reentrant)
+        options = activation_checkpointing_kwargs or {}
+        self._recompute = Recompute(options, every_n_layers, offload)
+        recompute_blocks(self.language_model.blocks, self._recompute)
+
+    def activation_checkpointing_disable(self) -> None:
+        """Undo :meth:`activation_checkpointing_enable`."""
+        self._recompute = None
+        recompute_blocks(self.language_model.blocks, None)
+
+    @property
+    def is_activation_checkpointing(self) -> bool:
+        """Whether :meth:`activation_checkpointing_enable` is in force."""
+        return self._recompute is not None
+
+    def gradient_checkpointing_enable(
+        self,
+        gradient_checkpointing_kwargs: Mapping[str, Any] | None = None,
+        every_n_layers: int = 1,
+        offload: bool = False,
+    ) -> None:
+        """Call :meth:`activation_checkpointing_enable`; the older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, every_n_layers, offload)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Undo :meth:`gradient_checkpointing_enable`."""
-        self._use_reentrant = None
-        checkpoint_blocks(self.language_model.blocks, None)
+        """Call :meth:`activation_checkpointing_disable`."""
+        self.activation_checkpointing_disable()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """The same as :attr:`is_activation_checkpointing`."""
+        return self.is_activation_checkpointing
 
     def forward(
         self,
@@ -313,26 +337,29 @@ class FlamingoNetwork(nn.Module):
         if context.media:
             spans = plan_media_attention(spans, context.media[0].key, self.kernel)
         layers = {
-            block: (layer, kv)
-            for block, layer, kv in zip(
-                self.config.cross_attention_blocks,
-                self.gated_cross_attn_layers,
-                context.media,
-                strict=True,
+            block: (place, layer, kv)
+            for place, (block, layer, kv) in enumerate(
+                zip(
+                    self.config.cross_attention_blocks,
+                    self.gated_cross_attn_layers,
+                    context.media,
+                    strict=True,
+                )
             )
         }
+        recompute = self._recompute
 
         def before_block(block: int, hidden: Tensor) -> Tensor:
             if block not in layers:
                 return hidden
-            layer, kv = layers[block]
+            place, layer, kv = layers[block]
             dtype = kv.key.dtype  # the layer's; the frozen model may have another
             inside = hidden.to(kv.key.device, dtype)  # blocks may lie on other devices
-            if self._use_reentrant is None or not torch.is_grad_enabled():
+            if recompute is None or not recompute.covers(place) or not torch.is_grad_enabled():
                 out = run(inside, *kv, layer)
             else:
                 # The re-entrant mode needs everything that gradients flow to as an argument.
-                out = run_checkpointed(run, inside, *kv, layer, use_reentrant=self._use_reentrant)
+                out = recompute.run(run, inside, *kv, layer)
             if torch.promote_types(dtype, hidden.dtype) == dtype:
                 return out.to(hidden)
             # Round the update of a narrower layer only, not the residual stream of a wider model.

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.language import Decoder, add_media_tokens
@@ -141,8 +143,49 @@ def test_activation_checkpointing_leaves_caches_alone() -> None:
     again = model(**arguments, use_cache=True)
     again.logits.sum().backward()
     assert again.cache.language.length == plain.cache.language.length
-    with pytest.raises(ValueError, match=r"unknown checkpointing options \['depth'\]"):
-        model.gradient_checkpointing_enable({"depth": 2})
+
+
+SAVES_PRODUCTS = partial(create_selective_checkpoint_contexts, [torch.ops.aten.mm.default])
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        ({"use_reentrant": True, "preserve_rng_state": False}, {}),
+        ({"determinism_check": "none", "debug": False}, {"every_n_layers": 2}),
+        ({"context_fn": SAVES_PRODUCTS}, {"every_n_layers": 1, "offload": False}),
+        (None, {"offload": True}),
+    ],
+    ids=["re-entrant", "every second layer", "selective", "offload"],
+)
+def test_keywords_of_activation_checkpointing(options, keywords) -> None:
+    """Those of transformers' Trainer, and of torch."""
+    model = build().train()
+    plain = gradients(model)
+    assert not model.is_activation_checkpointing
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **keywords)
+    assert model.is_activation_checkpointing
+    recomputed = ["forward" in block.__dict__ for block in model.language_model.blocks]
+    step = keywords.get("every_n_layers", 1)
+    assert recomputed == [layer % step == 0 for layer in range(len(recomputed))]
+    assert_gradients_close(gradients(model), plain, torch.float32)
+    model.activation_checkpointing_disable()
+    assert not model.is_gradient_checkpointing
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords", "message"),
+    [
+        ({"depth": 2}, {}, r"unknown checkpointing options \['depth'\].*use_reentrant=False: "),
+        ({"use_reentrant": True, "debug": True}, {}, r"options \['debug'\].*use_reentrant=True: "),
+        ({"use_reentrant": "no"}, {}, "use_reentrant must be True or False, got 'no'"),
+        (None, {"every_n_layers": 0}, "every_n_layers must be an integer of at least 1, got 0"),
+        (None, {"offload": 1}, "offload must be True or False, got 1"),
+    ],
+)
+def test_keywords_that_are_refused(options, keywords, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        build().gradient_checkpointing_enable(options, **keywords)
 
 
 def test_own_decoder_checkpoints_too() -> None:
