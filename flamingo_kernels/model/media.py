@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ def encode_media(
     """
     parameter = resampler.latents
     if inputs is None:
-        return parameter.new_zeros(batch, 0, *parameter.shape, device=device)
+        # The resampler runs on nothing, so that its parameters have gradients, zero, and so that
+        # processes that wait for each other in it go on waiting for the same ones.
+        channels: Any = vision_encoder.output_dim
+        return resampler(parameter.new_zeros(batch, 0, 1, 1, channels, device=device))
     if inputs.pixel_values.ndim == 5:
         features = _given_features(inputs, vision_encoder.output_dim, parameter.dtype)
     else:
