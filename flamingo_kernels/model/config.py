@@ -157,6 +157,18 @@ class FlamingoConfig:
         is_own = self.language.kind == "decoder"
         return is_own and self.image_token_id == ByteTokenizer().image_token_id
 
+    @property
+    def use_cache(self) -> bool:
+        """False: a forward makes a cache where it is asked for one.
+
+        transformers' Trainer sets it to False, which is allowed.
+        """
+        return False
+
+    def get_text_config(self) -> FlamingoConfig:
+        """Return this config, which has the ids of the special tokens, as transformers asks."""
+        return self
+
     @classmethod
     def from_name(cls, name: str) -> FlamingoConfig:
         """Return a named configuration; ValueError lists the known names for another one."""
@@ -215,6 +227,18 @@ class FlamingoConfig:
         ):
             values[part] = _build(section_class, _section(values, part), part)
         return _build(cls, values, "config")
+
+
+def _set_attribute(config: FlamingoConfig, name: str, value: object) -> None:
+    if name == "use_cache" and value is False:
+        return
+    given = f"cannot assign {value!r} to {name!r} of a FlamingoConfig"
+    if name == "use_cache":
+        raise dataclasses.FrozenInstanceError(f"{given}; give use_cache to forward")
+    raise dataclasses.FrozenInstanceError(f"{given}; dataclasses.replace makes another one")
+
+
+FlamingoConfig.__setattr__ = _set_attribute  # type: ignore[method-assign, assignment]
 
 
 def _section(values: dict[str, Any], part: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
@@ -36,6 +36,9 @@ Network = TypeVar("Network", bound="FlamingoNetwork")
 class FlamingoOutput:
     """Result of a forward.
 
+    As outputs of transformers it can also be read by name, ``out["loss"]``, and by index:
+    ``out[0]`` is the loss, ``out[1:]`` the tuple of the others that are not None.
+
     Attributes
     ----------
     loss : Tensor or None
@@ -49,6 +52,29 @@ class FlamingoOutput:
     loss: Tensor | None
     logits: Tensor | None
     cache: FlamingoCache | None = None
+
+    def keys(self) -> list[str]:
+        """Return the names of the attributes that are not None."""
+        names = (field.name for field in fields(self))
+        return [name for name in names if getattr(self, name) is not None]
+
+    def __contains__(self, name: object) -> bool:
+        """Whether an attribute of this name is not None."""
+        return name in self.keys()
+
+    def __getitem__(self, key: str | int | slice) -> Any:
+        """Return an attribute by its name, or some by index; KeyError, IndexError."""
+        if isinstance(key, str):
+            if key not in self:
+                raise KeyError(f"{key!r} is not among the outputs: {', '.join(self.keys())}")
+            return getattr(self, key)
+        if self.loss is None and key == 0:
+            raise IndexError(
+                "output 0 is the loss, and there is none without labels (label_smoothing_factor of "
+                "transformers' Trainer takes them away: use 0)"
+            )
+        others = (getattr(self, name) for name in self.keys() if name != "loss")
+        return (self.loss, *others)[key]
 
 
 class FlamingoNetwork(nn.Module):

@@ -79,3 +79,23 @@ def test_ranks_without_images(tmp_path: Path) -> None:
         for rank in range(2):
             found = load_file(tmp_path / f"{step}.{rank}.safetensors")
             assert_gradients_close(found, expected, torch.float32)
+
+
+def test_outputs_by_name_and_index() -> None:
+    inputs = batch(0, 0)
+    with torch.no_grad():
+        out = make_model()(**inputs)
+        plain = make_model()(**{**inputs, "labels": None})
+    assert out["loss"] is out[0] is out.loss
+    assert out[1:] == (out.logits,)
+    assert out.keys() == ["loss", "logits"]
+    assert dict(plain).keys() == {"logits"}
+    assert plain[1] is plain.logits
+    with pytest.raises(KeyError, match="'loss' is not among the outputs: logits"):
+        plain["loss"]
+    config = make_model().config
+    config.use_cache = False
+    with pytest.raises(AttributeError, match=r"cannot assign True to 'use_cache'.*forward"):
+        config.use_cache = True
+    with pytest.raises(AttributeError, match=r"cannot assign 3 to 'pad_token_id'.*replace"):
+        config.pad_token_id = 3
