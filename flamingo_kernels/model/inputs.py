@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.ops.checks import INTEGERS, describe
+from flamingo_kernels.ops.transforms import is_recorded
 
 
 @dataclass(frozen=True)
@@ -176,6 +177,11 @@ def _host_integers(
     """Return the values of an integer tensor of ``shape`` within low..high."""
     if value is None:
         return None
+    if is_recorded():
+        raise ValueError(
+            f"{name} is read while tracing, and its values would become constants of the program: "
+            "trace rows that fill all slots, without it"
+        )
     _require_integers(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")

@@ -17,6 +17,7 @@ from flamingo_kernels.ops import gated_activation, gated_residual, layer_norm
 from testing.budgets import assert_close_to_reference, assert_gradients_close
 from testing.cases import kernels_for
 from testing.compiled import Bridge
+from testing.tiny_model import TINY, make_model
 
 KERNELS = sorted({kernel for kernel, _ in kernels_for("media_cross_attention", needs_grad=True)})
 OPTIONS = {"dim_head": 8, "heads": 2, "ff_mult": 2}
@@ -65,6 +66,28 @@ def test_values_and_gradients_of_a_program(recorder: str, kernel: str, trains: b
         gradients = torch.autograd.grad(out.square().sum(), leaves.values()) if trains else ()
         results.append({"out": out.detach(), **dict(zip(leaves, gradients, strict=False))})
     assert_gradients_close(*results, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_traced_model() -> None:
+    """Other images, texts and sizes; values that are read on the way are refused."""
+    model = make_model().requires_grad_(False)
+
+    def logits(ids: Tensor, pixels: Tensor) -> Tensor:
+        return model(ids, pixels).logits
+
+    def example(rows: int, tokens: int) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(0, 256, (rows, tokens))
+        ids[:, 1] = TINY.image_token_id
+        return ids, torch.randn(rows, 1, 1, 3, 32, 32)
+
+    program = torch.jit.trace(logits, example(2, 6), check_trace=False)
+    for sizes in ((2, 6), (3, 8)):
+        inputs = example(*sizes)
+        assert_close_to_reference(program(*inputs), logits(*inputs), torch.float32)
+    counted = (*inputs, torch.ones(3, dtype=torch.int64))
+    with pytest.raises(ValueError, match="num_images is read while tracing"):
+        torch.jit.trace(lambda ids, x, n: model(ids, x, num_images=n).logits, counted)
 
 
 def test_a_mode_sees_the_operators() -> None:
