@@ -19,7 +19,8 @@ class FlamingoTrainer(transformers.Trainer):  # type: ignore[misc]
     Raises
     ------
     ValueError
-        ``label_smoothing_factor``, FSDP or DeepSpeed, or a checkpoint of another model on resuming.
+        ``label_smoothing_factor``, FSDP, DeepSpeed, several GPUs in one process, or a checkpoint of
+        another model on resuming.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -28,6 +29,11 @@ class FlamingoTrainer(transformers.Trainer):  # type: ignore[misc]
             raise ValueError(
                 "label_smoothing_factor takes the labels from the model, and would compare each "
                 "token with itself, not with the next one: use 0"
+            )
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process has {self.args.n_gpu} GPUs, over which the Trainer would copy the "
+                "model in each step: start one process per GPU with torchrun"
             )
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(
