@@ -7,12 +7,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Collection, Mapping
 from functools import cache
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
+
+
+_LONGEST = 300  # of a value in an error, in characters
+
+
+class _Short(reprlib.Repr):
+    """The usual repr, of the first few items and two levels only: values may be of any size."""
+
+    maxlevel = 2
+    maxstring = maxother = maxlong = _LONGEST
+
+    def repr_int(self, x: int, level: int) -> str:
+        bits = x.bit_length()  # Python writes out no integer of many thousands
+        return repr(x) if bits <= _LONGEST else f"<an integer of {bits} bits>"
+
+
+def shown(value: object) -> str:
+    """Return a repr of bounded length for error messages, whatever the value is."""
+    return shortened(_Short().repr(value))
+
+
+def shortened(text: str) -> str:
+    """Return the beginning of a text, marked if that is not all."""
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def is_integer(value: object) -> bool:
@@ -50,7 +75,7 @@ def check_types(config: Any) -> None:
         value = getattr(config, field.name)
         if not predicates[field.name](value):
             raise TypeError(
-                f"{type(config).__name__}.{field.name} must be {field.type}, got {value!r}"
+                f"{type(config).__name__}.{field.name} must be {field.type}, got {shown(value)}"
             )
 
 
@@ -96,7 +121,9 @@ def check_positive(config: Any, *names: str) -> None:
         for label, part in labelled:
             if part is not None and not 0 < part < math.inf:
                 wanted = "finite" if part == math.inf else "positive"
-                raise ValueError(f"{type(config).__name__}.{label} must be {wanted}, got {part}")
+                raise ValueError(
+                    f"{type(config).__name__}.{label} must be {wanted}, got {shown(part)}"
+                )
 
 
 def check_known(config: Any, name: str, known: Collection[str]) -> None:
@@ -104,7 +131,7 @@ def check_known(config: Any, name: str, known: Collection[str]) -> None:
     value = getattr(config, name)
     if value not in known:
         raise ValueError(
-            f"{type(config).__name__}.{name}: unknown {value!r}; known: {', '.join(known)}"
+            f"{type(config).__name__}.{name}: unknown {shown(value)}; known: {', '.join(known)}"
         )
 
 

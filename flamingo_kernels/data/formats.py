@@ -12,6 +12,7 @@ from typing import Any
 
 from flamingo_kernels.data.files import DataFile
 from flamingo_kernels.data.shards import IMAGE_SUFFIXES, Record
+from flamingo_kernels.fields import shown
 
 
 class SkipRecordError(Exception):
@@ -84,7 +85,9 @@ def parse_interleaved(record: Record, image_root: Path | None = None) -> Documen
         for image in images:
             place = image.get("matched_text_index") if isinstance(image, dict) else None
             if not isinstance(place, int) or not 0 <= place < len(texts):
-                raise _broken(record, f"matched_text_index {place!r} of {len(texts)} sentences")
+                raise _broken(
+                    record, f"matched_text_index {shown(place)} of {len(texts)} sentences"
+                )
             before.setdefault(place, []).append(_mmc4_image(record, image, image_root))
         parts = []
         for place, text in enumerate(texts):
@@ -92,7 +95,7 @@ def parse_interleaved(record: Record, image_root: Path | None = None) -> Documen
             last = place == len(texts) - 1 or place + 1 in before
             parts += [*before.get(place, ()), _text(record, text) + ("" if last else " ")]
         return Document(tuple(parts))
-    raise _broken(record, f"keys {sorted(values)[:6]}: neither OBELICS nor MMC4")
+    raise _broken(record, f"keys {shown(sorted(values))}: neither OBELICS nor MMC4")
 
 
 def parse_pair(record: Record, image_root: Path | None = None) -> Document:
@@ -158,7 +161,7 @@ def _broken(record: Record, detail: str) -> SkipRecordError:
 
 def _json(record: Record) -> dict[str, Any]:
     if "json" not in record.fields:
-        raise _broken(record, f"no .json among {sorted(record.fields)}")
+        raise _broken(record, f"no .json among {shown(sorted(record.fields))}")
     try:
         values = json.loads(record.fields["json"])
     except (ValueError, RecursionError) as error:
@@ -203,7 +206,7 @@ def _mmc4_image(record: Record, image: dict[str, Any], image_root: Path | None) 
 
 def _media(record: Record, name: Any, image_root: Path | None) -> Media:
     if not isinstance(name, str):
-        raise _broken(record, f"the name of an image is {name!r}")
+        raise _broken(record, f"the name of an image is {shown(name)}")
     stem = record.key.rpartition("/")[2]
     extension = name.rpartition("/")[2].removeprefix(f"{stem}.").lower()
     if extension in record.fields:

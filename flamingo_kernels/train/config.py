@@ -17,9 +17,12 @@ from flamingo_kernels.fields import (
     check_known,
     check_positive,
     check_types,
+    shortened,
+    shown,
     unknown_and_missing,
 )
 from flamingo_kernels.ops.dispatch import KERNELS
+from flamingo_kernels.train.yaml_file import read_yaml
 
 T = TypeVar("T")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -168,7 +171,8 @@ class OptimizerSection:
         _in_range(self, "weight_decay", 0, None)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(
-                f"OptimizerSection.betas must be two numbers in [0, 1), got {list(self.betas)}"
+                "OptimizerSection.betas must be two numbers in [0, 1), got "
+                + shown(list(self.betas))
             )
 
 
@@ -214,7 +218,7 @@ class TrainConfig:
         if not names:
             raise ValueError("TrainConfig.datasets is empty; training needs at least one")
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"TrainConfig.datasets: name {repeated[0]!r} is given twice")
+            raise ValueError(f"TrainConfig.datasets: name {shown(repeated[0])} is given twice")
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts of JSON types, the folders of the model absolute.
@@ -242,7 +246,7 @@ class TrainConfig:
         values = dict(_mapping(values, "the configuration"))
         datasets = values.get("datasets", ())
         if not isinstance(datasets, (list, tuple)):
-            raise ValueError(f"datasets must be a list, got {datasets!r}")
+            raise ValueError(f"datasets must be a list, got {shown(datasets)}")
         if "model" in values:
             values["model"] = _build(ModelSection, values["model"], "model")
         if "optimizer" in values:
@@ -263,18 +267,10 @@ class TrainConfig:
         FileNotFoundError, ImportError
             No such file, or no PyYAML.
         ValueError
-            The file is not YAML, or a key or value is wrong; the message names it.
+            See :func:`flamingo_kernels.train.yaml_file.read_yaml`; or a key or value is wrong, and
+            the message names it.
         """
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError(
-                'a training configuration needs PyYAML: pip install "flamingo_kernels[train]"'
-            ) from error
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        values = read_yaml(path)
         try:
             return cls.from_dict(values)
         except ValueError as error:
@@ -283,7 +279,7 @@ class TrainConfig:
 
 def _mapping(values: Any, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError(f"{where} must hold keys and values, got {values!r}")
+        raise ValueError(f"{where} must hold keys and values, got {shown(values)}")
     return values
 
 
@@ -295,7 +291,10 @@ def _build(section: type[T], values: Any, where: str) -> T:
     if unknown:
         known = ", ".join(field.name for field in dataclasses.fields(section))
         key = unknown[0]
-        raise ValueError(f"{prefix}{key}: unknown key, given {values[key]!r}; known: {known}")
+        raise ValueError(
+            f"{prefix}{shortened(str(key))}: unknown key, given {shown(values[key])}; "
+            f"known: {known}"
+        )
     if missing:
         raise ValueError(f"{prefix}{missing[0]} is missing")
     hints = get_type_hints(section)
@@ -305,9 +304,11 @@ def _build(section: type[T], values: Any, where: str) -> T:
 
 
 def _numbers(value: Any) -> Any:
-    """Return the number that a text writes, also inside of a list; anything else as it is."""
-    if isinstance(value, (list, tuple)):
-        return tuple(map(_numbers, value))
+    """Return the numbers that texts write, also those in a list; anything else as it is."""
+    return tuple(map(_number, value)) if isinstance(value, (list, tuple)) else _number(value)
+
+
+def _number(value: Any) -> Any:
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:
@@ -318,4 +319,4 @@ def _in_range(config: Any, name: str, low: float, high: float | None) -> None:
     value = getattr(config, name)
     if not low <= value < math.inf or (high is not None and value > high):
         allowed = f"at least {low}" if high is None else f"in {low}..{high}"
-        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {value}")
+        raise ValueError(f"{type(config).__name__}.{name} must be {allowed}, got {shown(value)}")

@@ -69,6 +69,30 @@ def test_errors_name_the_key_and_the_value(path, value, message, values) -> None
         TrainConfig.from_dict(values)
 
 
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        (("epochs",), "text"),
+        (("datasets",), "integer"),
+        (("steps",), "integer"),
+        (("seed",), "integer"),
+        (("output",), "nested"),
+        (("optimizer", "betas"), "list"),
+        (("model", "kernel"), "text"),
+    ],
+)
+def test_errors_show_little_of_a_large_value(path, kind, values) -> None:
+    large = {"text": "x" * 10**6, "integer": -(10**9999), "list": ["x"] * 10**6}
+    large["nested"] = [[["x"] * 1000] * 1000] * 1000
+    values = copy.deepcopy(values)
+    (values[path[0]] if path[1:] else values)[path[-1]] = large[kind]
+    with pytest.raises(ValueError, match=rf"^{'.'.join(path)}\W") as raised:
+        TrainConfig.from_dict(values)
+    assert len(str(raised.value)) < 500
+    if kind == "integer":
+        assert "got <an integer of 33216 bits>" in str(raised.value)
+
+
 def test_missing_keys_and_files(values, tmp_path: Path) -> None:
     del values["datasets"][1]["batch_size"]
     with pytest.raises(ValueError, match=r"^datasets\[1\].batch_size is missing"):
@@ -80,3 +104,90 @@ def test_missing_keys_and_files(values, tmp_path: Path) -> None:
     (tmp_path / "tag.yaml").write_text("a: !!python/object/apply:os.getcwd []")
     with pytest.raises(ValueError, match="is not YAML: could not determine a constructor"):
         TrainConfig.from_yaml(tmp_path / "tag.yaml")
+
+
+def bomb(levels: int, first: str, line: str) -> str:
+    repeated = [line.format(i=i, many=", ".join([f"*a{i - 1}"] * 10)) for i in range(1, levels)]
+    return "\n".join([f"a0: &a0 {first}", *repeated, f"model: *a{levels - 1}"])
+
+
+LONG = "x" * 100_000
+HOSTILE = {
+    "aliases": (bomb(30, "[x, x]", "a{i}: &a{i} [{many}]"), r"line \d+: more than 100,000 values"),
+    "mappings": (
+        bomb(20, "{x: y}", "a{i}: &a{i} {{p: [{many}], q: [{many}]}}"),
+        r"line \d+: more than 100,000 values, counting what aliases \(\*\) repeat",
+    ),
+    "merges": (bomb(20, "{x: y}", "a{i}: &a{i} {{<<: [{many}]}}"), r"line \d+: more than 100,000"),
+    "keys": (bomb(9, "[x, x]", "? &a{i} [{many}]\n: 1"), r"line \d+: more than 100,000 values"),
+    "small": (
+        bomb(3, "[x, x]", "a{i}: &a{i} [{many}]"),
+        r"model must hold keys and values, got .{300}\.\.\.",
+    ),
+    "in a field": ("steps: &a [*a, *a]", "line 1: a value contains itself"),
+    "in a mapping": ("steps: 1\nmodel: &a\n  config: *a", "line 2: a value contains itself"),
+    "in itself, merged": ("model: &a {<<: *a}", "line 1: a value contains itself"),
+    "deep lists": ("a: " + "[" * 50_000, "is nested too deeply"),
+    "deep mappings": ("{a: " * 50_000, "is nested too deeply"),
+    "deep blocks": ("- " * 50_000 + "x", "is nested too deeply"),
+    "long": ("# " + "x" * 2**20, r"has more than 1,048,576 bytes"),
+    "long key": (f"? {LONG}\n: 1", "x{300}[.]{3}: unknown key, given 1; known"),
+    "long text": (f"steps: '{LONG}'\n", "model is missing"),
+    "long tag": (
+        f"a: !{LONG} x",
+        "is not YAML: could not determine a constructor for",
+    ),
+    "long alias": (f"a: *{LONG}", "is not YAML: found undefined alias 'xx"),
+    "decimal": (f"steps: 1{'0' * 9999}", "line 1: 1000.* is an integer of more than 64 bits"),
+    "hexadecimal": (f"steps: 0x{'f' * 9999}", "line 1: 0xfff.* is an integer of more than 64 bits"),
+    "sexagesimal": (f"steps: 1{':10' * 9999}", "line 1: 1:10.* is an integer of more than 64 bits"),
+    "64 bits": (
+        "model: x\nsteps: 9223372036854775808",
+        "line 2: 9223372036854775808 is an",
+    ),
+    "python tag": (
+        "a: !!python/name:os.system x",
+        "is not YAML: could not determine a constructor",
+    ),
+    "no integer": ("a: !!int ''", "has a value that does not fit its tag"),
+    "no bool": ("a: !!bool x", "has a value that does not fit its tag"),
+    "no date": ("a: 2024-99-99", "is not YAML: month must be in 1..12"),
+    "two documents": ("a: 1\n---\nb: 1", "is not YAML: expected a single document"),
+    "nothing": ("# nothing", "the configuration must hold keys and values, got None"),
+    "a list": ("[a, b]", r"the configuration must hold keys and values, got \['a', 'b'\]"),
+    "twice": ("steps: 1\nmodel: {}\nsteps: 2", "line 3: steps is given twice .*, first in line 1"),
+    "twice, quoted": ("steps: 1\n'steps': 2", "line 2: steps is given twice"),
+    "twice, below": ("model:\n  config: a\n  config: b", "line 3: config is given twice"),
+    "twice, in a list": ("datasets:\n- {name: a,\n   name: b}", "line 3: name is given twice"),
+    "a section twice": ("optimizer: {lr: 1}\noptimizer: {clip: 1}", "line 2: optimizer is given"),
+    "twice by an alias": ("{&a steps: 1, *a : 2}", "line 1: steps is given twice"),
+    "twice behind a merge": ("a: &a {x: 1}\nb: {<<: *a, x: 1, x: 2}", "line 2: x is given twice"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_yaml_is_one_short_line(name: str, tmp_path: Path) -> None:
+    text, message = HOSTILE[name]
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=rf"run\.yaml\W? {message}") as raised:
+        TrainConfig.from_yaml(file)
+    assert len(str(raised.value)) < 1500 and "\n" not in str(raised.value)
+
+
+def test_aliases_and_merges_work(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        """
+        model: {config: tiny}
+        steps: 1_000
+        output: out
+        datasets:
+        - &pages {name: pages, kind: pairs, shards: &shards [a.tar], batch_size: 2, flip: 0.25}
+        - {<<: *pages, name: more, batch_size: 3}
+        - {<<: [{weight: 0.5}, *pages], name: third, shards: *shards}
+        """
+    )
+    pages, more, third = TrainConfig.from_yaml(file).datasets
+    assert (more.name, more.batch_size, more.flip) == ("more", 3, pages.flip)
+    assert (third.weight, third.batch_size, third.shards) == (0.5, 2, pages.shards)
