@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 # Pillow knows many more. Some of them start programs: EPS starts Ghostscript, whatever the name of
 # the file. Others are decoders that few have looked at.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+_ANIMATED = ("GIF", "PNG", "WEBP")
 
 
 def open_picture(source: str | PathLike | bytes) -> Image:
@@ -45,10 +46,19 @@ def open_picture(source: str | PathLike | bytes) -> Image:
     try:
         pixels = image.width * image.height
         bounds.PIXELS.check(pixels, f"the picture of {image.width} x {image.height}")
-        frames = getattr(image, "n_frames", 1)
+        frames = count_frames(image)
         bounds.FRAMES.check(frames, "the picture")
         bounds.ANIMATION.check(frames * pixels, f"the picture of {frames} frames")
     except Exception:
         image.close()
         raise
     return image
+
+
+def count_frames(image: Image) -> int:
+    """Return the frames of an animated picture; 1 for others.
+
+    What else a file may hold (the thumbnail or gain map in a camera's JPEG, further pages of a
+    TIFF) is no frame.
+    """
+    return getattr(image, "n_frames", 1) if image.format in _ANIMATED else 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,7 +103,8 @@ def parse_pair(record: Record, image_root: Path | None = None) -> Document:
     """Return an image with its text.
 
     A record of a tar shard has one picture beside ``txt``, or beside ``json`` with ``caption`` or
-    ``text``. A JSON line has the same keys, and ``image``.
+    ``text``. A JSON line has the same keys, and ``image``. In a tar shard ``image`` chooses among
+    several pictures; one alone is taken, whatever its metadata say.
 
     Raises
     ------
@@ -110,11 +112,15 @@ def parse_pair(record: Record, image_root: Path | None = None) -> Document:
         The record lacks an image or a text, or its fields have other types.
     """
     values = _json(record) if "json" in record.fields else {}
-    pictures = [e for e in record.fields if e.rpartition(".")[2] in IMAGE_SUFFIXES]
-    name = values.get("image") or (pictures[0] if pictures else None)
-    if name is None:
+    pictures, name = _pictures(record), values.get("image")
+    if len(pictures) == 1 or (pictures and not isinstance(name, str)):
+        member = _member(record, name)
+        image = _own(record, pictures[0] if member is None else member)
+    elif name:
+        image = _media(record, name, image_root)
+    else:
         raise SkipRecordError(NO_IMAGE, _place(record))
-    return Document((_media(record, name, image_root), _caption(record, values)))
+    return Document((image, _caption(record, values)))
 
 
 def parse_video(record: Record, image_root: Path | None = None) -> Document:
@@ -122,7 +128,7 @@ def parse_video(record: Record, image_root: Path | None = None) -> Document:
 
     In a tar shard, numbered pictures (``0.jpg``, ``1.jpg``, ...) are frames, and a single picture
     is a still or animated. A JSON line has ``frames`` (a list of names) or ``video`` (one animated
-    picture).
+    picture). In a tar shard these choose among the pictures, if they name some.
 
     Raises
     ------
@@ -130,16 +136,19 @@ def parse_video(record: Record, image_root: Path | None = None) -> Document:
         As :func:`parse_pair`.
     """
     values = _json(record) if "json" in record.fields else {}
-    if "frames" in values:
-        (names,) = _lists(record, values, "frames")
-    elif "video" in values:
-        names = [values["video"]]
+    pictures = _pictures(record)
+    names = values.get("frames")
+    if names is None:
+        names = [] if values.get("video") is None else [values["video"]]
+    members = [_member(record, name) for name in names] if isinstance(names, list) else []
+    if pictures and (not members or None in members):  # what the JSON tells is about other files
+        pictures.sort(key=lambda e: (not e.split(".")[0].isdigit(), len(e.split(".")[0]), e))
+        frames = [_own(record, extension) for extension in pictures]
     else:
-        names = [e for e in record.fields if e.rpartition(".")[2] in IMAGE_SUFFIXES]
-        names.sort(key=lambda e: (not e.split(".")[0].isdigit(), len(e.split(".")[0]), e))
-    if not names:
+        (names,) = _lists(record, {"frames": names}, "frames")
+        frames = [_media(record, name, image_root) for name in names]
+    if not frames:
         raise SkipRecordError(NO_IMAGE, _place(record))
-    frames = [_media(record, name, image_root) for name in names]
     clip = Media(frames[0].name, tuple(source for frame in frames for source in frame.sources))
     return Document((clip, _caption(record, values)))
 
@@ -163,7 +172,8 @@ def _json(record: Record) -> dict[str, Any]:
     if "json" not in record.fields:
         raise _broken(record, f"no .json among {shown(sorted(record.fields))}")
     try:
-        values = json.loads(record.fields["json"])
+        # Not a number is what pandas has for null.
+        values = json.loads(record.fields["json"], parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
         raise _broken(record, f"not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -185,12 +195,26 @@ def _text(record: Record, value: Any) -> str:
 
 
 def _caption(record: Record, values: dict[str, Any]) -> str:
-    if "txt" in record.fields:
-        return record.fields["txt"].decode("utf-8", errors="replace").strip()
-    caption = values.get("caption", values.get("text"))
-    if caption is None:
+    """Return the first text that is there and not blank; a blank one if all are."""
+    found = [_decoded(record.fields["txt"])] if "txt" in record.fields else []
+    found += [values[name] for name in ("caption", "text") if values.get(name) is not None]
+    if not found:
         raise SkipRecordError(NO_TEXT, _place(record))
-    return _text(record, caption).strip()
+    return next((text for value in found if (text := _text(record, value).strip())), "")
+
+
+def _decoded(data: bytes) -> str:
+    """Return a text in UTF-8, or in what its byte order mark says."""
+    marked = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    for encoding, marks in zip(("utf-32", "utf-16"), marked, strict=True):
+        if data.startswith(marks):
+            return data.decode(encoding, errors="replace")
+    return data.decode("utf-8-sig", errors="replace")
+
+
+def _pictures(record: Record) -> list[str]:
+    """Return the extensions of the members that are pictures."""
+    return [e for e in record.fields if e.rpartition(".")[2] in IMAGE_SUFFIXES]
 
 
 def _mmc4_image(record: Record, image: dict[str, Any], image_root: Path | None) -> Media:
@@ -204,11 +228,22 @@ def _mmc4_image(record: Record, image: dict[str, Any], image_root: Path | None) 
         return Media(name, (b"",))  # counted as a broken image where it is decoded
 
 
+def _member(record: Record, name: Any) -> str | None:
+    """Return the extension of the member that is called ``name``, with or without its stem."""
+    if not isinstance(name, str):
+        return None
+    name, stem = name.rpartition("/")[2], record.key.rpartition("/")[2]
+    extensions = (name.removeprefix(f"{stem}.").lower(), name.lower())
+    return next((e for e in extensions if e in record.fields), None)
+
+
+def _own(record: Record, extension: str) -> Media:
+    return Media(f"{_place(record)}: {extension}", (record.fields[extension],))
+
+
 def _media(record: Record, name: Any, image_root: Path | None) -> Media:
     if not isinstance(name, str):
         raise _broken(record, f"the name of an image is {shown(name)}")
-    stem = record.key.rpartition("/")[2]
-    extension = name.rpartition("/")[2].removeprefix(f"{stem}.").lower()
-    if extension in record.fields:
-        return Media(f"{_place(record)}: {name}", (record.fields[extension],))
+    if (extension := _member(record, name)) is not None:
+        return _own(record, extension)
     return Media(name, (DataFile(image_root or Path(record.shard).parent, name),))

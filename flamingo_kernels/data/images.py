@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.data import bounds
-from flamingo_kernels.data.decode import open_picture
+from flamingo_kernels.data.decode import count_frames, open_picture
 from flamingo_kernels.data.files import DataFile
 
 if TYPE_CHECKING:
@@ -60,24 +60,33 @@ def load_frames(
     FileNotFoundError, ValueError
         As :func:`load_image`, and as :meth:`flamingo_kernels.data.files.DataFile.read`.
     """
-    from PIL import ImageOps
-
     if isinstance(source, DataFile):
         name, source = name or source.name, source.read()
     try:
         with open_picture(source) as image:
-            chosen = sample_frames(getattr(image, "n_frames", 1), frames)
+            chosen = sample_frames(count_frames(image), frames)
             pictures = dict.fromkeys(chosen, image)  # repeated ones are decoded once
             bounds.CLIP.check(len(pictures) * image.width * image.height, "the clip")
             for index in pictures:
                 image.seek(index)
-                pictures[index] = _rgb(ImageOps.exif_transpose(image))
+                image.load()
+                pictures[index] = _rgb(_upright(image))
             return [pictures[index] for index in chosen]
     except FileNotFoundError:
         raise
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         what = name or (f"of {len(source)} bytes" if isinstance(source, bytes) else source)
         raise ValueError(f"cannot decode the image {what}: {error}") from error
+
+
+def _upright(image: Image) -> Image:
+    """Turn a decoded picture as its EXIF data say; those that cannot be read say nothing."""
+    from PIL import ImageOps
+
+    try:
+        return ImageOps.exif_transpose(image)
+    except SyntaxError:  # Pillow's word for a damaged header
+        return image
 
 
 def to_pixel_values(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import tarfile
@@ -119,6 +120,10 @@ def _open(path: str) -> BufferedIOBase:
 
 def _read_lines(path: str, file: BufferedIOBase) -> Iterator[Record]:
     offset = file.tell()
+    marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+    if offset == 0 and file.read(4).startswith(marks):
+        raise ValueError("the lines are in UTF-16 or UTF-32: write them in UTF-8")
+    file.seek(offset)
     while line := file.readline(bounds.LINE.limit + 1):
         fields, too_large = {"json": line}, ""
         size = len(line)

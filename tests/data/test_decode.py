@@ -90,3 +90,63 @@ def test_no_program_is_started_whatever_the_record_is(
             load_frames(source, 1)
     assert tried == 22 and ghostscript == []
     assert load_frames(picture_bytes(10), 1)[0].size == (8, 8)
+
+
+def oriented(form: str, exif: bytes | None, **options) -> bytes:
+    """Return a picture that is red on the left and blue on the right."""
+    image = Image.new("RGB", (40, 20), (250, 0, 0))
+    image.paste((0, 0, 250), (20, 0, 40, 20))
+    file = io.BytesIO()
+    image.save(file, form, **({} if exif is None else {"exif": exif}), **options)
+    return file.getvalue()
+
+
+TURNED = {
+    1: "left",
+    2: "right",
+    3: "right",
+    4: "left",
+    5: "top",
+    6: "top",
+    7: "bottom",
+    8: "bottom",
+}
+
+
+@pytest.mark.parametrize("value", [*TURNED, 0, 9, 65535])
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_turned_as_exif_says(form: str, value: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = value
+    (picture,) = load_frames(oriented(form, exif.tobytes()), 1)
+    side = TURNED.get(value, "left")
+    assert picture.size == ((40, 20) if side in ("left", "right") else (20, 40))
+    width, height = picture.size
+    x, y = {"left": (2, 9), "right": (width - 3, 9), "top": (9, 2), "bottom": (9, height - 3)}[side]
+    red, _, blue = picture.getpixel((x, y))
+    assert red > 150 > 100 > blue
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(
+    "exif",
+    [b"", b"II", b"garbage, longer than a header", b"MM\0*\0\0\0\x08\0\x01\x01\x12", b"\xff" * 64],
+)
+def test_exif_that_cannot_be_read_turns_nothing(form: str, exif: bytes) -> None:
+    (picture,) = load_frames(oriented(form, b"Exif\0\0" + exif), 1)
+    assert picture.size == (40, 20) and picture.getpixel((2, 9))[0] > 150
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+@pytest.mark.parametrize("damaged", [False, True])
+@pytest.mark.parametrize("form", ["MPO", "TIFF"])
+def test_the_first_of_several_pictures(form: str, damaged: bool, frames: int) -> None:
+    more = [Image.new("RGB", (16, 12), (0, 250, 0)) for _ in range(2)]
+    data = bytearray(oriented(form, None, save_all=True, append_images=more))
+    if damaged and form == "MPO":
+        second = data.index(b"\xff\xd8\xff", 2)
+        data[second:] = bytes(len(data) - second)
+    pictures = load_frames(bytes(data), frames)
+    assert [p.size for p in pictures] == [(40, 20)] * frames
+    assert pictures[0].getpixel((2, 9))[0] > 150

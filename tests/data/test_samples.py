@@ -145,14 +145,107 @@ def test_the_text_of_a_broken_image_goes_with_it(p_next: float, expected: str) -
             {"texts": [None, "a"], "images": ["gone.png", None]},
             "no image: .*decoded",
         ),
-        ("pairs", {"text": "a", "image": 4}, "broken record: .*the name of an image is 4"),
         ("pairs", {"url": "a"}, "no text"),
-        ("video", {"text": "a", "frames": []}, "no image"),
+        ("pairs", {"caption": None, "text": None}, "no text"),
+        ("pairs", {"caption": " ", "text": ""}, "no text"),
+        ("pairs", {"caption": ["a"]}, "broken record: .*a text is a list"),
     ],
 )
 def test_records_that_give_no_sample(kind: str, values: dict, reason: str) -> None:
     with pytest.raises(SkipRecordError, match=reason):
         builder(kind)(record({"0.png": picture_bytes()}, **values), rng(), Counter())
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "reason"),
+    [
+        ("pairs", {"text": "a", "image": 4}, "broken record: .*the name of an image is 4"),
+        ("pairs", {"text": "a", "image": None}, "no image"),
+        ("pairs", {"text": "a", "image": ""}, "no image"),
+        ("video", {"text": "a", "frames": []}, "no image"),
+        ("video", {"text": "a", "frames": 4}, "broken record: .*frames is a int, not a list"),
+        ("video", {"text": "a", "frames": [4]}, "broken record: .*the name of an image is 4"),
+        ("video", {"text": "a", "video": None}, "no image"),
+    ],
+)
+def test_lines_that_give_no_sample(kind: str, values: dict, reason: str) -> None:
+    with pytest.raises(SkipRecordError, match=reason):
+        builder(kind)(record(**values), rng(), Counter())
+
+
+METADATA = [17, 2.5, True, None, [], [1], {"bytes": None, "path": "x.png"}, "train/17.png", ""]
+
+
+@pytest.mark.parametrize("image", METADATA)
+def test_one_picture_beside_json_is_the_picture(image: object, tmp_path: Path) -> None:
+    """COCO has a number there, exports of Hugging Face an object, others the original's path."""
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "17.png").write_bytes(picture_bytes(200))
+    for kind, key in (("pairs", "image"), ("video", "video"), ("video", "frames")):
+        for extension in ("png", "0.png"):
+            fields = {extension: picture_bytes(90)}
+            build = builder(kind, image_root=tmp_path)
+            sample = build(record(fields, **{key: image, "text": "a"}), rng(), Counter())
+            assert {shade(frame) for frame in sample.media[0]} == {90}
+
+
+def test_json_chooses_among_several_pictures(tmp_path: Path) -> None:
+    (tmp_path / "17.png").write_bytes(picture_bytes(200))
+    fields = {"0.png": picture_bytes(10), "1.png": picture_bytes(20), "2.png": picture_bytes(30)}
+
+    def shades(kind: str, **values: object) -> list[int]:
+        build = builder(kind, image_root=tmp_path)
+        sample = build(record(fields, text="a", **values), rng(), Counter())
+        return [shade(frame) for frame in sample.media[0]]
+
+    assert shades("pairs", image="1.png") == shades("pairs", image="0001.1.PNG") == [20]
+    assert shades("pairs", image="17.png") == [200]
+    assert shades("pairs", image=17) == shades("pairs") == [10]
+    assert shades("video", frames=["2.png", "1.png", "a/0001.0.png"]) == [30, 20, 10]
+    for metadata in ({"frames": ["17.png"] * 3}, {"frames": 3}, {"video": "17.mp4"}, {}):
+        assert shades("video", **metadata) == [10, 20, 30]
+    assert shades("video", video="1.png") == [20, 20, 20]
+
+
+def test_a_record_called_as_its_frames_are() -> None:
+    fields = {f"{i}.png": picture_bytes(10 * i) for i in range(3)}
+    clip = Record("x.tar", "0", 0, 1, {**fields, "txt": b"a"})
+    sample = builder("video")(clip, rng(), Counter())
+    assert [shade(frame) for frame in sample.media[0]] == [0, 10, 20]
+
+
+@pytest.mark.parametrize("kind", ["pairs", "video"])
+@pytest.mark.parametrize(
+    ("values", "txt"),
+    [
+        ({"caption": None, "text": "a cat"}, None),
+        ({"caption": "a cat", "text": None}, None),
+        ({"caption": " ", "text": "a cat"}, None),
+        ({"caption": float("nan"), "text": "a cat"}, None),
+        ({"caption": "a cat", "text": "another"}, None),
+        ({"text": " a cat\n"}, None),
+        ({"caption": "a cat"}, b" \n"),
+        ({"caption": "another"}, b"a cat"),
+        ({"caption": None, "text": None}, b"a cat"),
+        ({}, "\ufeffa cat".encode()),
+        ({}, "a cat".encode("utf-16")),
+        ({}, "\ufeffa cat".encode("utf-16-be")),
+        ({}, "a cat".encode("utf-32")),
+        ({}, "\ufeffa cat".encode("utf-32-be")),
+    ],
+)
+def test_the_text_that_is_there(kind: str, values: dict, txt: bytes | None) -> None:
+    fields = {"png": picture_bytes()} | ({} if txt is None else {"txt": txt})
+    sample = builder(kind)(record(fields, **values), rng(), Counter())
+    assert shown(sample) == "<BOS><image>a cat<EOC><EOS>"
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_json_members_of_any_unicode(encoding: str) -> None:
+    text = json.dumps({"text": "a cät"}, ensure_ascii=False)
+    fields = {"png": picture_bytes(), "json": text.encode(encoding)}
+    sample = builder("pairs")(Record("x.tar", "1", 0, 1, fields), rng(), Counter())
+    assert shown(sample) == "<BOS><image>a cät<EOC><EOS>"
 
 
 def test_half_of_a_character_gives_no_sample_whatever_the_tokenizer_raises() -> None:

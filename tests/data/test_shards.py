@@ -49,6 +49,24 @@ def test_json_lines(tmp_path: Path) -> None:
         find_shards([str(tmp_path / "*")])
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "jsonl.gz"])
+def test_byte_order_marks_of_lines(suffix: str, tmp_path: Path) -> None:
+    """Also between lines, where files with marks were put together."""
+    path = tmp_path / f"a.{suffix}"
+
+    def write(data: bytes) -> None:
+        path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+
+    write('\ufeff{"a": "é"}\r\n\ufeff{"a": "b"}\n'.encode())
+    records = list(read_shard(str(path)))
+    assert [json.loads(r.fields["json"]) for r in records] == [{"a": "é"}, {"a": "b"}]
+    assert list(read_shard(str(path), records[1].offset)) == records[1:]
+    for encoding in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be"):
+        write('\ufeff{"a": 1}\n'.encode(encoding))
+        with pytest.raises(BrokenShardError, match="in UTF-16 or UTF-32: write them in UTF-8"):
+            list(read_shard(str(path)))
+
+
 def test_a_shard_is_found_once_and_by_its_name(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     plain = write_lines(tmp_path / "a[1].jsonl", [{"a": 1}])

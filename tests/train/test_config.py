@@ -106,6 +106,24 @@ def test_missing_keys_and_files(values, tmp_path: Path) -> None:
         TrainConfig.from_yaml(tmp_path / "tag.yaml")
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_byte_order_marks(encoding: str, values, tmp_path: Path) -> None:
+    values["output"] = "läufe"
+    text = yaml.safe_dump(values, allow_unicode=True)
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    (tmp_path / "run.yaml").write_bytes((mark + text).encode(encoding))
+    assert TrainConfig.from_yaml(tmp_path / "run.yaml").output == "läufe"
+
+
+@pytest.mark.parametrize(
+    "data", [b"a: \xff\xfe", "a: 1".encode("utf-16-le"), "é".encode("latin-1")]
+)
+def test_other_encodings_are_refused(data: bytes, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_bytes(data)
+    with pytest.raises(ValueError, match=r"run\.yaml is not YAML: "):
+        TrainConfig.from_yaml(tmp_path / "run.yaml")
+
+
 def bomb(levels: int, first: str, line: str) -> str:
     repeated = [line.format(i=i, many=", ".join([f"*a{i - 1}"] * 10)) for i in range(1, levels)]
     return "\n".join([f"a0: &a0 {first}", *repeated, f"model: *a{levels - 1}"])
