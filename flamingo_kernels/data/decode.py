@@ -17,6 +17,16 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 _ANIMATED = ("GIF", "PNG", "WEBP")
 
 
+def check_pillow() -> None:
+    """Raise ImportError if Pillow is missing; it says what to install."""
+    try:
+        import PIL.Image  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f'reading pictures needs Pillow: pip install "flamingo_kernels[hf]" ({error})'
+        ) from error
+
+
 def open_picture(source: str | PathLike | bytes) -> Image:
     """Return an undecoded Pillow image, to be closed by the caller.
 
@@ -29,10 +39,13 @@ def open_picture(source: str | PathLike | bytes) -> Image:
     ------
     OSError
         There is no such file, or it is damaged.
+    ImportError
+        Pillow is missing.
     ValueError
         The contents are of none of ``FORMATS`` (the name of a file does not matter), or the
         picture has more pixels or frames than ``data.bounds`` allows.
     """
+    check_pillow()
     import PIL.Image
 
     file = BytesIO(source) if isinstance(source, bytes) else source

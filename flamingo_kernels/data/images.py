@@ -33,6 +33,8 @@ def load_image(path: str | PathLike) -> Image:
     ------
     FileNotFoundError
         There is no such file.
+    ImportError
+        Pillow is missing.
     ValueError
         It is of a format that is not read (BMP, GIF, JPEG, PNG, PPM, TIFF and WebP are), Pillow
         cannot decode it (it may be truncated), it is grey of more than 16 bits, or it has more
@@ -57,7 +59,7 @@ def load_frames(
 
     Raises
     ------
-    FileNotFoundError, ValueError
+    FileNotFoundError, ImportError, ValueError
         As :func:`load_image`, and as :meth:`flamingo_kernels.data.files.DataFile.read`.
     """
     if isinstance(source, DataFile):
@@ -72,7 +74,7 @@ def load_frames(
                 image.load()
                 pictures[index] = _rgb(_upright(image))
             return [pictures[index] for index in chosen]
-    except FileNotFoundError:
+    except (FileNotFoundError, ImportError):
         raise
     except Exception as error:  # Pillow's decoders raise anything on damaged files
         what = name or (f"of {len(source)} bytes" if isinstance(source, bytes) else source)

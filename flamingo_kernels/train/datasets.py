@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from flamingo_kernels.data.augment import ImagePreparation
+from flamingo_kernels.data.decode import check_pillow
 from flamingo_kernels.data.samples import SampleBuilder, TextEncoding
 from flamingo_kernels.data.shards import find_shards
 from flamingo_kernels.data.stream import BatchLoader, SampleStream
@@ -29,7 +30,7 @@ def build_loaders(
 
     Raises
     ------
-    FileNotFoundError, ValueError
+    FileNotFoundError, ImportError, ValueError
         As :func:`text_encoding` and :func:`build_loader`.
     """
     encoding = text_encoding(tokenizer or config.model.tokenizer_folder, model.config)
@@ -99,9 +100,11 @@ def build_loader(
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        No shard matches, there are fewer tar shards than readers, or the encoder takes no pictures.
+    FileNotFoundError, ImportError, ValueError
+        Pillow is missing, no shard matches, there are fewer tar shards than readers, or the encoder
+        takes no pictures.
     """
+    check_pillow()  # workers would say so in many lines
     if encoder.image_size is None:
         raise ValueError(f"datasets.{section.name} holds pictures, but this model takes features")
     preparation = ImagePreparation(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +24,44 @@ def test_info_lists_every_op_and_kernel(capsys) -> None:
 def test_info_of_a_config(capsys) -> None:
     assert main(["info", "--config", "tiny"]) == 0
     assert "gated_cross_attn_layers" in capsys.readouterr().out
+
+
+BARE = """
+import sys
+optional = ["PIL", "yaml", "transformers", "tokenizers", "matplotlib", "tensorboard", "sklearn"]
+sys.modules |= dict.fromkeys(optional)  # None: an import of it is an ImportError
+from flamingo_kernels.cli import COMMANDS, main
+
+for command in ([], *([name] for name in COMMANDS)):
+    try:
+        main([*command, "--help"])
+    except SystemExit as end:
+        assert end.code == 0
+assert main(["info"]) == main(["info", "--config", "tiny"]) == 0
+assert main(["plan", "--config", "tiny", "--gpus", "1", "--memory", "1"]) == 0
+assert main(["generate", "--text", "kip", "--max-new-tokens", "2"]) == 0
+for arguments in (["generate", "--image", "a.png", "--text", "x"], ["demo"], ["train", "a.yaml"]):
+    assert main(arguments) == 1
+"""
+
+
+def test_commands_without_what_is_optional(tmp_path: Path) -> None:
+    """What needs a missing package names the extra to install, in one line."""
+    run = subprocess.run(
+        [sys.executable, "-c", BARE],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    for command, extra in (("generate", "hf"), ("demo", "demo"), ("train", "train")):
+        (line,) = (
+            x for x in run.stderr.splitlines() if x.startswith(f"flamingo-kernels {command}")
+        )
+        assert f'pip install "flamingo_kernels[{extra}]"' in line
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
 
 from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.data.images import load_image
 from flamingo_kernels.train import TrainConfig
 from flamingo_kernels.train.datasets import build_loaders, text_encoding
 from flamingo_kernels.vision.config import FeaturesConfig
@@ -20,6 +22,18 @@ def test_a_model_without_pictures_is_refused(values) -> None:
     message = r"datasets\.pages holds pictures, but this model takes features"
     with pytest.raises(ValueError, match=message):
         build_loaders(TrainConfig.from_dict(values), model)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_without_pillow_training_does_not_start(workers: int, values, monkeypatch) -> None:
+    """It would count every picture as broken, or fail in a worker."""
+    values["datasets"][0]["workers"] = workers
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    message = r'reading pictures needs Pillow: pip install "flamingo_kernels\[hf\]"'
+    with pytest.raises(ImportError, match=message):
+        build_loaders(TrainConfig.from_dict(values), FlamingoModel(TINY))
+    with pytest.raises(ImportError, match=message):
+        load_image("a.png")
 
 
 def test_another_vocabulary_needs_a_tokenizer(tmp_path) -> None:
