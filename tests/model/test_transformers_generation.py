@@ -303,6 +303,31 @@ def test_options_that_collide_are_refused(options: dict, message: str) -> None:
         build().generate(**prompt(), **options)
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "return_cache"),
+    [
+        ("guidance_scale", 2.0, False),
+        ("cache_implementation", "static", True),
+        ("max_time", 1.0, True),
+        ("stop_strings", ["x"], True),
+    ],
+)
+def test_defaults_that_cannot_be_honoured_are_refused(name, value, return_cache) -> None:
+    """Those of the language model's own generation_config, unless the call says otherwise."""
+    model = build()
+    own = model.language_model.model.generation_config
+    setattr(own, name, value)
+    options = {**prompt(), **NO_STOP, "max_new_tokens": 2, "return_cache": return_cache}
+    with pytest.raises(
+        ValueError, match=f"{name}.*the language model's own generation_config: set"
+    ):
+        model.generate(**options)
+    setattr(own, name, None)
+    own.guidance_scale, own.return_dict_in_generate = 1.0, True  # no guidance; says what is given
+    out = model.generate(**options)
+    assert isinstance(out[0] if return_cache else out, Tensor)
+
+
 def test_a_turn_with_details_has_the_turns_sequences() -> None:
     model = build()
     cache = model.generate(**prompt(), max_new_tokens=3, return_cache=True, **NO_STOP).cache

@@ -149,3 +149,28 @@ def check_transformers_options(options: Mapping[str, Any], return_cache: bool) -
         raise ValueError(
             "return_cache and return_dict_in_generate both change what is returned: choose one"
         )
+
+
+def check_own_defaults(generation_config: Any, options: GenerationOptions) -> None:
+    """Raise ValueError for a default of the language model that cannot be honoured.
+
+    Parameters
+    ----------
+    generation_config : transformers.GenerationConfig or None
+        The language model's own, which ``generate`` of transformers reads.
+    options : GenerationOptions
+        What was asked for; its values come before the defaults.
+    """
+    names = ("guidance_scale", "cache_implementation", *_ENDS)
+    own = {name: getattr(generation_config, name, None) for name in names}
+    if own["guidance_scale"] == 1:  # no guidance
+        own["guidance_scale"] = None
+    if own["cache_implementation"] == "hybrid":  # transformers takes a dynamic one
+        own["cache_implementation"] = None
+    own = {name: value for name, value in own.items() if name not in options.transformers}
+    try:
+        check_transformers_options(own, options.return_cache)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; it is in the language model's own generation_config: set it to None there"
+        ) from None

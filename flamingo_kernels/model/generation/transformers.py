@@ -10,7 +10,7 @@ from flamingo_kernels.language import BlockHook, HuggingFaceCache
 from flamingo_kernels.language.huggingface.cache import returned_cache
 from flamingo_kernels.model.context import MediaContext
 from flamingo_kernels.model.generation.decoded import Decoded
-from flamingo_kernels.model.generation.options import GenerationOptions
+from flamingo_kernels.model.generation.options import GenerationOptions, check_own_defaults
 from flamingo_kernels.model.network import FlamingoNetwork
 
 
@@ -21,6 +21,8 @@ def decode(
     options: GenerationOptions,
 ) -> Decoded:
     """Continue the prompts with the language model's own ``generate``."""
+    inner = network.language_model.model
+    check_own_defaults(getattr(inner, "generation_config", None), options)
     rows, device = context.input_ids.shape[0], context.input_ids.device
     arguments = _arguments(network, context, options)
     if language is not None:
@@ -70,10 +72,11 @@ def _arguments(
         "num_beams": options.num_beams,
         **more,
         "suppress_tokens": [*(more.get("suppress_tokens") or ()), config.image_token_id],
+        # Said always: the language model's own default would change what is returned.
+        "return_dict_in_generate": options.return_cache
+        or bool(more.get("return_dict_in_generate")),
         "attention_mask": torch.ones_like(context.input_ids) if mask is None else mask,
     }
-    if options.return_cache:
-        arguments["return_dict_in_generate"] = True
     sampling = options.sampling
     if sampling is not None:  # 0 and 1 mean "none" in transformers
         arguments["temperature"] = sampling.temperature
