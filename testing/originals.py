@@ -59,9 +59,10 @@ def idefics(**changes: Any) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def open_flamingo(model_type: str, every: int) -> nn.Module:
+def open_flamingo(model_type: str, every: int, vision: nn.Module | None = None) -> nn.Module:
     """Build OpenFlamingo's model with a gated block before every ``every``-th block."""
-    peer = open_flamingo_model(clip(), language_model(model_type), every, IMAGE, END_OF_CHUNK)
+    vision = vision or clip()
+    peer = open_flamingo_model(vision, language_model(model_type), every, IMAGE, END_OF_CHUNK)
     generator = torch.Generator().manual_seed(5)
     for name, parameter in peer.named_parameters():
         if name.endswith("_gate"):

@@ -11,7 +11,11 @@ from flamingo_kernels.fields import is_integer
 from flamingo_kernels.language import HuggingFaceLanguageModel, LanguageModel
 from flamingo_kernels.language.media_tokens import NEW_TOKEN_IDS
 from flamingo_kernels.model.config import CrossAttentionConfig, FlamingoConfig, ResamplerConfig
-from flamingo_kernels.vision import PrecomputedFeatures, wrap_vision_encoder
+from flamingo_kernels.vision import (
+    HuggingFaceVisionEncoder,
+    PrecomputedFeatures,
+    wrap_vision_encoder,
+)
 
 # Width of all heads in the paper (table 4, appendix A.1.4).
 HEAD_DIM = 128
@@ -20,7 +24,8 @@ HEAD_DIM = 128
 def as_vision_encoder(module: nn.Module | int, config: FlamingoConfig | None = None) -> nn.Module:
     """Return a ``VisionEncoder`` over a module, or the stand-in for features of that many channels.
 
-    Sizes that the module's own configuration lacks are taken from ``config``.
+    Sizes that the module's own configuration lacks are taken from ``config``, and so are the
+    settings that ``config`` records of this kind of encoder.
     """
     if is_integer(module):
         return PrecomputedFeatures(module)
@@ -37,7 +42,10 @@ def as_vision_encoder(module: nn.Module | int, config: FlamingoConfig | None = N
         name for name, attribute in attributes.items() if getattr(own, attribute, None) is None
     ]
     sizes = {name: getattr(config.vision, name, None) for name in missing}
-    return wrap_vision_encoder(module, **sizes)
+    encoder = wrap_vision_encoder(module, **sizes)
+    if isinstance(encoder, HuggingFaceVisionEncoder):
+        return encoder.with_settings_of(config.vision)
+    return encoder
 
 
 def as_language_model(module: nn.Module) -> nn.Module:

@@ -95,12 +95,24 @@ def _encode_frames(vision_encoder: nn.Module, inputs: MediaInputs, parameter: Te
     real = inputs.real_frames()
     with torch.no_grad():
         if real is None:
-            features = vision_encoder(pixels.flatten(0, 2).to(weight.dtype))
+            features = _encode(vision_encoder, pixels.flatten(0, 2).to(weight.dtype))
             return features.unflatten(0, pixels.shape[:3]).to(dtype)
         index = tuple(i.to(pixels.device) for i in real.nonzero(as_tuple=True))
         images = pixels[index].to(weight.dtype)
         if not len(images):  # not every encoder accepts an empty batch
             images = images.new_zeros(1, *images.shape[1:])
-        features = vision_encoder(images)[: len(index[0])].to(dtype)
+        features = _encode(vision_encoder, images)[: len(index[0])].to(dtype)
         padded = features.new_zeros(*pixels.shape[:3], *features.shape[1:])
         return padded.index_put(index, features)
+
+
+def _encode(vision_encoder: nn.Module, images: Tensor) -> Tensor:
+    """Return the features [N, S, D] of images; ValueError if the encoder gives anything else."""
+    features = vision_encoder(images)
+    shape = tuple(getattr(features, "shape", ()))
+    if len(shape) != 3 or shape[2] != vision_encoder.output_dim:
+        raise ValueError(
+            f"the vision encoder {type(vision_encoder).__name__} must return features [N, S, "
+            f"{vision_encoder.output_dim}], got {type(features).__name__} of shape {shape}"
+        )
+    return features

@@ -157,8 +157,9 @@ class HuggingFaceVisionConfig:
         Arguments of its configuration class.
     image_size, output_dim : int
         Sizes of the model, stated here so that they are known without building it.
-    drop_class_token : bool
-        Leave out the first token of the output (CLIP's class token).
+    drop_class_token : bool or None
+        Leave out the first token of the output (CLIP's class token). None: decide it from each
+        output, see :class:`HuggingFaceVisionEncoder`.
     """
 
     kind: str = field(default="huggingface", init=False)
@@ -166,7 +167,7 @@ class HuggingFaceVisionConfig:
     options: dict[str, Any] = field(default_factory=dict)
     image_size: int
     output_dim: int
-    drop_class_token: bool
+    drop_class_token: bool | None
 
     def __post_init__(self) -> None:
         if not self.model_type:
@@ -185,11 +186,14 @@ class ModuleVisionConfig:
         Channels of the features.
     image_size : int
         Side, in pixels, of the images that it expects.
+    drop_class_token : bool or None
+        As in :class:`HuggingFaceVisionConfig`.
     """
 
     kind: str = field(default="module", init=False)
     output_dim: int
     image_size: int
+    drop_class_token: bool | None = None
 
     def __post_init__(self) -> None:
         check_types(self)

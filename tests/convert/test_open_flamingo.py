@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from flamingo_kernels.language.huggingface.cache import cache_name, returned_cac
 from testing.backbones import END_OF_CHUNK, IMAGE, VOCAB, clip, language_model, state_of
 from testing.budgets import assert_close_to_reference, assert_parity
 from testing.originals import open_flamingo, released
-from testing.peers import open_flamingo_model
+from testing.peers import open_clip_tower, open_flamingo_model
 
 pytest.importorskip("einops_exts")
 CASES = [("gpt_neox", 1), ("gpt_neox", 2), ("mpt", 1), ("mpt", 3)]
@@ -54,6 +55,37 @@ def test_parity(model_type: str, every: int, caplog) -> None:
         assert_parity(ours[real], peer(**theirs(batch)).logits[real])
         blind = model(**{**batch, "pixel_values": torch.zeros_like(batch["pixel_values"])}).logits
     assert (blind - ours)[real].abs().max() > 100 * 1e-4  # the images matter
+
+
+class TwoTowers(nn.Module):
+    """As ``CLIP`` of open_clip: the text tower is not read."""
+
+    def __init__(self, visual: nn.Module) -> None:
+        super().__init__()
+        self.visual = visual
+
+
+@pytest.mark.skipif(find_spec("open_clip") is None, reason="needs open-clip-torch")
+@pytest.mark.parametrize("given", ["tower", "two towers"])
+def test_parity_over_a_tower_of_open_clip(given: str, tmp_path) -> None:
+    """Pixels to logits; all patches are read, before and after saving."""
+    peer = open_flamingo("mpt", 1, TwoTowers(open_clip_tower()))
+    tower = open_clip_tower() if given == "tower" else TwoTowers(open_clip_tower())
+    model = load_open_flamingo(released(peer), tower, language_model("mpt"))
+    assert (model.vision_encoder.image_size, model.vision_encoder.output_dim) == (16, 16)
+    model.save_pretrained(tmp_path)
+    parts = {"vision_encoder": tower, "language_model": language_model("mpt")}
+    batch = prompt()
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        expected = peer(**theirs(batch)).logits[real]
+        changed = dict(batch, pixel_values=batch["pixel_values"].clone())
+        changed["pixel_values"][..., :8, :8] += 1  # the first patch
+        assert (peer(**theirs(changed)).logits[real] - expected).abs().max() > 1e-2
+        for ours in (model, FlamingoModel.from_pretrained(tmp_path, **parts).eval()):
+            assert_parity(ours(**batch).logits[real], expected)
+            assert ours.vision_encoder(batch["pixel_values"][0, 0]).shape == (1, 4, 16)
+    assert model.unwrap()[0] is tower
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -340,6 +340,47 @@ def test_a_config_tells_the_sizes_of_a_module_that_does_not(tmp_path) -> None:
     assert loaded.unwrap() == (bare, parts["language_model"])
 
 
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("include_frozen", [True, False])
+def test_a_decision_about_the_class_token_is_kept(drop, include_frozen, tmp_path) -> None:
+    """Given as an argument, it holds for the bare tower of the same kind that is passed later."""
+    from flamingo_kernels.vision import wrap_vision_encoder
+
+    for name, tower, sizes in (("clip", clip(), {}), ("bare", Bare(), {"output_dim": 192})):
+        sizes = sizes and {**sizes, "image_size": 16}
+        encoder = wrap_vision_encoder(tower, **sizes, drop_class_token=drop)
+        model = open_gates(FlamingoModel.from_backbones(encoder, language_model("llama"))).eval()
+        expected = model(**prompt()).logits
+        model.save_pretrained(tmp_path / name, include_frozen)
+        parts = {}
+        if name == "bare" or not include_frozen:
+            parts = {"vision_encoder": tower, "language_model": language_model("llama")}
+        loaded = FlamingoModel.from_pretrained(tmp_path / name, **parts).eval()
+        assert loaded.vision_encoder.drop_class_token is drop
+        assert torch.equal(loaded(**prompt()).logits, expected)
+        lm = language_model("llama")
+        again = FlamingoModel.from_backbones(tower, lm, model.config)
+        assert again.vision_encoder.drop_class_token is drop
+        other = wrap_vision_encoder(tower, **sizes, drop_class_token=not drop)
+        message = f"drop_class_token={not drop}, but the config says drop_class_token={drop}"
+        with pytest.raises(ValueError, match=message):
+            FlamingoModel.from_pretrained(tmp_path / name, **{**parts, "vision_encoder": other})
+
+
+def test_an_encoder_must_give_features() -> None:
+    class Pooled(Patches):
+        image_mean = image_std = None
+        config = FlamingoConfig.from_name("tiny").vision
+
+        def forward(self, images: Tensor) -> Tensor:
+            return super().forward(images).mean(1)
+
+    model = FlamingoModel.from_backbones(clip(), language_model("llama"))
+    model.vision_encoder = Pooled()
+    with pytest.raises(ValueError, match=r"must return features \[N, S, 192\], got .* \(3, 192\)"):
+        model(**prompt())
+
+
 def test_features_take_the_place_of_pixels(tmp_path) -> None:
     """Of any model, and of one without an encoder; padded slots are not read."""
     model = build()
