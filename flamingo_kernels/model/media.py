@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,7 @@ def encode_media(
         channels: Any = vision_encoder.output_dim
         return resampler(parameter.new_zeros(batch, 0, 1, 1, channels, device=device))
     if inputs.pixel_values.ndim == 5:
+        _refuse_images(inputs, vision_encoder, parameter)
         features = _given_features(inputs, vision_encoder.output_dim, parameter.dtype)
     else:
         features = _encode_frames(vision_encoder, inputs, parameter)
@@ -68,6 +69,30 @@ def project_media(
 ) -> tuple[MediaKeyValue, ...]:
     """Return the keys and values of latents [B, I, R, dim] for each layer."""
     return tuple(layer.project_media(latents) for layer in layers)
+
+
+def _refuse_images(inputs: MediaInputs, vision_encoder: nn.Module, parameter: Tensor) -> None:
+    """Raise ValueError if features [B, I, 3, S, D] may be images [B, I, 3, H, W] with W = D.
+
+    They are features if the encoder gives S tokens, or if frames are counted.
+    """
+    shape = tuple(inputs.pixel_values.shape)
+    side = cast(int | None, vision_encoder.image_size)
+    if shape[2] != 3 or shape[4] != vision_encoder.output_dim or inputs.frames is not None:
+        return
+    if side is None:
+        unclear = shape[3] == shape[4]
+    else:
+        weight = next(vision_encoder.parameters(), parameter)
+        with torch.no_grad():
+            example = _encode(vision_encoder, weight.new_zeros(1, 3, side, side))
+        unclear = shape[3] == side or shape[3] != example.shape[1]
+    if unclear:
+        raise ValueError(
+            f"pixel_values of shape {shape} may be images without the axis of frames: give images "
+            "as [B, I, F, C, H, W], which pixel_values[:, :, None] is; with features of 3 frames "
+            "give num_frames"
+        )
 
 
 def _given_features(inputs: MediaInputs, channels: int, dtype: torch.dtype) -> Tensor:

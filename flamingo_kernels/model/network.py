@@ -227,7 +227,8 @@ class FlamingoNetwork(nn.Module):
             int64 [B, T]; one ``<image>`` token (``config.image_token_id``) per image.
         pixel_values : Tensor, optional
             Normalised images [B, I, F, C, H, W]; F = 1 for images. Or features [B, I, F, S, D] in
-            place of the vision encoder's. None: no image in the batch.
+            place of the vision encoder's. None: no image in the batch. Features with F = 3 that
+            may be images [B, I, C, H, W] need ``num_frames``.
         attention_mask : Tensor, optional
             [B, T], nonzero at real tokens; padding on either side. With a cache it also covers the
             cached tokens.

@@ -340,6 +340,33 @@ def test_a_config_tells_the_sizes_of_a_module_that_does_not(tmp_path) -> None:
     assert loaded.unwrap() == (bare, parts["language_model"])
 
 
+@pytest.mark.parametrize("vision", [clip, lambda: 16], ids=["encoder", "features"])
+@pytest.mark.parametrize("height", [16, 24])
+def test_images_are_not_taken_for_features(vision, height) -> None:
+    """[B, I, C, H, W] is transformers' layout; here the encoder gives as many channels as W."""
+    model = FlamingoModel.from_backbones(vision(), language_model("llama")).eval()
+    arguments = prompt()
+    arguments["pixel_values"] = torch.randn(2, 2, 3, height, 16)
+    counted = {**arguments, "num_frames": torch.full((2, 2), 3)}
+    frames = model(**counted).logits
+    if model.vision_encoder.image_size is None and height != 16:
+        assert torch.equal(model(**arguments).logits, frames)  # no picture of these sides
+        return
+    message = rf"shape \(2, 2, 3, {height}, 16\) may be images .* pixel_values\[:, :, None\]"
+    with pytest.raises(ValueError, match=message):
+        model(**arguments)
+    with pytest.raises(ValueError, match="may be images"):
+        model.generate(**arguments)
+
+
+def test_features_of_three_frames() -> None:
+    """As many tokens as the encoder gives need no num_frames."""
+    model = build()
+    arguments = {**prompt(), "pixel_values": torch.randn(2, 2, 3, 4, 16)}
+    counted = model(**arguments, num_frames=torch.full((2, 2), 3)).logits
+    assert torch.equal(model(**arguments).logits, counted)
+
+
 @pytest.mark.parametrize("drop", [True, False])
 @pytest.mark.parametrize("include_frozen", [True, False])
 def test_a_decision_about_the_class_token_is_kept(drop, include_frozen, tmp_path) -> None:
