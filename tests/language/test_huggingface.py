@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import json
+import re
 import sys
 import threading
 
@@ -20,7 +21,15 @@ from flamingo_kernels.language import (
     build_language_model,
 )
 from flamingo_kernels.language.huggingface.hooks import Call
-from testing.backbones import DEPTH, DIM, LANGUAGE_OPTIONS, SPECIAL, VOCAB, sharpen
+from testing.backbones import (
+    DEPTH,
+    DIM,
+    LANGUAGE_OPTIONS,
+    SPECIAL,
+    VOCAB,
+    language_model,
+    sharpen,
+)
 from testing.budgets import assert_close_to_reference
 
 transformers = pytest.importorskip("transformers")
@@ -344,6 +353,22 @@ def test_blocks_that_cannot_be_hooked():
         wrapped(ids, before_block=lambda i, x: x)
 
 
+@pytest.mark.parametrize("shape", [(1, 2, 3, 4), (4, 1, 2, 4), (1, 5, 4), (2, 4)])
+def test_hidden_states_of_another_shape_are_refused(shape):
+    """Several streams before or behind the tokens, tokens of the model's own, or flat rows."""
+
+    class Other(FakeModel):
+        def forward(self, input_ids, use_cache, past_key_values=None):
+            for block in self.layers:
+                hidden = block(torch.zeros(shape))
+            return type("Output", (), {"logits": hidden})()
+
+    wrapped = HuggingFaceLanguageModel(Other())
+    message = rf"FakeBlock takes hidden states of shape {re.escape(str(shape))}, but \[B, T, dim\]"
+    with pytest.raises(RuntimeError, match=message):
+        wrapped(tokens(1, 2), before_block=lambda i, x: x)
+
+
 def test_blocks_that_cannot_be_found():
     with pytest.raises(ValueError, match=r"several module lists .*=2 .* ambiguous: layers, other"):
         HuggingFaceLanguageModel(FakeModel(lists=("layers", "other")))
@@ -360,12 +385,34 @@ def test_blocks_that_cannot_be_found():
         HuggingFaceLanguageModel(nn.Linear(1, 1))
 
 
+def _bidirectional():
+    model = language_model("llama")
+    for block in model.model.layers:
+        block.self_attn.is_causal = False
+    return model
+
+
+def _gemma3n():
+    options = {**SPECIAL, **LANGUAGE_OPTIONS["gemma3_text"], "num_hidden_layers": 2}
+    return transformers.AutoConfig.for_model(
+        "gemma3n_text",
+        **options,
+        vocab_size_per_layer_input=VOCAB,
+        hidden_size_per_layer_input=8,
+        laurel_rank=4,
+        num_kv_shared_layers=0,
+        layer_types=["full_attention"] * 2,
+        activation_sparsity_pattern=[0.0] * 2,
+    )
+
+
 def no_causal_language_models():
     from transformers import (
         AutoConfig,
         AutoModelForCausalLM,
         BertConfig,
         BertForMaskedLM,
+        BertLMHeadModel,
         LlamaModel,
         RobertaConfig,
         RobertaForCausalLM,
@@ -400,6 +447,19 @@ def no_causal_language_models():
         "roberta": (
             lambda: RobertaForCausalLM(RobertaConfig(**small, **attention, is_decoder=True)),
             "RobertaForCausalLM: its positions are counted from the padding token's id on",
+        ),
+        "bert as an encoder": (
+            lambda: BertLMHeadModel(BertConfig(**small, **attention)),
+            "BertLMHeadModel: its attention is bidirectional, so text would see images that come",
+        ),
+        "causal only in name": (_bidirectional, "LlamaForCausalLM: its attention is bidirectional"),
+        "bidirectional Gemma": (
+            lambda: language_model("gemma3_text", use_bidirectional_attention=True),
+            "Gemma3ForCausalLM: its attention is bidirectional",
+        ),
+        "several streams": (
+            lambda: AutoModelForCausalLM.from_config(_gemma3n()),
+            r"Gemma3nForCausalLM: its blocks pass on several residual streams \(altup_num_inputs\)",
         ),
         "t5": (
             lambda: T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, num_heads=2, **t5)),

@@ -61,6 +61,7 @@ class Call:
         self.block_hook = block_hook
         self.block_hook_factory = block_hook_factory
         self.blocks_run = 0
+        self.shape: tuple[int, ...] = ()  # [B, T] of the tokens of a forward
         self.with_beams = with_beams
         self.cache_is_checked = False
         self.tokens_read = 0
@@ -115,14 +116,24 @@ class BlockPreHook:
             )
         call.blocks_run += 1
         if args:
-            return (call.block_hook(self.index, args[0]), *args[1:]), kwargs
+            return (self._hooked(block, call, args[0]), *args[1:]), kwargs
         if "hidden_states" not in kwargs:
             raise RuntimeError(
                 f"{type(block).__name__} takes its input neither as the first argument nor as "
                 f"`hidden_states`, but as {sorted(kwargs)}"
             )
-        hidden = call.block_hook(self.index, kwargs["hidden_states"])
+        hidden = self._hooked(block, call, kwargs["hidden_states"])
         return args, {**kwargs, "hidden_states": hidden}
+
+    def _hooked(self, block: nn.Module, call: Call, hidden: Tensor) -> Tensor:
+        if hidden.ndim != 3 or hidden.shape[:2] != call.shape:
+            raise RuntimeError(
+                f"{type(block).__name__} takes hidden states of shape {tuple(hidden.shape)}, but "
+                f"[B, T, dim] with B, T = {tuple(call.shape)} is needed: a model with several "
+                "residual streams, or with tokens of its own, cannot run `before_block`"
+            )
+        assert call.block_hook is not None
+        return call.block_hook(self.index, hidden)
 
 
 class ModelHooks:
@@ -162,7 +173,7 @@ class ModelHooks:
                 self.check_states(model, cache, cache_name(model) or "", ids, mask)
             call.cache_is_checked = True
         call.block_hook = call.block_hook_factory(start, start + tokens, rows)
-        call.blocks_run = 0
+        call.blocks_run, call.shape = 0, ids.shape
         call.tokens_read = start + tokens
 
     def after(

@@ -229,6 +229,7 @@ class HuggingFaceLanguageModel(nn.Module):
         return cache
 
     def _run(self, call: Call, input_ids: Tensor, options: dict[str, Any]) -> Any:
+        call.shape = input_ids.shape
         if call.block_hook is not None:
             self._check_can_run_hooks()
         with call.running():

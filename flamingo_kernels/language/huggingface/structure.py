@@ -11,6 +11,8 @@ from flamingo_kernels.language.huggingface.cache import CACHE_NAMES, cache_name
 
 # Layers without keys, as configurations of transformers name them.
 _RECURRENT_LAYERS = {"linear_attention", "mamba"}
+# How configurations name the number of residual streams (AltUp, hyper-connections).
+_STREAMS = ("altup_num_inputs", "hc_mult")
 
 
 def inner_model(model: nn.Module) -> Any:
@@ -103,8 +105,38 @@ def check_causal(model: nn.Module) -> None:
         )
     elif any(hasattr(m, "create_position_ids_from_input_ids") for m in model.modules()):
         why = "its positions are counted from the padding token's id on, as RoBERTa's"
+    elif _is_bidirectional(model):
+        why = (
+            "its attention is bidirectional, so text would see images that come after it: build it "
+            "as a decoder (is_decoder=True or is_causal=True in its configuration)"
+        )
+    elif streams := [name for name in _STREAMS if getattr(text_config(model), name, None)]:
+        why = (
+            f"its blocks pass on several residual streams ({', '.join(streams)}), where one "
+            "[B, T, dim] is needed"
+        )
     if why is not None:
         raise ValueError(f"cannot wrap {type(model).__name__}: {why}")
+
+
+def _is_bidirectional(model: nn.Module) -> bool:
+    """Whether the configuration or the attention of any block says so.
+
+    Of attention that calls itself a decoder the mask is causal, whatever ``is_causal`` says.
+    """
+    config = text_config(model)
+    if getattr(config, "is_causal", True) is False:
+        return True
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return True
+    for block in find_blocks(model)[1]:
+        for name in ("is_decoder", "is_causal"):
+            said = [getattr(m, name) for m in block.modules() if hasattr(m, name)]
+            if said:
+                if not any(said):
+                    return True
+                break
+    return False
 
 
 def _is_recurrent(model: nn.Module) -> bool:
