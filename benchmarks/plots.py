@@ -16,6 +16,7 @@ _AXIS = {  # sweep -> (name, value of a shape)
     "batch": ("batch", lambda shape: shape.get("batch", shape.get("items"))),
     "frames": ("frames of 256 features", lambda shape: shape["features"] // 256),
 }
+_STYLES = ("-", "--", ":", "-.")  # of dtypes
 
 
 def write(records: list[Record], folder: Path) -> list[Path]:
@@ -140,20 +141,27 @@ def _memory(records: list[Record]) -> Any:
 
 
 def _scaling(records: list[Record], sweep: str, phase: str) -> Any:
-    """Time over size, log-log, one line per peer."""
+    """Time over size, log-log, one line per peer and dtype."""
     name, value = _AXIS[sweep]
-    points: dict[str, list[tuple[float, float]]] = {}
+    points: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for record in records:
         if sweep in record["sweeps"] and record["phase"] == phase:
             where = (value(record["shape"]), record["median_s"] * 1e3)
-            points.setdefault(record["peer"], []).append(where)
-    points = {peer: sorted(of_peer) for peer, of_peer in points.items() if len(of_peer) > 1}
+            points.setdefault((record["peer"], record["dtype"]), []).append(where)
+    points = {line: sorted(of_line) for line, of_line in points.items() if len(of_line) > 1}
     if not points:
         return None
-    colours = _colours(points)
+    colours = _colours(peer for peer, _ in points)
+    styles = dict(zip(sorted({dtype for _, dtype in points}, reverse=True), _STYLES, strict=False))
     figure, axes = _axes(7, 4.5)
-    for peer, of_peer in sorted(points.items()):
-        axes.plot(*zip(*of_peer, strict=True), marker="o", color=colours[peer], label=peer)
+    for (peer, dtype), of_line in sorted(points.items()):
+        axes.plot(
+            *zip(*of_line, strict=True),
+            marker="o",
+            color=colours[peer],
+            linestyle=styles[dtype],
+            label=f"{peer}, {dtype}",
+        )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel(name)

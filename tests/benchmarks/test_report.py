@@ -38,6 +38,36 @@ def test_report_has_tables_plots_and_a_page(tmp_path: Path) -> None:
         assert f"{wanted}.svg" in markdown
 
 
+@pytest.mark.parametrize("sweep", plots.SWEEPS)
+def test_a_line_of_a_scaling_plot_has_one_dtype(sweep: str) -> None:
+    """Two dtypes of one size would be joined by a vertical line; each time is on its own line."""
+    pytest.importorskip("matplotlib").use("Agg")
+    sizes = {"tokens": 1, "images": 2, "batch": 3, "features": 256}
+    records = [
+        {
+            "op": "op",
+            "phase": "forward",
+            "sweeps": [sweep],
+            "peer": peer,
+            "dtype": dtype,
+            "shape": {name: step * size for name, size in sizes.items()},
+            "median_s": seconds * step,
+        }
+        for peer, factor in (("a", 1.0), ("b", 2.0))
+        for dtype, seconds in (("float32", 1.0 * factor), ("bfloat16", 10.0 * factor))
+        for step in (1, 2, 4)
+    ]
+    figure = plots._scaling(records, sweep, "forward")
+    lines = {line.get_label(): line for line in figure.axes[0].lines}
+    assert set(lines) == {f"{p}, {d}" for p in "ab" for d in ("float32", "bfloat16")}
+    for label, line in lines.items():
+        first = (2.0 if "b," in label else 1.0) * (10.0 if "bfloat16" in label else 1.0)
+        assert list(line.get_ydata()) == [1e3 * first, 2e3 * first, 4e3 * first]
+        assert len(set(line.get_xdata())) == 3
+    assert lines["a, float32"].get_linestyle() != lines["a, bfloat16"].get_linestyle()
+    assert lines["a, float32"].get_color() == lines["a, bfloat16"].get_color()
+
+
 @pytest.fixture
 def pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """Both pages with the two markers, and results in the same folder."""
