@@ -22,7 +22,7 @@ LAYERS = (
     ("language", "vision", "nn"),
     ("ops",),
     ("_triton", "_cpp"),
-    ("transformers_models",),
+    ("transformers_models", "bounds"),
     ("bare_modules", "env", "fields", "precision", "saved_tensors", "shipped"),
 )
 RANK = {name: len(LAYERS) - i for i, layer in enumerate(LAYERS) for name in layer}

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from flamingo_kernels.bounds import check_counts
 from flamingo_kernels.convert.files import read_json, read_tensors
 from flamingo_kernels.convert.table import Rule, convert, load_into
 from flamingo_kernels.language import HuggingFaceLanguageConfig
@@ -23,6 +24,7 @@ from flamingo_kernels.model import (
     ResamplerConfig,
 )
 from flamingo_kernels.model.network import NEW_TOKENS
+from flamingo_kernels.model.saving import check_buildable
 from flamingo_kernels.vision import HuggingFaceVisionConfig
 
 WHAT = "an IDEFICS checkpoint"
@@ -130,6 +132,9 @@ def load_idefics(
         tensors = {k: v for k, v in tensors.items() if not k.startswith("lm_head.")}
     converted = convert(tensors, TABLE, WHAT)
     try:
+        if not isinstance(checkpoint, nn.Module):
+            check_counts(values, len(tensors), where)
+            check_buildable(config, converted.tensors, Path(where), {})
         model = FlamingoModel(config, kernel)
     except (ArithmeticError, LookupError, TypeError) as error:
         raise ValueError(f"cannot build the model that {where} describes: {error!r}") from error

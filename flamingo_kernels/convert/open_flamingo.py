@@ -14,6 +14,7 @@ from os import PathLike
 import torch
 from torch import Tensor, nn
 
+from flamingo_kernels.bounds import bounded_building, check_counts
 from flamingo_kernels.convert.files import read_tensors
 from flamingo_kernels.convert.table import Conversion, Rule, check_fit, convert, load_into
 from flamingo_kernels.language import HuggingFaceLanguageModel
@@ -35,6 +36,8 @@ LANGUAGE = "frozen language model, taken from the one given"
 _RENAMED = {"embed_out": "lm_head"}
 # Constants of its helpers.py, for every size.
 HEADS, HEAD_DIM = 8, 64
+# More than any backbone has; the file does not say how many.
+_MOST_TENSORS = 10_000
 
 _LAYER = re.compile(r"lang_encoder\.(.+)\.(\d+)\.gated_cross_attn_layer\..+")
 _log = logging.getLogger(__name__)
@@ -138,7 +141,8 @@ def convert_open_flamingo_file(
     """
     tensors = read_tensors(checkpoint)
     config = config or _released_config(tensors)
-    with torch.device("meta"):
+    check_counts(config.to_dict(), _MOST_TENSORS, str(config.name))
+    with bounded_building(_MOST_TENSORS, None, str(config.name)), torch.device("meta"):
         model = FlamingoModel(config)
     _check_sizes(tensors, model.vision_encoder, model.language_model)
     converted = convert_open_flamingo(tensors, config, model.language_model.model)

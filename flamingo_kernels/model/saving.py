@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
+from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from flamingo_kernels.bare_modules import is_plain_tensor
-from flamingo_kernels.language import HuggingFaceLanguageModel
+from flamingo_kernels.bounds import TooLargeError, bounded_building, check_counts
+from flamingo_kernels.language import HuggingFaceLanguageModel, build_language_model
 from flamingo_kernels.language.media_tokens import resize_embeddings
 from flamingo_kernels.model.backbones import as_language_model, as_vision_encoder
+from flamingo_kernels.model.bridge import build_cross_attention, build_resampler
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.network import FlamingoNetwork, Network
+from flamingo_kernels.vision import build_vision_encoder
 
 WEIGHTS_FILE = "model.safetensors"
+_LARGEST_SIDE = 8192  # pixels
 # One file, so that config and weights are replaced in one step.
 CONFIG_KEY = "flamingo_kernels.config"
 
@@ -130,10 +136,12 @@ def load(
                 f"{file} holds no {part}; pass {part}=, the one that the checkpoint was trained "
                 "with"
             )
+    check_buildable(config, tensors, file, given)
     if isinstance(language_model, HuggingFaceLanguageModel):
         _resize_to_checkpoint(language_model, config, tensors, file)
     try:
-        network = network_class(config, kernel, **given)
+        with _bounds(tensors, file):
+            network = network_class(config, kernel, **given)
     except ValueError:
         raise
     except Exception as error:  # other libraries' configurations raise all kinds
@@ -159,6 +167,47 @@ def load(
     network.load_state_dict(tensors, strict=False)
     network.saved_frozen = set(filter(is_given, tensors))
     return network
+
+
+def check_buildable(
+    config: FlamingoConfig,
+    tensors: Mapping[str, Tensor],
+    file: Path,
+    given: Mapping[str, nn.Module | None],
+) -> None:
+    """Refuse a configuration that describes a model far larger than its file, before building it.
+
+    The parts that are not ``given`` are built on the meta device, which takes no memory.
+
+    Raises
+    ------
+    ValueError
+        The configuration asks for more layers, tensors or values than ``tensors`` can be.
+    """
+    check_counts(config.to_dict(), len(tensors), str(file))
+    side = getattr(config.vision, "image_size", 0)
+    if side > _LARGEST_SIDE:  # no tensor of a convolutional encoder depends on it
+        raise TooLargeError(f"{file}: its config has images of {side} pixels a side")
+    build: dict[str, Callable[[], nn.Module]] = {
+        "vision_encoder": lambda: build_vision_encoder(config.vision),
+        "language_model": lambda: build_language_model(config.language),
+        "perceiver": lambda: build_resampler(config.resampler, "torch"),
+        "gated_cross_attn_layers": lambda: build_cross_attention(config, "torch"),
+    }
+    with _bounds(tensors, file), torch.device("meta"):
+        for part, make in build.items():
+            if given.get(part) is None:
+                try:
+                    make()
+                except TooLargeError:
+                    raise
+                except Exception:  # other faults are told where the network is built
+                    continue
+
+
+def _bounds(tensors: Mapping[str, Tensor], file: Path) -> AbstractContextManager[None]:
+    values = sum(tensor.numel() for tensor in tensors.values())
+    return bounded_building(len(tensors), values, str(file))
 
 
 def misfits(
@@ -250,6 +299,6 @@ def read(file: Path) -> tuple[FlamingoConfig, dict[str, Tensor]]:
         )
     try:
         config = FlamingoConfig.from_dict(json.loads(metadata[CONFIG_KEY]))
-    except (AttributeError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"the config in {file} is not one of flamingo_kernels: {error}") from error
     return config, tensors

@@ -208,3 +208,33 @@ def test_parts_of_another_size() -> None:
     shallow = FlamingoModel(config).language_model
     with pytest.raises(ValueError, match=r"language_model.num_blocks is 1, the config says 4"):
         FlamingoModel(TINY, language_model=shallow)
+
+
+ABSURD = 10**9
+
+
+@pytest.mark.parametrize(
+    ("section", "changes"),
+    [
+        ("language", {"depth": ABSURD}),
+        ("language", {"depth": 10**30}),
+        ("language", {"dim": 10**7}),
+        ("language", {"vocab_size": 10**12}),
+        ("language", {"ff_mult": ABSURD}),
+        ("resampler", {"depth": ABSURD}),
+        ("resampler", {"num_latents": 10**11}),
+        ("vision", {"depths": [ABSURD, 1]}),
+        ("vision", {"image_size": ABSURD}),
+        ("cross_attention", {"ff_mult": 10**8}),
+        ("cross_attention", {"heads": 10**8}),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(
+    section: str, changes: dict, saved: Path, monkeypatch
+) -> None:
+    config = TINY.to_dict()
+    config[section] |= changes
+    rewrite(saved, lambda tensors: None, json.dumps(config))
+    monkeypatch.setattr(FlamingoModel, "__init__", lambda *_, **__: pytest.fail("it was built"))
+    with pytest.raises(ValueError, match=r"model\.safetensors.* config"):
+        FlamingoModel.from_pretrained(saved)

@@ -1,0 +1,99 @@
+"""Bounds on what a configuration from a file makes a program build."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from flamingo_kernels.fields import is_integer
+
+# Room for what a file does not store: tied tensors and tables that are computed.
+_MORE_TENSORS = 1000
+_MORE_VALUES = 2**28
+_COUNTS = re.compile("layer|depth|block", re.IGNORECASE)
+
+
+class TooLargeError(ValueError):
+    """A configuration describes a model that is far larger than its file."""
+
+
+def check_counts(options: Mapping[str, Any], tensors: int, of: str) -> None:
+    """Raise TooLargeError if nested options ask for far more layers than a file has tensors.
+
+    Configurations of transformers make lists with an entry for every layer, before any module.
+
+    Parameters
+    ----------
+    options : mapping
+        Nested values of JSON types.
+    tensors : int
+        Tensors in the file.
+    of : str
+        The file, for the error.
+    """
+    for name, value in _numbers(options, ""):
+        if _COUNTS.search(name) and value > _MORE_TENSORS + tensors:
+            raise TooLargeError(f"{of} holds {tensors} tensors, but its config has {name}={value}")
+
+
+@contextmanager
+def bounded_building(tensors: int, values: int | None, of: str) -> Iterator[None]:
+    """Let this thread build no modules that are far larger than what a file holds.
+
+    Parameters
+    ----------
+    tensors, values : int
+        Tensors and values in the file. Without values only the number of tensors is bounded.
+    of : str
+        The file, for the error.
+
+    Raises
+    ------
+    TooLargeError
+        Inside, as soon as too many or too large parameters, buffers or modules are registered.
+    """
+    thread, counts = threading.get_ident(), {"tensors": 0, "values": 0, "modules": 0}
+    most = {"tensors": _MORE_TENSORS + 10 * tensors, "modules": 10 * _MORE_TENSORS + 20 * tensors}
+    if values is not None:
+        most["values"] = _MORE_VALUES + 4 * values
+
+    def count(_: nn.Module, name: str, added: object) -> None:
+        if threading.get_ident() != thread:
+            return
+        if isinstance(added, Tensor):
+            counts["tensors"] += 1
+            counts["values"] += added.numel()
+        counts["modules"] += isinstance(added, nn.Module)
+        for what, bound in most.items():
+            if counts[what] > bound:
+                raise TooLargeError(
+                    f"{of} holds {tensors} tensors, but its config describes a model of over "
+                    f"{bound} {what}"
+                )
+
+    with ExitStack() as stack:
+        for register in (
+            hooks.register_module_parameter_registration_hook,
+            hooks.register_module_buffer_registration_hook,
+            hooks.register_module_module_registration_hook,
+        ):
+            stack.callback(register(count).remove)
+        yield
+
+
+def _numbers(values: Any, name: str) -> Iterator[tuple[str, int]]:
+    """Return all integers in nested values, with the names of the keys that lead to them."""
+    if isinstance(values, Mapping):
+        for key, value in values.items():
+            yield from _numbers(value, f"{name}.{key}" if name else str(key))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _numbers(value, name)
+    elif is_integer(values):
+        yield name, values
