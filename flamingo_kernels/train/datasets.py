@@ -9,7 +9,8 @@ from typing import Any
 
 from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.decode import check_pillow
-from flamingo_kernels.data.samples import SampleBuilder, TextEncoding
+from flamingo_kernels.data.formats import Document, Media
+from flamingo_kernels.data.samples import SampleBuilder, TextEncoding, encode_document
 from flamingo_kernels.data.shards import find_shards
 from flamingo_kernels.data.stream import BatchLoader, SampleStream
 from flamingo_kernels.language import ByteTokenizer, PlainTextEncoder, prompt_start
@@ -101,12 +102,13 @@ def build_loader(
     Raises
     ------
     FileNotFoundError, ImportError, ValueError
-        Pillow is missing, no shard matches, there are fewer tar shards than readers, or the encoder
-        takes no pictures.
+        Pillow is missing, no shard matches, there are fewer tar shards than readers, the encoder
+        takes no pictures, or ``max_tokens`` leaves no text.
     """
     check_pillow()  # workers would say so in many lines
     if encoder.image_size is None:
         raise ValueError(f"datasets.{section.name} holds pictures, but this model takes features")
+    _check_room(section, encoding)
     preparation = ImagePreparation(
         encoder.image_size,
         encoder.image_mean,
@@ -138,6 +140,20 @@ def build_loader(
         world_size=world_size,
         workers=section.workers,
     )
+
+
+def _check_room(section: DatasetSection, encoding: TextEncoding) -> None:
+    """Raise ValueError if ``max_tokens`` leaves no text of any sample to train on."""
+    least, why = 2, "the first token of a sample is predicted from nothing"
+    if section.kind != "interleaved":  # interleaved windows may begin anywhere
+        ids, _ = encode_document(Document((Media("", ()),)), encoding)
+        least = ids.index(encoding.image_token_id) + 2
+        why = f"a sample begins with {least - 1} token(s) up to its image, and text follows"
+    if section.max_tokens < least:
+        raise ValueError(
+            f"datasets.{section.name}.max_tokens is {section.max_tokens}, which leaves 0 of "
+            f"{section.max_tokens} labels to train on: {why}; give at least {least}"
+        )
 
 
 def _stream(

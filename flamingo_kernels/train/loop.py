@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -34,6 +36,11 @@ from flamingo_kernels.train.optimizer import build_optimizer, warm_up
 from flamingo_kernels.train.strategies import build_strategy
 from flamingo_kernels.vision import VisionEncoder
 
+logger = logging.getLogger(__name__)
+# A dataset whose first batches leave no label is refused at this one: windows of long documents may
+# have none for a while.
+_BARREN_BATCHES = 100
+
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message says where it stopped and which checkpoint is good."""
@@ -43,8 +50,18 @@ class _Totals(NamedTuple):
     """Sums and means over one dataset's batches at all processes."""
 
     loss: float
+    labels: int
     tokens: int
     images: int
+
+
+@dataclass
+class _Labels:
+    """What one dataset gave to the loss since training began or continued."""
+
+    batches: int = 0
+    counted: int = 0
+    tokens: int = 0
 
 
 def _first_not_finite(tensors: dict[str, Tensor]) -> str | None:
@@ -107,6 +124,7 @@ class Trainer:
         self._strategy = build_strategy(config.distributed)
         self.masters, self._network = self._strategy.prepare(model, compute)
         self.optimizer = build_optimizer(self.masters.parameters, config.optimizer)
+        self._labels = {section.name: _Labels() for section in config.datasets}
         self._trained = Trained(model, self.masters, self.optimizer)
 
     @property
@@ -208,7 +226,8 @@ class Trainer:
         Raises
         ------
         TrainingError
-            A loss or a gradient is not finite. No parameter has been changed.
+            A loss or a gradient is not finite, or a dataset leaves no label to train on. No
+            parameter has been changed.
         """
         number = self.step_number + 1
         self.optimizer.zero_grad(set_to_none=True)
@@ -226,6 +245,7 @@ class Trainer:
                     f"the loss of {section.name} is {totals.loss} at step {number}, process "
                     f"{process}, samples {', '.join(keys[:3])}{', ...' if keys[3:] else ''}"
                 )
+            self._check_labels(section, totals, number)
             (section.weight * factor * loss).backward()
             self.masters.collect_gradients()
             tokens += totals.tokens
@@ -332,15 +352,35 @@ class Trainer:
         tokens = int(batch["attention_mask"].sum())
         images = int(batch["num_images"].sum())
         size = distributed.world_size()
-        if size == 1:
-            return 1.0, _Totals(loss.item(), tokens, images)
         labels = self.model.mask_labels(batch["labels"], batch["attention_mask"] != 0)
         counted = int((labels[:, 1:] != IGNORED_LABEL).sum())
+        if size == 1:
+            return 1.0, _Totals(loss.item(), counted, tokens, images)
         total, everyone, all_tokens, all_images = distributed.sum_over_ranks(
             [loss.item() * counted, counted, tokens, images], self.device
         )
         mean = total / max(1, everyone)
-        return size * counted / max(1, everyone), _Totals(mean, int(all_tokens), int(all_images))
+        totals = _Totals(mean, int(everyone), int(all_tokens), int(all_images))
+        return size * counted / max(1, everyone), totals
+
+    def _check_labels(self, section: DatasetSection, totals: _Totals, number: int) -> None:
+        """Warn of a dataset that begins without labels, and stop if it goes on so."""
+        seen = self._labels[section.name]
+        seen.batches += 1
+        seen.counted += totals.labels
+        seen.tokens += totals.tokens
+        if seen.counted:
+            return
+        what = (
+            f"0 of {seen.tokens} labels of {section.name} are left in {seen.batches} batch(es) up "
+            f"to step {number}, so that nothing is learned from it: with max_tokens "
+            f"{section.max_tokens} and loss_before_first_image "
+            f"{str(section.loss_before_first_image).lower()} its samples hold no text that counts"
+        )
+        if seen.batches == _BARREN_BATCHES or seen.batches == number == self.config.steps:
+            raise self._failure(what)
+        if seen.batches == 1 and distributed.rank() == 0:
+            logger.warning("%s", what)
 
     def _prepare(self, batch: dict[str, Any], section: DatasetSection) -> dict[str, Any]:
         if not section.loss_before_first_image:

@@ -24,6 +24,22 @@ def test_a_model_without_pictures_is_refused(values) -> None:
         build_loaders(TrainConfig.from_dict(values), model)
 
 
+@pytest.mark.parametrize(("kind", "least"), [("pairs", 3), ("video", 3), ("interleaved", 2)])
+def test_max_tokens_must_leave_text(kind: str, least: int, values) -> None:
+    section = values["datasets"][0]
+    section["kind"] = kind
+    for tokens in range(1, least):
+        section["max_tokens"] = tokens
+        message = (
+            rf"datasets\.pages\.max_tokens is {tokens}, which leaves 0 of {tokens} labels to train "
+            rf"on: .*; give at least {least}"
+        )
+        with pytest.raises(ValueError, match=message):
+            build_loaders(TrainConfig.from_dict(values), FlamingoModel(TINY))
+    section["max_tokens"] = least
+    assert build_loaders(TrainConfig.from_dict(values), FlamingoModel(TINY))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_without_pillow_training_does_not_start(workers: int, values, monkeypatch) -> None:
     """It would count every picture as broken, or fail in a worker."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 
-from flamingo_kernels.train import TrainingError
+from flamingo_kernels.train import TrainingError, loop
 from flamingo_kernels.train.checkpoints.folder import list_checkpoints
 from testing.budgets import assert_close_to_reference, unit
 from testing.shard_files import write_lines
@@ -73,11 +74,55 @@ def test_training_learns_and_checkpointing_activations_changes_no_bit(values) ->
     assert [again.step()["loss"] for _ in range(4)] == losses[:4]
 
 
-def test_labels_all_ignored(values) -> None:
-    """Two tokens, <BOS><image>: nothing to predict."""
-    values["datasets"] = [{**values["datasets"][1], "max_tokens": 2}]
-    report = make_trainer(values).step()
-    assert report["losses"] == {"pairs": 0.0} and report["gradient_norm"] == 0.0
+@pytest.fixture
+def barren(values, tmp_path) -> dict[str, Any]:
+    """A configuration whose pages hold so much text before their image that no window has it."""
+    page = {"texts": ["a" * 5000, None, "b"], "images": [None, "0.png", None]}
+    write_lines(tmp_path / "pages.jsonl", [page] * 4)
+    values["datasets"][0] |= {"max_tokens": 8, "loss_before_first_image": False}
+    return values
+
+
+def test_labels_all_ignored(barren) -> None:
+    barren["datasets"] = barren["datasets"][:1]
+    report = make_trainer(barren).step()
+    assert report["losses"] == {"pages": 0.0} and report["gradient_norm"] == 0.0
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_run_without_a_label_is_an_error(alone: bool, barren, caplog) -> None:
+    """Also where another dataset has labels."""
+    barren["datasets"] = barren["datasets"][: 1 if alone else 2]
+    trainer = make_trainer(barren)
+    message = r"^0 of 48 labels of pages are left in 3 batch\(es\) up to step 3, .* is .*step_0+2$"
+    with pytest.raises(TrainingError, match=message):
+        trainer.run()
+    assert trainer.step_number == 2
+    (warning,) = (r.getMessage() for r in caplog.records if "labels" in r.getMessage())
+    assert "0 of 16 labels of pages are left in 1 batch(es) up to step 1, so that no" in warning
+    assert "with max_tokens 8 and loss_before_first_image false" in warning
+
+
+def test_batches_without_labels_are_borne_for_a_while(barren, monkeypatch, caplog) -> None:
+    """A run that continues with its last step, and one that finds its first label late."""
+    trainer = make_trainer(barren)
+    trainer.step(), trainer.step(), trainer.save()
+    continued = make_trainer(barren)
+    assert continued.resume()
+    continued.run()
+    assert continued.step_number == 3
+
+    monkeypatch.setattr(loop, "_BARREN_BATCHES", 3)
+    barren |= {"steps": 9, "output": barren["output"] + "2"}
+    late = make_trainer(barren)
+    late.step(), late.step()
+    with pytest.raises(TrainingError, match="0 of 48 labels of pages are left in 3 batch"):
+        late.step()
+    barren["datasets"][0]["loss_before_first_image"] = True
+    caplog.clear()
+    trainer = make_trainer(barren)
+    trainer.run()
+    assert trainer.step_number == 9 and not caplog.records
 
 
 def test_loss_before_the_first_image_is_an_option(values, tmp_path) -> None:
