@@ -9,6 +9,7 @@ from torch import nn
 
 from flamingo_kernels.model.saving import WEIGHTS_FILE
 from flamingo_kernels.transformers_models import read_folder
+from flamingo_kernels.vision import read_vision_encoder
 
 
 def progress(text: str) -> None:
@@ -19,12 +20,16 @@ def progress(text: str) -> None:
 def read_backbone(auto_class: str, folder: str | Path | None) -> nn.Module | None:
     """Return the backbone in a folder of transformers' files; None for no folder.
 
-    See :func:`flamingo_kernels.transformers_models.read_folder` for ``auto_class`` and errors.
+    A vision model has the statistics that its folder tells; see
+    :func:`flamingo_kernels.vision.read_vision_encoder`, and
+    :func:`flamingo_kernels.transformers_models.read_folder` for ``auto_class`` and errors.
     """
     if folder is None:
         return None
     if Path(folder).is_dir():
         progress(f"loading {folder}")
+    if auto_class == "AutoModel":
+        return read_vision_encoder(folder)
     return read_folder(auto_class, Path(folder))
 
 

@@ -26,6 +26,7 @@ from flamingo_kernels.model import (
 from flamingo_kernels.model.network import NEW_TOKENS
 from flamingo_kernels.model.saving import check_buildable
 from flamingo_kernels.vision import HuggingFaceVisionConfig
+from flamingo_kernels.vision.pixel_statistics import PixelStatistics, read_preprocessing
 
 WHAT = "an IDEFICS checkpoint"
 _log = logging.getLogger(__name__)
@@ -122,8 +123,9 @@ def load_idefics(
         raise ValueError(f"{where} is not {WHAT}: its model_type is {values.get('model_type')!r}")
     if not values["use_resampler"]:
         raise ValueError("IDEFICS without a resampler (use_resampler=False) is not supported")
+    statistics = None if tensors is not None else read_preprocessing(Path(checkpoint)).statistics
     try:
-        config = _config(values, image_token_id, end_of_chunk_token_id)
+        config = _config(values, image_token_id, end_of_chunk_token_id, statistics)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"the config of {where} is not one of IDEFICS: {error!r}") from error
     if tensors is None:
@@ -162,7 +164,10 @@ def _with_defaults(file: Path) -> dict[str, Any]:
 
 
 def _config(
-    values: dict[str, Any], image_token_id: int | None, end_of_chunk_token_id: int | None
+    values: dict[str, Any],
+    image_token_id: int | None,
+    end_of_chunk_token_id: int | None,
+    statistics: PixelStatistics | None,
 ) -> FlamingoConfig:
     vision, resampler = values["vision_config"], values["perceiver_config"]
     dim, heads = values["hidden_size"], values["num_attention_heads"]
@@ -184,6 +189,8 @@ def _config(
             image_size=vision["image_size"],
             output_dim=vision["embed_dim"],
             drop_class_token=False,
+            image_mean=statistics and statistics.mean,
+            image_std=statistics and statistics.std,
         ),
         language=HuggingFaceLanguageConfig(
             model_type="llama",

@@ -10,7 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flamingo_kernels.data.images import Channels, to_pixel_values
+from flamingo_kernels.data.images import (
+    IMAGE_MEAN,
+    IMAGE_STD,
+    Channels,
+    check_statistics,
+    to_pixel_values,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,8 +32,9 @@ class ImagePreparation:
     ----------
     size : int
         Pixels on a side; the encoder's ``image_size``.
-    mean, std : three floats, or None
-        The encoder's ``image_mean`` and ``image_std``; None: those of ImageNet.
+    mean, std : three floats
+        The encoder's ``image_mean`` and ``image_std``. Default: those of ImageNet. None, which an
+        encoder has where they are not known, is a ValueError.
     fit : {"pad", "crop"}
         See :func:`flamingo_kernels.data.images.to_pixel_values`.
     flip : float
@@ -37,11 +44,14 @@ class ImagePreparation:
     """
 
     size: int
-    mean: Channels | None = None
-    std: Channels | None = None
+    mean: Channels | None = IMAGE_MEAN
+    std: Channels | None = IMAGE_STD
     fit: str = "pad"
     flip: float = 0.0
     colour: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_statistics(self.mean, self.std)
 
     def __call__(self, frames: Sequence[Image], generator: np.random.Generator) -> Tensor:
         """Return the pixel values of one clip, fp32 [F, 3, size, size].

@@ -107,8 +107,9 @@ def to_pixel_values(
         Of any mode. The upper 8 bits of 16-bit grey are used.
     size : int
         Pixels on a side; an encoder's ``image_size``.
-    mean, std : three floats, or None
-        An encoder's ``image_mean`` and ``image_std``; None: those of ImageNet.
+    mean, std : three floats
+        An encoder's ``image_mean`` and ``image_std``. Default: those of ImageNet. None, which an
+        encoder has where they are not known, is an error.
     fit : {"pad", "crop"}
         ``pad`` fits the longer side, and pads with the mean, which is 0 after normalisation
         (Flamingo, appendix B.1.2). ``crop`` fits the shorter side, bicubic, and cuts out the centre
@@ -117,10 +118,11 @@ def to_pixel_values(
     Raises
     ------
     ValueError
-        Unknown ``fit``, an image without pixels, or grey of more than 16 bits.
+        Unknown ``fit``, unknown statistics, an image without pixels, or grey of more than 16 bits.
     """
     if fit not in FITS:
         raise ValueError(f"unknown fit {fit!r}; known: {', '.join(FITS)}")
+    check_statistics(mean, std)
     if 0 in image.size:
         raise ValueError(f"the image has no pixels: its size is {image.size}")
     side = max(image.size) if fit == "pad" else min(image.size)
@@ -136,12 +138,22 @@ def to_pixel_values(
         resized = resized.crop((left, top, left + size, top + size))
         width = height = size
     pixels = np.asarray(resized, dtype=np.float32) / 255
-    offset, scale = (np.asarray(c, np.float32) for c in (mean or IMAGE_MEAN, std or IMAGE_STD))
+    offset, scale = (np.asarray(c, np.float32) for c in (mean, std))
     normalised = (pixels - offset) / scale
     top, left = (size - height) // 2, (size - width) // 2
     canvas = np.zeros((3, size, size), dtype=np.float32)
     canvas[:, top : top + height, left : left + width] = normalised.transpose(2, 0, 1)
     return torch.from_numpy(canvas)
+
+
+def check_statistics(mean: Channels | None, std: Channels | None) -> None:
+    """Raise ValueError where the statistics of an encoder are not known."""
+    if mean is None or std is None:
+        raise ValueError(
+            "how this vision encoder wants its pixels normalised is not known: put a "
+            "preprocessor_config.json with image_mean and image_std into its folder, or give both "
+            "to flamingo_kernels.vision.wrap_vision_encoder"
+        )
 
 
 def _rgb(image: Image) -> Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -25,7 +26,7 @@ from flamingo_kernels.model.stops import default_stops
 from flamingo_kernels.nn import MediaKeyValue
 from flamingo_kernels.ops import plan_media_attention
 from flamingo_kernels.ops.dispatch import check_kernel_name
-from flamingo_kernels.vision import build_vision_encoder
+from flamingo_kernels.vision import HuggingFaceVisionEncoder, build_vision_encoder
 
 FROZEN_PARTS = ("vision_encoder", "language_model")
 NEW_TOKENS = "new_tokens."  # prefix of the rows of new tokens in a state dict
@@ -108,6 +109,9 @@ class FlamingoNetwork(nn.Module):
                 vocab_size=config.language.vocab_size,
             )
         self.vision_encoder = vision_encoder or build_vision_encoder(config.vision)
+        if isinstance(vision_encoder, HuggingFaceVisionEncoder):
+            recorded = vision_encoder.recorded_in(config.vision)
+            self.config = dataclasses.replace(config, vision=recorded)
         self.language_model = language_model or build_language_model(config.language)
         self.perceiver = build_resampler(config.resampler, kernel)
         self.gated_cross_attn_layers = nn.ModuleList(

@@ -14,7 +14,11 @@ from flamingo_kernels.vision.config import (
     VisionConfig,
 )
 from flamingo_kernels.vision.features import PrecomputedFeatures
-from flamingo_kernels.vision.huggingface import HuggingFaceVisionEncoder, wrap_vision_encoder
+from flamingo_kernels.vision.huggingface import (
+    HuggingFaceVisionEncoder,
+    read_vision_encoder,
+    wrap_vision_encoder,
+)
 from flamingo_kernels.vision.nfnet import NFNet
 from flamingo_kernels.vision.protocol import VisionEncoder
 
@@ -31,6 +35,7 @@ __all__ = [
     "VisionConfig",
     "VisionEncoder",
     "build_vision_encoder",
+    "read_vision_encoder",
     "wrap_vision_encoder",
 ]
 

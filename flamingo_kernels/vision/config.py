@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from flamingo_kernels.fields import check_positive, check_types
+from flamingo_kernels.vision.pixel_statistics import checked_channels
 
 # 1 / std(activation(z)) for z ~ N(0, 1), as the released NFNet weights were trained with.
 ACTIVATION_GAINS = {
@@ -160,6 +161,8 @@ class HuggingFaceVisionConfig:
     drop_class_token : bool or None
         Leave out the first token of the output (CLIP's class token). None: decide it from each
         output, see :class:`HuggingFaceVisionEncoder`.
+    image_mean, image_std : tuple of float, or None
+        How pixels in [0, 1] are normalised. None: as is known of the architecture.
     """
 
     kind: str = field(default="huggingface", init=False)
@@ -168,10 +171,13 @@ class HuggingFaceVisionConfig:
     image_size: int
     output_dim: int
     drop_class_token: bool | None
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if not self.model_type:
             raise ValueError(f"model_type must name an architecture, got {self.model_type!r}")
+        _settle_statistics(self)
         check_types(self)
         check_positive(self, "image_size", "output_dim")
 
@@ -186,7 +192,7 @@ class ModuleVisionConfig:
         Channels of the features.
     image_size : int
         Side, in pixels, of the images that it expects.
-    drop_class_token : bool or None
+    drop_class_token, image_mean, image_std
         As in :class:`HuggingFaceVisionConfig`.
     """
 
@@ -194,8 +200,11 @@ class ModuleVisionConfig:
     output_dim: int
     image_size: int
     drop_class_token: bool | None = None
+    image_mean: tuple[float, ...] | None = None
+    image_std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        _settle_statistics(self)
         check_types(self)
         check_positive(self, "output_dim", "image_size")
 
@@ -219,3 +228,16 @@ class FeaturesConfig:
 
 
 VisionConfig = NFNetConfig | HuggingFaceVisionConfig | ModuleVisionConfig | FeaturesConfig
+
+
+def _settle_statistics(config: HuggingFaceVisionConfig | ModuleVisionConfig) -> None:
+    """Check the statistics; as tuples, since JSON has lists."""
+    if (config.image_mean is None) != (config.image_std is None):
+        raise ValueError(
+            "image_mean and image_std must both be given, or neither: got "
+            f"{config.image_mean} and {config.image_std}"
+        )
+    for name, positive in (("image_mean", False), ("image_std", True)):
+        value = getattr(config, name)
+        if value is not None:
+            object.__setattr__(config, name, checked_channels(name, value, positive=positive))

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from flamingo_kernels.fields import is_integer
-from flamingo_kernels.transformers_models import build_model, check_declared_sizes, plain_options
+from flamingo_kernels.transformers_models import (
+    build_model,
+    check_declared_sizes,
+    plain_options,
+    read_folder,
+)
 from flamingo_kernels.vision.config import (
     HuggingFaceVisionConfig,
     ModuleVisionConfig,
     VisionConfig,
 )
+from flamingo_kernels.vision.pixel_statistics import (
+    PixelStatistics,
+    checked_channels,
+    read_preprocessing,
+    statistics_of,
+)
 from flamingo_kernels.vision.protocol import Channels, VisionEncoder, check_images
 
-# Normalisation constants by model type: transformers has them in its processors, not its models.
-_NORMALISATION: dict[str, tuple[Channels, Channels]] = {
-    "clip_vision_model": (
-        (0.48145466, 0.4578275, 0.40821073),
-        (0.26862954, 0.26130258, 0.27577711),
-    ),
-    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-}
 # Last parts of the names that class tokens have.
 _CLASS_TOKENS = {"class_embedding", "class_token", "cls_token"}
 
@@ -46,6 +52,10 @@ class HuggingFaceVisionEncoder(nn.Module):
         token (a parameter ``class_embedding``, ``cls_token`` or ``class_token``). If there are as
         many tokens as the picture has patches, all are kept. If there is one more, besides
         registers and a distillation token, the first is left out.
+    image_mean, image_std : three floats, optional
+        Per-channel constants that normalise pixels in [0, 1]. None: those of the module
+        (``image_mean``), or those of the published weights of its architecture; the attributes stay
+        None where neither is known.
     output_dim, image_size : int, optional
         Sizes that the module lacks: ``config.hidden_size`` or the width of a class token, and
         ``config.image_size`` or ``image_size``.
@@ -66,6 +76,9 @@ class HuggingFaceVisionEncoder(nn.Module):
         drop_class_token: bool | None = None,
         output_dim: int | None = None,
         image_size: int | None = None,
+        *,
+        image_mean: Channels | None = None,
+        image_std: Channels | None = None,
     ) -> None:
         super().__init__()
         self.module = module
@@ -73,7 +86,21 @@ class HuggingFaceVisionEncoder(nn.Module):
         self.drop_class_token = drop_class_token
         if not class_tokens and drop_class_token is None:
             self.drop_class_token = False
-        self._given = {"drop_class_token": drop_class_token}
+        if (image_mean is None) != (image_std is None):
+            raise ValueError(
+                f"give both image_mean and image_std, or neither: got {image_mean} and {image_std}"
+            )
+        given = _own_statistics(module)
+        if image_mean is not None:
+            given = PixelStatistics(
+                checked_channels("image_mean", image_mean),
+                checked_channels("image_std", image_std, positive=True),
+            )
+        self._given: dict[str, Any] = {
+            "drop_class_token": drop_class_token,
+            "image_mean": given and given.mean,
+            "image_std": given and given.std,
+        }
         config = getattr(module, "config", None)
         self.output_dim = _given_or_known(
             "output_dim",
@@ -85,10 +112,9 @@ class HuggingFaceVisionEncoder(nn.Module):
         self.image_size = _given_or_known(
             "image_size", image_size, module, "image_size", _square(module)
         )
-        model_type = getattr(config, "model_type", None)
-        self.image_mean: Channels | None
-        self.image_std: Channels | None
-        self.image_mean, self.image_std = _NORMALISATION.get(model_type, (None, None))
+        statistics = given or statistics_of(getattr(config, "model_type", None))
+        self.image_mean: Channels | None = statistics and statistics.mean
+        self.image_std: Channels | None = statistics and statistics.std
 
     @classmethod
     def from_config(cls, config: HuggingFaceVisionConfig) -> HuggingFaceVisionEncoder:
@@ -102,7 +128,12 @@ class HuggingFaceVisionEncoder(nn.Module):
             The model's sizes are not the ones that ``config`` declares.
         """
         model = build_model("AutoModel", "vision encoder", config)
-        encoder = cls(model, config.drop_class_token)
+        encoder = cls(
+            model,
+            config.drop_class_token,
+            image_mean=config.image_mean,
+            image_std=config.image_std,
+        )
         check_declared_sizes(config, output_dim=encoder.output_dim, image_size=encoder.image_size)
         return encoder
 
@@ -111,7 +142,7 @@ class HuggingFaceVisionEncoder(nn.Module):
         """What builds an encoder like this one; a ``ModuleVisionConfig`` if nothing can."""
         sizes = _sizes(self)
         config = getattr(self.module, "config", None)
-        settings = {"drop_class_token": self.drop_class_token}
+        settings: dict[str, Any] = {name: getattr(self, name) for name in self._given}
         if getattr(config, "model_type", "") == "" or not hasattr(config, "to_diff_dict"):
             return ModuleVisionConfig(**sizes, **settings)
         return HuggingFaceVisionConfig(
@@ -121,6 +152,22 @@ class HuggingFaceVisionEncoder(nn.Module):
             **settings,
         )
 
+    def recorded_in(self, config: VisionConfig) -> VisionConfig:
+        """Return ``config``, if it is of this kind of encoder, with the settings that were given.
+
+        Settings that it has already stay.
+        """
+        if not self._is_described_by(config):
+            return config
+        given = {
+            n: v for n, v in self._given.items() if v is not None and getattr(config, n) is None
+        }
+        return dataclasses.replace(config, **given) if given else config
+
+    def _is_described_by(self, config: VisionConfig) -> bool:
+        own = self.config
+        return type(config) is type(own) and _model_type(config) == _model_type(own)
+
     def with_settings_of(self, recorded: VisionConfig) -> HuggingFaceVisionEncoder:
         """Return this encoder with what a model of the same kind of encoder was trained with.
 
@@ -129,8 +176,7 @@ class HuggingFaceVisionEncoder(nn.Module):
         ValueError
             A setting was given to this encoder, and another one is recorded.
         """
-        own = self.config
-        if type(recorded) is not type(own) or _model_type(recorded) != _model_type(own):
+        if not self._is_described_by(recorded):
             return self
         settings = {name: getattr(recorded, name) for name in self._given}
         for name, given in self._given.items():
@@ -141,6 +187,7 @@ class HuggingFaceVisionEncoder(nn.Module):
                 )
         if all(value in (None, getattr(self, name)) for name, value in settings.items()):
             return self
+        settings = {n: self._given[n] if value is None else value for n, value in settings.items()}
         return type(self)(self.module, **settings, **_sizes(self))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -172,6 +219,9 @@ def wrap_vision_encoder(
     output_dim: int | None = None,
     image_size: int | None = None,
     drop_class_token: bool | None = None,
+    *,
+    image_mean: Channels | None = None,
+    image_std: Channels | None = None,
 ) -> nn.Module:
     """Wrap ``module``, without changing it, as a ``VisionEncoder``.
 
@@ -185,6 +235,9 @@ def wrap_vision_encoder(
     drop_class_token : bool, optional
         Leave out the first token. None: where the output has a class token; see
         :class:`HuggingFaceVisionEncoder`.
+    image_mean, image_std : three floats, optional
+        How pixels in [0, 1] are normalised for the module. None: as is known of its architecture;
+        :func:`read_vision_encoder` reads what a folder says.
 
     Returns
     -------
@@ -194,21 +247,81 @@ def wrap_vision_encoder(
     Raises
     ------
     ValueError
-        A size is neither given nor known of the module, or ``drop_class_token`` is given for a
+        A size is neither given nor known of the module, or a setting is given for a
         ``VisionEncoder``.
     """
     if _is_vision_encoder(module):
-        if drop_class_token is not None:
+        settings = {
+            "drop_class_token": drop_class_token,
+            "image_mean": image_mean,
+            "image_std": image_std,
+        }
+        given = [name for name, value in settings.items() if value is not None]
+        if given:
             raise ValueError(
-                f"drop_class_token is given, but {type(module).__name__} is a VisionEncoder already"
+                f"{' and '.join(given)} given, but {type(module).__name__} is a VisionEncoder "
+                "already"
             )
         return module
+    return HuggingFaceVisionEncoder(
+        _vision_tower(module),
+        drop_class_token,
+        output_dim,
+        image_size,
+        image_mean=image_mean,
+        image_std=image_std,
+    )
+
+
+def read_vision_encoder(folder: str | PathLike) -> nn.Module:
+    """Read a vision model of transformers, and how its pictures are prepared.
+
+    Parameters
+    ----------
+    folder : str or PathLike
+        With ``config.json`` and weights as safetensors. ``preprocessor_config.json``, if there is
+        one, says how pixels are normalised, and how large pictures are if the model does not.
+
+    Returns
+    -------
+    nn.Module
+        The model, with the attributes ``image_mean``, ``image_std`` and ``image_size`` that the
+        folder tells. :func:`wrap_vision_encoder` and ``FlamingoModel`` take it.
+
+    Raises
+    ------
+    FileNotFoundError, ImportError, ValueError
+        As :func:`flamingo_kernels.transformers_models.read_folder`, or a damaged
+        ``preprocessor_config.json``, or one whose values cannot be right.
+    """
+    module = read_folder("AutoModel", Path(folder))
+    statistics, image_size = read_preprocessing(Path(folder))
+    inner = _vision_tower(module)
+    if statistics is not None:
+        inner.image_mean, inner.image_std = statistics
+    if image_size is not None and getattr(inner.config, "image_size", None) is None:
+        inner.image_size = image_size
+    return module
+
+
+def _vision_tower(module: nn.Module) -> Any:
+    """Return the vision model of a model of two towers, of transformers or open_clip."""
     visual = getattr(module, "visual", None)
     if isinstance(visual, nn.Module) and _is_open_clip(visual):
-        module = visual
+        return visual
     if hasattr(getattr(module, "config", None), "vision_config"):
-        module = module.get_submodule("vision_model")
-    return HuggingFaceVisionEncoder(module, drop_class_token, output_dim, image_size)
+        return module.get_submodule("vision_model")
+    return module
+
+
+def _own_statistics(module: nn.Module) -> PixelStatistics | None:
+    """Return the statistics that a tower has as attributes, such as those of open_clip."""
+    mean, std = getattr(module, "image_mean", None), getattr(module, "image_std", None)
+    if not isinstance(mean, (list, tuple)) or not isinstance(std, (list, tuple)):
+        return None
+    return PixelStatistics(
+        checked_channels("image_mean", mean), checked_channels("image_std", std, positive=True)
+    )
 
 
 def _is_vision_encoder(module: nn.Module) -> bool:

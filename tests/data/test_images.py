@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from flamingo_kernels.data.augment import ImagePreparation
 from flamingo_kernels.data.images import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -54,7 +55,12 @@ def test_normalised_by_the_encoders_constants() -> None:
     white = Image.new("L", (8, 8), 255)
     values = to_pixel_values(white, 4, mean=(0.5, 0.25, 0.0), std=(0.5, 0.25, 2.0))
     assert torch.equal(values, torch.tensor([1.0, 3.0, 0.5])[:, None, None].expand(3, 4, 4))
-    assert torch.equal(to_pixel_values(white, 4, mean=None, std=None), to_pixel_values(white, 4))
+    with pytest.raises(
+        ValueError, match="pixels normalised is not known: put a preprocessor_config"
+    ):
+        to_pixel_values(white, 4, mean=None, std=None)
+    with pytest.raises(ValueError, match="pixels normalised is not known"):
+        ImagePreparation(4, None, None)
     with pytest.raises(ValueError, match="unknown fit 'stretch'; known: pad, crop"):
         to_pixel_values(white, 4, fit="stretch")
 

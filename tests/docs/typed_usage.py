@@ -80,6 +80,7 @@ from flamingo_kernels.vision import (
     VisionConfig,
     VisionEncoder,
     build_vision_encoder,
+    read_vision_encoder,
     wrap_vision_encoder,
 )
 
@@ -167,6 +168,7 @@ def backbones(vision: nn.Module, language: nn.Module, tokenizer: object) -> Flam
     start: tuple[int, ...] = prompt_start(tokenizer)
     assert prompt[: len(start)] == list(start) and prompt[-1] not in caption
     flamingo = FlamingoModel.from_backbones(wrap_vision_encoder(vision), language)
+    FlamingoModel.from_backbones(read_vision_encoder("folder"), language)
     _, unwrapped = flamingo.unwrap()
     rows: NewTokenRows | None = flamingo.new_tokens
     print(tokens.image_token_id, rows)

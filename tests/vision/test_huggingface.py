@@ -173,9 +173,7 @@ def test_an_unclear_number_of_tokens_is_asked_about(kind, tokens):
         wrap_vision_encoder(Tower(kind), image_size=32)(images)
     encoder = wrap_vision_encoder(Tower(kind), image_size=32, drop_class_token=True)
     assert encoder(images).shape == (1, tokens - 1, 6)
-    with pytest.raises(
-        ValueError, match=r"drop_class_token is given, but .* VisionEncoder already"
-    ):
+    with pytest.raises(ValueError, match=r"drop_class_token given, but .* VisionEncoder already"):
         wrap_vision_encoder(encoder, drop_class_token=False)
 
 
