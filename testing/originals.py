@@ -45,6 +45,7 @@ def idefics(**changes: Any) -> nn.Module:
             "intermediate_size": 24,
             "num_hidden_layers": 2,
             "num_attention_heads": 2,
+            **changes.pop("vision_config", {}),
         },
         **changes,
     )

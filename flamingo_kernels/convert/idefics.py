@@ -7,6 +7,7 @@ CLIP tower that keeps the class token.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,15 @@ TABLE = (
     ),
 )
 
+# By hidden_act and alpha_type of its configuration.
+_FEED_FORWARDS = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_python": "geglu",
+    "relu": "reglu",
+}
+_GATES = {"float": "scalar", "vector": "vector"}
 # What its code has where its configuration, in older transformers, has nothing.
 _POSITIONS = 2048
 _ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
@@ -108,7 +118,8 @@ def load_idefics(
     FileNotFoundError, ImportError
         Missing files, or transformers is not installed.
     ValueError
-        Another architecture, IDEFICS without resampler, or keys that do not fit.
+        Another architecture, IDEFICS without resampler, settings that change the logits and that
+        this package does not have, or keys that do not fit.
     """
     if isinstance(checkpoint, nn.Module):
         where = type(checkpoint).__name__
@@ -123,6 +134,7 @@ def load_idefics(
         raise ValueError(f"{where} is not {WHAT}: its model_type is {values.get('model_type')!r}")
     if not values["use_resampler"]:
         raise ValueError("IDEFICS without a resampler (use_resampler=False) is not supported")
+    _refuse_settings(values, where)
     statistics = None if tensors is not None else read_preprocessing(Path(checkpoint)).statistics
     try:
         config = _config(values, image_token_id, end_of_chunk_token_id, statistics)
@@ -147,6 +159,24 @@ def load_idefics(
         model.new_tokens = model.language_model.new_token_rows(config.new_token_ids)
     _log.info("%s", converted.report)
     return model.eval()
+
+
+def _refuse_settings(values: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError for settings that change the logits and that a model here does not have."""
+    for name, known in (("hidden_act", _FEED_FORWARDS), ("alpha_type", _GATES)):
+        if values.get(name) not in known:
+            raise ValueError(
+                f"{where}: {name} {values.get(name)!r} is not supported; known: {', '.join(known)}"
+            )
+    head_dim, heads = values.get("head_dim"), values["num_attention_heads"]
+    if head_dim is not None and head_dim * heads != values["hidden_size"]:
+        raise ValueError(
+            f"{where}: head_dim {head_dim} is not supported, only hidden_size / "
+            f"num_attention_heads = {values['hidden_size']} / {heads}"
+        )
+    for part, name in (("", "dropout"), ("vision_config", "attention_dropout")):
+        if (values[part] if part else values).get(name):
+            _log.warning("%s: %s is not applied in training", where, f"{part}.{name}".strip("."))
 
 
 def _with_defaults(file: Path) -> dict[str, Any]:
@@ -226,11 +256,11 @@ def _config(
             heads=heads,
             head_dim=dim // heads,
             ff_dim=values["intermediate_size"],
-            activation="swiglu",
+            activation=_FEED_FORWARDS[values["hidden_act"]],
             media_norm=False,
             rms_norm_eps=values["rms_norm_eps"],
             qk_norm=values["qk_layer_norms"],
-            gate="vector" if values["alpha_type"] == "vector" else "scalar",
+            gate=_GATES[values["alpha_type"]],
         ),
         image_token_id=image_token_id,
         end_of_chunk_token_id=end_of_chunk_token_id,

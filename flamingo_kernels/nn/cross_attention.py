@@ -92,7 +92,7 @@ class GatedCrossAttentionBlock(nn.Module):
         LayerNorm on the media before keys and values (paper v1, section 3.1.2).
     gate : {"scalar", "vector"}
         One gate value per layer, or one per channel.
-    activation : {"gelu", "squared_relu", "relu", "swiglu"}
+    activation : {"gelu", "squared_relu", "relu", "swiglu", "geglu", "reglu"}
         Feed-forward activation.
     ff_dim : int, optional
         Hidden width of the feed-forward, in place of ``ff_mult``.

@@ -18,7 +18,9 @@ from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.gated_activation import ACTIVATIONS
 from flamingo_kernels.precision import accumulator
 
-FEED_FORWARDS = (*ACTIVATIONS, "swiglu")
+# Of the first half of the expansion; the second half is multiplied with it.
+_GATED = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+FEED_FORWARDS = (*ACTIVATIONS, *_GATED)
 LAYER_NORM_EPS = 1e-5  # as in OpenFlamingo, the default of torch.nn.LayerNorm
 
 
@@ -96,15 +98,15 @@ class _Activation(nn.Module):
         self.kernel = kernel
 
     def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
-        if self.activation == "swiglu":
+        if self.activation in _GATED:
             inner, linear = x.chunk(2, dim=-1)
-            out = F.silu(inner) * linear
+            out = _GATED[self.activation](inner) * linear
             return out if gate is None else out * gate.tanh().to(out.dtype)
         return gated_activation(x, gate, self.activation, kernel=self.kernel)
 
     def project_activated(self, linear: nn.Module, x: Tensor, gate: Tensor | None) -> Tensor:
         """Return ``linear(self(x, gate))`` without saving the activated values for the backward."""
-        if self.activation == "swiglu" or not (is_bare(self) and is_plain_product(linear)):
+        if self.activation in _GATED or not (is_bare(self) and is_plain_product(linear)):
             return linear(self(x, gate))
         return gated_activation_linear(x, linear.weight, gate, self.activation, kernel=self.kernel)
 
@@ -118,9 +120,10 @@ class FeedForward(nn.Sequential):
         Width.
     mult : int
         Hidden width over ``dim``.
-    activation : {"gelu", "squared_relu", "relu", "swiglu"}
+    activation : {"gelu", "squared_relu", "relu", "swiglu", "geglu", "reglu"}
         OpenFlamingo uses GELU, the paper squared ReLU (appendix A.1.4), and the cross-attention of
-        IDEFICS SwiGLU, whose expansion is twice as wide with its first half inside SiLU.
+        IDEFICS SwiGLU, whose expansion is twice as wide with its first half inside SiLU. GEGLU and
+        ReGLU have GELU and ReLU there.
     kernel : str
         Kernel of the norm and the activation.
     hidden : int, optional
@@ -144,7 +147,7 @@ class FeedForward(nn.Sequential):
         require_sizes(hidden=hidden)
         super().__init__(
             build_norm(dim, kernel, rms_norm_eps),
-            nn.Linear(dim, 2 * hidden if activation == "swiglu" else hidden, bias=False),
+            nn.Linear(dim, 2 * hidden if activation in _GATED else hidden, bias=False),
             _Activation(activation, kernel),
             nn.Linear(hidden, dim, bias=False),
         )

@@ -19,6 +19,24 @@ SETTINGS = [
     {"cross_layer_interval": 2, "qk_layer_norms_perceiver": True},
     {"tie_word_embeddings": True},
 ]
+# Every other setting that changes its logits.
+OTHERS = [
+    {"hidden_act": "gelu"},
+    {"hidden_act": "relu"},
+    {"rms_norm_eps": 0.3, "qk_layer_norms": True},
+    {"rope_parameters": {"rope_type": "default", "rope_theta": 20.0}},
+    {"rope_parameters": {"rope_type": "linear", "rope_theta": 20.0, "factor": 4.0}},
+    {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 20.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 8,
+        }
+    },
+    {"vision_config": {"hidden_act": "quick_gelu", "layer_norm_eps": 0.3}},
+    {"vision_config": {"patch_size": 4}},
+]
 
 
 def prompt() -> dict[str, Tensor]:
@@ -60,7 +78,7 @@ def theirs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("settings", [*SETTINGS, *OTHERS])
 def test_parity(settings: dict) -> None:
     peer = idefics(**settings)
     model = load_idefics(peer)
@@ -108,13 +126,30 @@ def test_from_a_directory(tmp_path) -> None:
         assert torch.equal(model(**prompt_of(0)).logits, load_idefics(peer)(**prompt_of(0)).logits)
     config = tmp_path / "config.json"
     text = config.read_text()
-    config.write_text(text.replace('"hidden_act": "silu"', '"hidden_act": "none"'))
+    config.write_text(text.replace('"hidden_act": "gelu"', '"hidden_act": "none"'))
     with pytest.raises(ValueError, match=r"cannot build the model that .*config\.json describes"):
         load_idefics(tmp_path)
     config.write_text(text)
     next(tmp_path.glob("*.safetensors")).unlink()
     with pytest.raises(FileNotFoundError, match=r"names model-.*\.safetensors, which is missing"):
         load_idefics(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"hidden_act": "gelu_new"}, {"hidden_act": "tanh"}, {"alpha_type": "x"}, {"head_dim": 4}],
+)
+def test_settings_that_change_the_logits_are_refused(changes: dict) -> None:
+    peer = idefics()
+    for name, value in changes.items():
+        setattr(peer.config, name, value)
+        with pytest.raises(ValueError, match=f"Idefics.*: {name} '?{value}'? is not supported"):
+            load_idefics(peer)
+
+
+def test_dropout_is_named(caplog) -> None:
+    load_idefics(idefics(dropout=0.1))
+    assert "dropout is not applied in training" in caplog.text
 
 
 def prompt_of(seed: int) -> dict[str, Tensor]:
