@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.language import HuggingFaceLanguageModel
 from flamingo_kernels.language.config import HuggingFaceLanguageConfig
 from flamingo_kernels.model import saving
 from testing.backbones import language_model
@@ -238,3 +239,79 @@ def test_absurd_sizes_are_refused_before_anything_is_built(
     monkeypatch.setattr(FlamingoModel, "__init__", lambda *_, **__: pytest.fail("it was built"))
     with pytest.raises(ValueError, match=r"model\.safetensors.* config"):
         FlamingoModel.from_pretrained(saved)
+
+
+LLAMA = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def with_llama(saved: Path, **options: object) -> None:
+    """Give a checkpoint a language model of transformers, in its header alone."""
+    config = TINY.to_dict()
+    config["language"] = {
+        "kind": "huggingface",
+        "model_type": options.pop("model_type", "llama"),
+        "options": {**LLAMA, **options},
+        **{"dim": 32, "depth": 2, "vocab_size": 300},
+    }
+    rewrite(saved, lambda tensors: None, json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_implementation": "evil/kernel"},
+        {"attn_implementation": "flash_attention_2"},
+        {"_attn_implementation": "evil/kernel"},
+        {"_attn_implementation_internal": "evil/kernel"},
+        {"experts_implementation": "evil/kernel"},
+        {"auto_map": {"AutoModelForCausalLM": "evil/code--modeling.Evil"}},
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"use_kernels": True},
+        {"trust_remote_code": True},
+        {"dtype": "load"},
+        {"torch_dtype": "float16"},
+        {"hidden_act": "evil/kernel"},
+        {"hidden_act": {"name": "evil:kernel"}},
+        {"layer_types": ["full_attention", "../evil"]},
+        {"rope_parameters": {"attn_implementation": "evil"}},
+        {"text_config": {"attn_implementation": "evil"}},
+        {"anything": "word"},
+        {"tokenizer_class": "Evil"},
+        {"model_type": "evil"},
+        {"model_type": "timm_backbone", "backbone": "resnet18"},
+        {"num_hidden_layers": ABSURD},
+        {"n_layer": ABSURD},
+        {"layer_types": ["full_attention"] * 3, "num_hidden_layers": ABSURD},
+        {"hidden_size": 2**40},
+    ],
+)
+def test_options_of_transformers_are_plain(options: dict, saved: Path, monkeypatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    with_llama(saved, **options)
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM,
+        "from_config",
+        lambda *_, **__: pytest.fail("it was built"),
+    )
+    if options == {"hidden_size": 2**40}:
+        monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"options|model_type|config has|describes"):
+        FlamingoModel.from_pretrained(saved)
+
+
+@pytest.mark.parametrize("model_type", ["gpt_neox", "mpt", "opt", "llama", "gpt2"])
+def test_what_is_saved_can_be_read(model_type: str) -> None:
+    """Every option that a configuration writes is one that is taken back."""
+    pytest.importorskip("transformers")
+    model = language_model(model_type)
+    model.config.tokenizer_class, model.config.note = "Evil", "any text / at all"
+    config = HuggingFaceLanguageModel(model).config
+    assert config.options and not {"tokenizer_class", "note"} & config.options.keys()
+    again = HuggingFaceLanguageModel.from_config(config)
+    assert again.config == config
