@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_PLAIN = (Tensor, nn.Parameter)
+from flamingo_kernels.bare_modules import is_plain_tensor
 
 
 class NewTokenRows(nn.Module):
@@ -93,7 +93,7 @@ class NewTokenRows(nn.Module):
         """Do as :meth:`correct`, for ``logits`` of ``weight`` [V, dim] and ``bias`` [V]."""
         rows, own_bias = self.output_rows(hidden.dtype)
         old: Tensor | float = 0.0
-        if type(weight) in _PLAIN and weight.device == hidden.device:  # not quantised or offloaded
+        if is_plain_tensor(weight) and weight.device == hidden.device:  # not offloaded
             # The difference of the rows, so that the product keeps its bits where there is none.
             old = logits[..., self.token_ids]
             rows = rows - weight[self.token_ids].to(rows.dtype)
@@ -128,7 +128,7 @@ def _first_value(module: nn.Module, name: str, ids: Tensor) -> Tensor:
     """Return rows ``ids`` of a tensor of ``module``, as numbers in at least float32."""
     with _loaded(module):
         tensor = getattr(module, name)
-        if type(tensor) not in _PLAIN:
+        if not is_plain_tensor(tensor):
             tensor = tensor.dequantize()
         if not tensor.is_floating_point():
             raise ValueError(

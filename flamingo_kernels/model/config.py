@@ -138,11 +138,11 @@ class FlamingoConfig:
                     f"image_token_id and {name}_token_id are both {value}; every {name} token "
                     "would count as an image"
                 )
-        new = self.new_token_ids
-        if len(set(new)) < len(new) or not set(new) <= set(range(self.language.vocab_size)):
+        new, vocab_size = self.new_token_ids, self.language.vocab_size
+        if len(set(new)) < len(new) or not all(0 <= i < vocab_size for i in new):
             raise ValueError(
-                f"new_token_ids must be distinct ids of the vocabulary "
-                f"0..{self.language.vocab_size - 1}, got {list(new)}"
+                f"new_token_ids must be distinct ids of the vocabulary 0..{vocab_size - 1}, got "
+                f"{list(new)}"
             )
 
     @property
