@@ -24,7 +24,8 @@ def encode_media(
     Parameters
     ----------
     vision_encoder : nn.Module
-        A frozen ``VisionEncoder``. It is not run on features.
+        A ``VisionEncoder``. It is not run on features, and builds a graph only if some of its
+        parameters have ``requires_grad``.
     resampler : PerceiverResampler
         Turns the features of each image into latents.
     inputs : MediaInputs or None
@@ -118,7 +119,9 @@ def _encode_frames(vision_encoder: nn.Module, inputs: MediaInputs, parameter: Te
     weights = (p for p in vision_encoder.parameters() if p.is_floating_point())  # not the int8 ones
     weight = next(weights, parameter)
     real = inputs.real_frames()
-    with torch.no_grad():
+    # Parameters that were given requires_grad again are trained.
+    trained = any(p.requires_grad for p in vision_encoder.parameters())
+    with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
         if real is None:
             features = _encode(vision_encoder, pixels.flatten(0, 2).to(weight.dtype))
             return features.unflatten(0, pixels.shape[:3]).to(dtype)

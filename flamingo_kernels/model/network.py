@@ -143,7 +143,9 @@ class FlamingoNetwork(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters outside the frozen parts, by name.
 
-        Parameters of the frozen parts whose ``requires_grad`` was set again are included.
+        Parameters of the frozen parts whose ``requires_grad`` was set again are included. Those
+        that the features do not depend on, such as the pooling head of a vision encoder, get no
+        gradient.
         """
         return {
             name: parameter

@@ -51,7 +51,8 @@ def shard(model: FlamingoModel, compute: torch.dtype) -> None:
         modules = unit[0] if len(unit) == 1 else unit
         fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=scalars)
     # By default the backward of a unit gathers the unit that ran before it. For the resampler that
-    # is the vision encoder, which has no backward. The model's own parameters are gathered already.
+    # is the vision encoder, which has no backward while it is frozen. The model's own parameters
+    # are gathered already.
     model.perceiver.set_modules_to_backward_prefetch([model])
     # The warning is about writes in place to the resampler's output; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)

@@ -57,10 +57,7 @@ def build(model_type: str = "llama", **changes) -> FlamingoModel:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    model.zero_grad()
-    arguments = prompt()
-    model(**arguments, labels=arguments["input_ids"]).loss.backward()
-    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    found = gradients_of(model, prompt())
     assert any(gradient.any() for gradient in found.values())
     return found
 
@@ -365,6 +362,63 @@ def test_features_of_three_frames() -> None:
     arguments = {**prompt(), "pixel_values": torch.randn(2, 2, 3, 4, 16)}
     counted = model(**arguments, num_frames=torch.full((2, 2), 3)).logits
     assert torch.equal(model(**arguments).logits, counted)
+
+
+def adapted_clip() -> nn.Module:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(7)
+    options = {"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False}
+    return peft.get_peft_model(clip(), peft.LoraConfig(**options))
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize(
+    ("vision", "chosen"), [(clip, ""), (clip, "layers.1"), (adapted_clip, "lora_")]
+)
+def test_an_unfrozen_vision_encoder_is_trained(
+    vision, chosen: str, counted: bool, tmp_path
+) -> None:
+    """As a whole, in part, or in adapters; saved, it comes back over the base."""
+    model = open_gates(FlamingoModel.from_backbones(vision(), language_model("llama"))).eval()
+    arguments = prompt()
+    if not counted:
+        arguments["pixel_values"] = arguments["pixel_values"].nan_to_num(0.5)[:, :1]
+        arguments["input_ids"][1, 6] = 3
+        del arguments["num_images"]
+    frozen = gradients_of(model, arguments)
+    assert not any(name.startswith("vision_encoder.") for name in frozen)
+    wanted = {
+        name
+        for name, parameter in model.vision_encoder.named_parameters(prefix="vision_encoder")
+        if chosen in name and parameter.requires_grad_(True) is parameter
+    }
+    assert wanted <= model.trainable_parameters().keys()
+    found = gradients_of(model, arguments)
+    without = {n for n in wanted if n not in found or not found[n].any()}
+    # The pooled token is not read; a bias of keys shifts all scores of a query alike.
+    assert all("post_layernorm" in n or "k_proj.bias" in n for n in without)
+    assert without < wanted
+    name = max(wanted - without, key=lambda n: found[n].norm())
+    parameter, step = model.get_parameter(name), 1e-3
+    with torch.no_grad():
+        slope = found[name].norm().double()
+        losses = []
+        for sign in (1, -2):
+            parameter += sign * step * found[name] / slope
+            losses.append(model(**arguments, labels=arguments["input_ids"]).loss.double())
+    assert ((losses[0] - losses[1]) / (2 * step) / slope - 1).abs() < 0.1
+
+    expected = model(**arguments).logits
+    model.save_pretrained(tmp_path)
+    parts = {"vision_encoder": vision(), "language_model": language_model("llama")}
+    loaded = FlamingoModel.from_pretrained(tmp_path, **parts).eval()
+    assert torch.equal(loaded(**arguments).logits, expected)
+
+
+def gradients_of(model: nn.Module, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**arguments, labels=arguments["input_ids"]).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.parametrize("drop", [True, False])
