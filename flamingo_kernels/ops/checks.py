@@ -133,7 +133,7 @@ def media_cross_attention(
     _require_shape(op, "v", v, k.shape, "k")
     require_spans(op, spans, batch, tokens, "q", q)
     segments = spans.segments
-    if segments is not None and segments[1:] != (media, kv_heads):
+    if segments is not None and (segments.media, segments.kv_heads) != (media, kv_heads):
         raise ValueError(
             f"{op}: spans are planned for I={segments.media}, Hkv={segments.kv_heads}; k has "
             f"I={media}, Hkv={kv_heads}"

@@ -10,7 +10,7 @@ from flamingo_kernels.ops.latent_attention.api import _LatentAttention
 from reference.attention import latent_attention as oracle
 from testing.budgets import assert_within_budget
 from testing.latent_attention import NAMES, case_terms, doubled, latent_case, plain_pytorch
-from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
+from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, float64_products, gpu
 
 SHAPES = [
     {"latents": 4, "features": 5, "head_dim": 16},
@@ -121,6 +121,7 @@ def test_no_items(device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(HAS_GPU, reason="fp64 is for the interpreter")
+@float64_products
 def test_gradcheck() -> None:
     tensors, lengths = latent_case(torch.float64, latents=3, features=4, head_dim=2, nan=False)
     tensors = [t.requires_grad_() for t in tensors]

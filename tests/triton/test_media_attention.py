@@ -14,7 +14,7 @@ from flamingo_kernels.ops.spans import SegmentTable
 from testing.budgets import assert_within_budget, attention_terms
 from testing.cases import MediaCase, media_case
 from testing.media_attention import NAMES, exact, gradients, plain_pytorch
-from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, gpu
+from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, float64_products, gpu
 
 # latents, head dim, query and key/value heads: tiles full and not, both backwards, grouped queries.
 SHAPES = [
@@ -171,6 +171,7 @@ def test_same_bits_twice(implementation, device: str, dtype: torch.dtype) -> Non
 
 
 @pytest.mark.skipif(HAS_GPU, reason="fp64 is for the interpreter")
+@float64_products
 @pytest.mark.parametrize("attend", ["last", "previous"])
 def test_gradcheck(attend: str) -> None:
     case = media_case(

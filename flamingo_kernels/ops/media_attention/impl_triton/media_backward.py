@@ -165,7 +165,8 @@ def media_backward_kernel(
                 mask=m_row[:, None] & m_d,
             )
     elif item >= 0:
-        m_kv = (m_r & (item < ITEMS) & (begin < end))[:, None] & m_d
+        rows_read = tl.where((item < ITEMS) & (begin < end), R, 0)
+        m_kv = (i_r < rows_read)[:, None] & m_d
         p_k = k.ptr + i_b * k.stride_b + i_h * k.stride_h + o_item * k.stride_i
         p_v = v.ptr + i_b * v.stride_b + i_h * v.stride_h + o_item * v.stride_i
         b_k = tl.load(p_k + o_r * k.stride_r + o_d, mask=m_kv, other=0.0)

@@ -214,7 +214,7 @@ def media_keys_backward_kernel(
     o_r = i_r.to(tl.int64)[:, None]
     o_d = tl.arange(0, BLOCK_D)[None, :]
     m_d = o_d < D
-    m_kv = m_r & (start < stop) & m_d
+    m_kv = (i_r < tl.where(start < stop, R, 0))[:, None] & m_d
     p_k = k.ptr + i_b * k.stride_b + o_item * k.stride_i + i_h * k.stride_h + o_r * k.stride_r
     p_v = v.ptr + i_b * v.stride_b + o_item * v.stride_i + i_h * v.stride_h + o_r * v.stride_r
     b_k = tl.load(p_k + o_d, mask=m_kv, other=0.0)

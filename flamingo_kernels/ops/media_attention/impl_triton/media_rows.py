@@ -176,7 +176,9 @@ def keys_of_step(
     m_row = (b_first <= item) & (item <= b_last)
     m_r = i_r < R
     # No row of the tile sees the item: nothing of it is read, 0 * NaN would be NaN.
-    m_kv = (m_r & (tl.max(m_row.to(tl.int32)) > 0))[:, None] & (o_d < D)
+    # Spread, then compared: the interpreter of Triton 3.9 takes no comparison of scalars as a mask.
+    m_seen = tl.broadcast_to(tl.max(m_row.to(tl.int32)), [BLOCK_R]) > 0
+    m_kv = (m_r & m_seen)[:, None] & (o_d < D)
     o_item = item.to(tl.int64)
     o_r = i_r.to(tl.int64)[:, None]
     p_k = k.ptr + i_b * k.stride_b + i_h * k.stride_h + o_item * k.stride_i + o_r * k.stride_r
