@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint docs aot build native-test lock clean
+.PHONY: demo test test-fast test-versions lint docs aot build native-test lock clean
 
 demo: build
 	$(BIN)/python -m flamingo_kernels demo
@@ -18,6 +18,10 @@ test: build native-test
 
 test-fast: build
 	$(BIN)/python -m pytest -q -m "not slow" --ignore=tests/triton
+
+# Before a release. Needs Python 3.11, git, and 20 GB of disk.
+test-versions: $(STAMP)
+	.ci/versions $(PYTHON) $(BIN)/python
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
