@@ -196,18 +196,55 @@ def test_which_tokens_are_new() -> None:
     assert new(own, language_model("llama")) == [2, 3]
 
 
-def test_saved_with_the_rest_and_loaded_into_a_base_that_lacks_them(tmp_path) -> None:
-    lm = language_model("llama", vocab_size=3)
+@pytest.mark.parametrize("resized_before", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "phi", "gpt_neox"])
+def test_saved_with_the_rest_and_loaded_into_a_base_that_lacks_them(
+    model_type: str, tied: bool, resized_before: bool, tmp_path
+) -> None:
+    """A resize puts other modules in the place of untied output products."""
+    lm = language_model(model_type, vocab_size=3, tie_word_embeddings=tied)
     add_media_tokens(word_tokenizer("a", "cat"), lm)
     model = open_gates(FlamingoModel.from_backbones(16, lm)).eval()
     with torch.no_grad():
-        model.new_tokens.embedding += 1
+        for rows in model.new_tokens.parameters():
+            rows += 1
+    ids, images = torch.tensor([[1, 4, 2, 3]]), torch.randn(1, 1, 1, 5, 16)
+    expected = model(ids, images, labels=ids)
+    model.save_pretrained(tmp_path)
+    base = language_model(model_type, vocab_size=3, tie_word_embeddings=tied)
+    if resized_before:
+        add_media_tokens(word_tokenizer("a", "cat"), base)
+    loaded = FlamingoModel.from_pretrained(tmp_path, language_model=base).eval()
+    assert torch.equal(loaded(ids, images).logits, expected.logits)
+    said = [one.generate(ids[:, :2], images, max_new_tokens=4) for one in (model, loaded)]
+    assert torch.equal(*said)
+    losses_of = [one(ids, images, labels=ids, return_logits=False).loss for one in (model, loaded)]
+    assert torch.equal(*losses_of)
+    losses_of[1].backward()
+    for name, rows in loaded.new_tokens.named_parameters():
+        assert rows.grad.abs().max() > 0, name
+    hooks = len(base.get_output_embeddings()._forward_hooks)
+    loaded.unwrap()
+    assert hooks and not base.get_output_embeddings()._forward_hooks
+
+
+def test_a_resize_after_wrapping_keeps_the_rows(tmp_path) -> None:
+    lm = language_model("llama", tie_word_embeddings=False).double()
+    model = flamingo(lm).eval()
+    move_rows(model)
+    expected = model(IDS, ENCODED).logits
+    lm.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
+    assert_close_to_reference(model(IDS, ENCODED).logits[..., :VOCAB], expected, torch.float64)
+
+
+def test_a_whole_model_and_another_base(tmp_path) -> None:
+    lm = language_model("llama", vocab_size=3)
+    add_media_tokens(word_tokenizer("a", "cat"), lm)
+    model = open_gates(FlamingoModel.from_backbones(16, lm)).eval()
     ids, images = torch.tensor([[1, 4, 2, 3]]), torch.randn(1, 1, 1, 5, 16)
     expected = model(ids, images).logits
     model.save_pretrained(tmp_path)
-    base = language_model("llama", vocab_size=3)
-    loaded = FlamingoModel.from_pretrained(tmp_path, language_model=base).eval()
-    assert torch.equal(loaded(ids, images).logits, expected)
     with pytest.raises(ValueError, match=r"has 2 embeddings, .* with 6: call add_media_tokens"):
         wrong = language_model("llama", vocab_size=2, pad_token_id=None)
         FlamingoModel.from_pretrained(tmp_path, language_model=wrong)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,19 +88,9 @@ class HuggingFaceLanguageModel(nn.Module):
         whole = ModelHooks(self._owner, self._check_states)
         self._handles.append(inner.register_forward_pre_hook(whole.before, with_kwargs=True))
         self._handles.append(inner.register_forward_hook(whole.after, with_kwargs=True))
-        rows = NewTokenHooks(self._owner)
-        embedding, head = _input_embeddings(inner), inner.get_output_embeddings()
-        if embedding is not None:
-            self._handles.append(
-                embedding.register_forward_hook(rows.after_embedding, prepend=True)
-            )
-        self._handles.append(head.register_forward_hook(rows.after_head, prepend=True))
-        hooks = HeadHooks(self._owner)
-        # False once it is known that something else follows the output product.
-        self._head_is_last = type(head) is nn.Linear
-        if self._head_is_last:
-            self._handles.append(head.register_forward_pre_hook(hooks.before))
-            self._handles.append(head.register_forward_hook(hooks.after))
+        self._ends: tuple[nn.Module | None, ...] = ()
+        self._end_handles: list[Any] = []
+        self._hook_ends()
 
     @classmethod
     def from_config(cls, config: HuggingFaceLanguageConfig) -> HuggingFaceLanguageModel:
@@ -172,6 +163,7 @@ class HuggingFaceLanguageModel(nn.Module):
         new_tokens: NewTokenRows | None = None,
     ) -> LanguageModelOutput:
         check_inputs(input_ids, attention_mask, cache)
+        self._hook_ends()
         held = 0 if cache is None else cache.length
         options: dict[str, Any] = {"use_cache": use_cache or cache is not None}
         if cache is not None:
@@ -279,6 +271,7 @@ class HuggingFaceLanguageModel(nn.Module):
             As ``forward``, and what the ``generate`` of transformers raises.
         """
         self._check_can_run_hooks()
+        self._hook_ends()
         with_beams = options.get("num_beams", 1) > 1
         call = Call(
             self._owner, None, before_blocks_of, new_tokens=new_tokens, with_beams=with_beams
@@ -292,7 +285,37 @@ class HuggingFaceLanguageModel(nn.Module):
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._unhook_ends()
         return self.model
+
+    def _hook_ends(self) -> None:
+        """Hook the input embeddings and the output product, which a resize replaces.
+
+        Nothing is hooked after :meth:`unwrap`.
+        """
+        if not self._handles:
+            return
+        embedding, head = ends = _input_embeddings(self._inner), self._inner.get_output_embeddings()
+        if len(self._ends) == 2 and all(map(operator.is_, ends, self._ends)):
+            return
+        self._unhook_ends()
+        self._ends = ends
+        rows, product = NewTokenHooks(self._owner), HeadHooks(self._owner)
+        if embedding is not None:
+            self._end_handles.append(
+                embedding.register_forward_hook(rows.after_embedding, prepend=True)
+            )
+        self._end_handles.append(head.register_forward_hook(rows.after_head, prepend=True))
+        # False once it is known that something else follows the output product.
+        self._head_is_last = type(head) is nn.Linear
+        if self._head_is_last:
+            self._end_handles.append(head.register_forward_pre_hook(product.before))
+            self._end_handles.append(head.register_forward_hook(product.after))
+
+    def _unhook_ends(self) -> None:
+        for handle in self._end_handles:
+            handle.remove()
+        self._end_handles, self._ends = [], ()
 
     def _gives_its_product(self) -> bool:
         """Whether the output product is a plain one, as far as is known the last step.
