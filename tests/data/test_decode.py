@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packaging.version import Version
 
 from flamingo_kernels.data.decode import FORMATS
 from flamingo_kernels.data.formats import SkipRecordError
@@ -16,6 +17,7 @@ from flamingo_kernels.data.images import load_frames, load_image
 from flamingo_kernels.data.shards import read_shard
 from testing.shard_files import builder, picture_bytes, write_lines, write_tar
 
+PIL = pytest.importorskip("PIL")
 Image = pytest.importorskip("PIL.Image")
 
 EPS = (
@@ -142,6 +144,8 @@ def test_exif_that_cannot_be_read_turns_nothing(form: str, exif: bytes) -> None:
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("form", ["MPO", "TIFF"])
 def test_the_first_of_several_pictures(form: str, damaged: bool, frames: int) -> None:
+    if form == "MPO" and Version(PIL.__version__) < Version("11.3"):
+        pytest.skip("before 11.3, Pillow writes MPO files that nothing reads")
     more = [Image.new("RGB", (16, 12), (0, 250, 0)) for _ in range(2)]
     data = bytearray(oriented(form, None, save_all=True, append_images=more))
     if damaged and form == "MPO":

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import Tensor
 
 from flamingo_kernels import FlamingoModel
@@ -17,6 +18,10 @@ transformers = pytest.importorskip("transformers")
 FORGETFUL = "jamba"  # transformers starts its states anew for several tokens
 BY_LIST = "minimax"  # its states are no part of the layers, and do not follow beams
 STATELESS_CACHE = "recurrent_gemma"  # it keeps its states in itself
+hybrids_go_on = pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.16"),
+    reason="this transformers forgets the states of hybrids, which are refused",
+)
 GOES_ON = [name for name in HYBRID_OPTIONS if name not in (FORGETFUL, STATELESS_CACHE)]
 
 
@@ -44,6 +49,7 @@ def _no_graph():
         yield
 
 
+@hybrids_go_on
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("model_type", GOES_ON)
 def test_pieces_and_copies_equal_one_shot(model_type: str, masked: bool) -> None:
@@ -90,6 +96,7 @@ def test_beams_equal_those_without_a_cache(model_type: str) -> None:
     assert torch.equal(model.generate(**turn(0), **options), expected)
 
 
+@hybrids_go_on
 @pytest.mark.parametrize("model_type", GOES_ON)
 def test_turns_equal_one_text(model_type: str) -> None:
     model, first, second = flamingo(model_type), turn(0), turn(1)
@@ -108,7 +115,7 @@ def test_a_model_that_forgets_its_states_is_refused(how: str) -> None:
     model = flamingo(FORGETFUL)
     cache = model(**turn(0), use_cache=True).cache
     before = copy.deepcopy(cache.language.past_key_values)
-    with pytest.raises(RuntimeError, match=r"Jamba\w+ forgets its recurrent_states when it reads"):
+    with pytest.raises(RuntimeError, match=r"Jamba\w+ forgets its (conv|recurrent)_states when"):
         if how == "forward":
             model(**turn(1), cache=cache)
         elif how == "generate":
@@ -120,6 +127,7 @@ def test_a_model_that_forgets_its_states_is_refused(how: str) -> None:
     model.generate(**turn(1), max_new_tokens=2)
 
 
+@hybrids_go_on
 def test_padding_before_more_text_is_refused() -> None:
     model, options = flamingo("granitemoehybrid"), {"max_new_tokens": 4, "return_cache": True}
     said, _ = model.generate(**turn(0), stop_token_ids=[], **options)
@@ -136,6 +144,7 @@ def test_padding_before_more_text_is_refused() -> None:
     )
 
 
+@hybrids_go_on
 def test_answers_of_several_lengths_are_scored() -> None:
     """Padding at the end of an answer goes into states that nothing reads."""
     model, given = flamingo("granitemoehybrid"), turn(0)
@@ -153,7 +162,7 @@ def test_states_in_the_model_cannot_follow_beams() -> None:
     assert torch.equal(model.generate(**turn(0), max_new_tokens=4), expected)
     with pytest.raises(RuntimeError, match="keeps its recurrent_states in itself and not in its c"):
         model.generate(**turn(0), num_beams=2)
-    with pytest.raises(RuntimeError, match="returns no past_key_values: use it with use_cache=Fal"):
+    with pytest.raises(RuntimeError, match=r"returns no \w+: use it with use_cache=False"):
         model(**turn(0), use_cache=True)
 
 

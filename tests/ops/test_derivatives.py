@@ -114,6 +114,9 @@ def test_compiled_kernels_refuse_tangents_and_transforms(name: str, kernel: str)
         jvp(function, tuple(plain), tuple(plain))
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.8", reason="torch 2.7 reads no values of tensors inside torch.func"
+)
 def test_a_model_in_forward_mode() -> None:
     model = make_model().double()
     arguments = {

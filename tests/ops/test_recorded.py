@@ -115,9 +115,12 @@ def test_compiled_transforms(op: str, kernel: str) -> None:
     compiled = torch.compile(lambda x: grad(function)(x), backend="aot_eager")
     assert_gradients_close({"x": compiled(x)}, {"x": expected}, torch.float32)
     tangent = torch.compile(lambda x: jvp(function, (x,), (x,))[1], backend="aot_eager")
-    if KERNELS == ["torch"] or kernel == "torch":
-        terms = float((expected * x).abs().max())
-        assert_close_to_reference(tangent(x), (expected * x).sum(), x.dtype, terms=terms)
+    try:
+        result = tangent(x)
+    except RuntimeError as error:
+        # torch 2.15 leaves it to the operators, as outside a compiled function; 2.13 does not.
+        assert kernel == "auto" and KERNELS != ["torch"], error
+        assert "has no forward-mode derivative" in str(error)
     else:
-        with pytest.raises(RuntimeError, match="has no forward-mode derivative"):
-            tangent(x)
+        terms = float((expected * x).abs().max())
+        assert_close_to_reference(result, (expected * x).sum(), x.dtype, terms=terms)
