@@ -1,11 +1,13 @@
-"""Bounds on what a configuration from a file makes a program build."""
+"""Bounds on what a program reads of a configuration, and builds as it says."""
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from os import PathLike
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +19,29 @@ from flamingo_kernels.fields import is_integer
 _MORE_TENSORS = 1000
 _MORE_VALUES = 2**28
 _COUNTS = re.compile("layer|depth|block", re.IGNORECASE)
+
+
+def read_json(path: str | PathLike, largest: int = 2**26) -> dict[str, Any]:
+    """Return the object in a JSON file.
+
+    Raises
+    ------
+    OSError
+        The file cannot be read.
+    ValueError
+        It holds something else, or has more than ``largest`` bytes; the message names the file.
+    """
+    with open(path, "rb") as file:
+        data = file.read(largest + 1)
+    if len(data) > largest:
+        raise ValueError(f"{path} has more than {largest} bytes")
+    try:
+        values = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return values
 
 
 class TooLargeError(ValueError):

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from safetensors import safe_open
 from torch import nn
 
-from flamingo_kernels.bounds import bounded_building, check_counts
+from flamingo_kernels.bounds import bounded_building, check_counts, read_json
 
 # What a configuration of transformers writes about itself and its weights, and labels of
 # classifiers.
@@ -112,7 +112,7 @@ def _check_folder(folder: Path) -> int:
         with safe_open(file, "pt") as stored:
             tensors += len(stored.keys())
     if (folder / _CONFIG_FILE).is_file():
-        values = json.loads((folder / _CONFIG_FILE).read_bytes())
+        values = read_json(folder / _CONFIG_FILE)
         _check_implementations(_CONFIG_FILE, values)
         check_counts(values, tensors, str(folder))
     return tensors

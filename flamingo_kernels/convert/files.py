@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
 import warnings
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from flamingo_kernels.bounds import read_json
 
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = "model.safetensors"
@@ -68,17 +68,6 @@ def read_tensors(source: str | PathLike | Mapping[str, Tensor]) -> dict[str, Ten
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, not tensors by name")
     return _state(loaded, str(path))
-
-
-def read_json(path: str | PathLike) -> dict[str, Any]:
-    """Return the object in a JSON file; ValueError, naming the file, if it holds none."""
-    try:
-        values = json.loads(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not a {type(values).__name__}")
-    return values
 
 
 def _state(loaded: Mapping, what: str) -> dict[str, Tensor]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import nn
 
-from flamingo_kernels.bounds import check_counts
-from flamingo_kernels.convert.files import read_json, read_tensors
+from flamingo_kernels.bounds import check_counts, read_json
+from flamingo_kernels.convert.files import read_tensors
 from flamingo_kernels.convert.table import Rule, convert, load_into
 from flamingo_kernels.language import HuggingFaceLanguageConfig
 from flamingo_kernels.model import (

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from flamingo_kernels.bounds import read_json
 from flamingo_kernels.fields import is_integer, is_number
 from flamingo_kernels.vision.protocol import Channels
 
@@ -126,7 +126,7 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     for name, part in _FILES:
         file = folder / name
         if file.is_file():
-            values: Any = _read_object(file)
+            values: Any = read_json(file, _LARGEST_FILE)
             if part is not None:
                 values = values.get(part)
             if isinstance(values, dict):
@@ -135,20 +135,6 @@ def read_preprocessing(folder: Path) -> Preprocessing:
                 except (ArithmeticError, TypeError, ValueError) as error:
                     raise ValueError(f"{file}: {error}") from error
     return Preprocessing()
-
-
-def _read_object(file: Path) -> dict[str, Any]:
-    with file.open("rb") as opened:
-        contents = opened.read(_LARGEST_FILE + 1)
-    if len(contents) > _LARGEST_FILE:
-        raise ValueError(f"{file} has more than {_LARGEST_FILE} bytes")
-    try:
-        values = json.loads(contents)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold a JSON object, not a {type(values).__name__}")
-    return values
 
 
 def _statistics(values: dict[str, Any]) -> PixelStatistics | None:
