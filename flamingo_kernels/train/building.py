@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-
 from flamingo_kernels.language.media_tokens import add_media_tokens, has_media_tokens
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
 from flamingo_kernels.train.config import ModelSection
 from flamingo_kernels.transformers_models import read_folder
+from flamingo_kernels.vision import read_vision_encoder
 
 
 class Built(NamedTuple):
-    """A model, and the tokenizer of transformers that belongs to it (None: its text is bytes)."""
+    """A model, and the tokenizer of transformers that the section names, or None."""
 
     model: FlamingoModel
     tokenizer: Any | None
@@ -30,8 +29,11 @@ def build(section: ModelSection) -> Built:
     FileNotFoundError, ImportError, ValueError
         The section names no whole model, or a folder that cannot be read.
     """
-    vision = _read("AutoModel", section.vision_encoder)
-    language = _read("AutoModelForCausalLM", section.language_model)
+    vision = language = None
+    if section.vision_encoder is not None:
+        vision = read_vision_encoder(section.vision_encoder)
+    if section.language_model is not None:
+        language = read_folder("AutoModelForCausalLM", Path(section.language_model))
     config = None if section.config is None else FlamingoConfig.from_name_or_file(section.config)
     if section.pretrained is not None:
         model = FlamingoModel.from_pretrained(
@@ -51,14 +53,9 @@ def build(section: ModelSection) -> Built:
     return Built(model, tokenizer or _tokenizer(section, model.config))
 
 
-def _read(auto_class: str, folder: str | None) -> nn.Module | None:
-    return None if folder is None else read_folder(auto_class, Path(folder))
-
-
 def _tokenizer(section: ModelSection, config: FlamingoConfig) -> Any | None:
-    """Return the tokenizer that the section names, checked against ``config``."""
-    if config.uses_byte_tokenizer:
+    """Return the tokenizer that the section names; None if there is none, or text is bytes."""
+    folder = section.tokenizer_folder
+    if config.uses_byte_tokenizer or folder is None:
         return None
-    if section.tokenizer_folder is None:
-        raise ValueError("model.tokenizer is missing: this language model needs one")
-    return read_folder("AutoTokenizer", section.tokenizer_folder)
+    return read_folder("AutoTokenizer", folder)

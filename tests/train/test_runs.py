@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,34 @@ def test_from_training_to_text(base: str, values, tmp_path: Path, capsys) -> Non
         "config",
         "pretrained",
     )
+
+
+def test_a_checkpoint_without_its_state_is_not_passed_over(values, tmp_path, capsys) -> None:
+    config = write(values, tmp_path)
+    assert main(["train", str(config)]) == 0
+    (tmp_path / "out" / "step_00000003" / "state.json").unlink()
+    commands = (["train", str(config)], ["export", str(tmp_path / "out"), str(tmp_path / "m")])
+    for command in commands:
+        assert main(command) == 1
+        assert "cannot read the checkpoint" in (told := capsys.readouterr().err)
+        assert "step_00000003: state.json: it is missing; copy the folder again" in told
+    shutil.rmtree(tmp_path / "out" / "step_00000003")
+    assert main(commands[0]) == 0
+    assert "continuing after step 2" in capsys.readouterr().err
+
+
+def test_training_prepares_pixels_as_the_folder_of_the_encoder_says(values, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    folders = {"language_model": str(tmp_path / "lm"), "vision_encoder": str(tmp_path / "clip")}
+    write_language_model(folders["language_model"])
+    write_vision_encoder(folders["vision_encoder"])
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps(said))
+    values["model"] = folders
+    assert main(["train", str(write(values, tmp_path))]) == 0
+    assert main(["export", str(tmp_path / "out"), str(tmp_path / "model")]) == 0
+    encoder = FlamingoModel.from_pretrained(tmp_path / "model").vision_encoder
+    assert [encoder.image_mean, encoder.image_std] == [(0.1, 0.2, 0.3), (0.4, 0.5, 0.6)]
 
 
 def test_another_base_model_cannot_be_exported_whole(values, tmp_path: Path, capsys) -> None:
