@@ -25,6 +25,7 @@ from flamingo_kernels.train.checkpoints.folder import (
     STATE_FILE,
     is_sharded,
     list_checkpoints,
+    newest_checkpoint,
     step_of,
     unreadable,
 )
@@ -139,10 +140,10 @@ class Trainer:
         ValueError
             The checkpoint is damaged, of another base model, or of settings that cannot change.
         """
-        found = list_checkpoints(self.output)
-        if not found:
+        newest = newest_checkpoint(self.output)
+        if newest is None:
             return False
-        self._restore(found[-1])
+        self._restore(newest)
         return True
 
     def _restore(self, folder: Path) -> None:
@@ -300,7 +301,7 @@ class Trainer:
                     log.show(self.step_number)
                 tokens += report.pop("tokens")
                 images += report.pop("images")
-                stopping = any(distributed.gather(self.stopped))
+                stopping = distributed.sum_over_ranks([self.stopped], self.device)[0] > 0
                 last = stopping or self.step_number == self.config.steps
                 if last or self.step_number % self.config.log_every == 0:
                     seconds = time.perf_counter() - started

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -15,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from flamingo_kernels import FlamingoModel
 from testing.budgets import assert_gradients_close
+from testing.processes import join_group
 from testing.tiny_model import TINY, make_model
 
 
@@ -53,14 +53,7 @@ def test_every_parameter_has_a_gradient_without_images(use_reentrant, kernel: st
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+    join_group(rank, folder)
     model = make_model().train()
     parallel = DistributedDataParallel(model)
     for step in range(3):

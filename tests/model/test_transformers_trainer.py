@@ -76,7 +76,8 @@ def test_transformers_trainer(cls: type, options: dict, tmp_path: Path) -> None:
     assert all(map(torch.equal, trained(resumed).values(), trained(run).values()))
     if cls is not FlamingoTrainer:
         return
-    parts = {"vision_encoder": clip(), "language_model": language_model("llama")}
+    base = language_model("llama", tie_word_embeddings=True)
+    parts = {"vision_encoder": clip(), "language_model": base}
     loaded = FlamingoModel.from_pretrained(tmp_path / "checkpoint-4", **parts)
     assert all(map(torch.equal, loaded.trainable_parameters().values(), trained(run).values()))
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in run.eval_dataset]

@@ -185,9 +185,6 @@ def test_damaged_checkpoints_are_refused(name: str, values) -> None:
     with pytest.raises(ValueError, match=rf"cannot read the checkpoint .*step_00000001: {name}: "):
         make_trainer(values).resume()
     file.unlink()
-    if name == "state.json":
-        assert not make_trainer(values).resume()  # it is no checkpoint
-        return
     with pytest.raises(ValueError, match=rf"cannot read the checkpoint .*step_00000001: {name}: "):
         make_trainer(values).resume()
 

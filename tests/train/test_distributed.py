@@ -10,7 +10,6 @@ import errno
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -39,6 +38,7 @@ from flamingo_kernels.train.memory_estimate import shard_sizes
 from flamingo_kernels.vision import build_vision_encoder
 from testing.backbones import language_model
 from testing.budgets import assert_close_to_reference
+from testing.processes import join_group
 from testing.tiny_model import TINY, open_gates_of
 
 STEPS = 2
@@ -140,14 +140,7 @@ def gradients(trainer: Trainer) -> dict[str, torch.Tensor]:
 
 def run_rank(rank: int, folder: str, case: Case) -> None:
     """Run one of the two processes."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+    join_group(rank, folder)
     train_save_resume(rank, folder, case)
     distributed.stop()
     # The system lists a thread for a moment after it has been joined.

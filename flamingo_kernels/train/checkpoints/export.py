@@ -14,7 +14,7 @@ from flamingo_kernels.train.building import build
 from flamingo_kernels.train.checkpoints.folder import (
     STATE_FILE,
     is_sharded,
-    list_checkpoints,
+    newest_checkpoint,
     unreadable,
 )
 from flamingo_kernels.train.checkpoints.state import check_base_model, fingerprints, read_state
@@ -48,10 +48,9 @@ def export(folder: Path, output: Path, *, trained_only: bool = False) -> Path:
     OSError
         A file could not be written.
     """
-    found = [folder] if (folder / STATE_FILE).is_file() else list_checkpoints(folder)
-    if not found:
+    checkpoint = folder if (folder / STATE_FILE).is_file() else newest_checkpoint(folder)
+    if checkpoint is None:
         raise FileNotFoundError(f"no checkpoint of a training run in {folder}")
-    checkpoint = found[-1]
     state = read_state(checkpoint)
     config, tensors = _trained(checkpoint)
     if trained_only:

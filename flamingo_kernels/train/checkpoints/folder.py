@@ -28,6 +28,22 @@ def list_checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def newest_checkpoint(output: Path) -> Path | None:
+    """Return the newest checkpoint; None if there is none.
+
+    Raises
+    ------
+    ValueError
+        Its ``state.json`` is missing, as after a copy that was cut off. What it holds is not passed
+        over in silence.
+    """
+    folders = [path for path in output.glob("step_*") if _FOLDER.fullmatch(path.name)]
+    newest = max((path for path in folders if any(path.iterdir())), key=step_of, default=None)
+    if newest is not None and not (newest / STATE_FILE).is_file():
+        raise unreadable(newest, f"{STATE_FILE}: it is missing; copy the folder again, or remove it")
+    return newest
+
+
 def step_of(folder: Path) -> int:
     """Return the step in the name of a checkpoint's folder."""
     return int(folder.name.removeprefix("step_"))
