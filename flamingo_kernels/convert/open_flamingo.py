@@ -294,8 +294,7 @@ def _config(tensors: Mapping[str, Tensor], base: FlamingoConfig) -> FlamingoConf
         num_latents=num_latents,
         max_num_frames=_shape(tensors, frames, 2)[0] if frames in tensors else None,
     )
-    new = base.new_token_ids or tuple(sorted({base.image_token_id, base.end_of_chunk_token_id}))
-    return dataclasses.replace(base, name="open-flamingo", new_token_ids=new, **parts)
+    return dataclasses.replace(base, name="open-flamingo", **parts)
 
 
 def _released_config(tensors: Mapping[str, Tensor]) -> FlamingoConfig:

@@ -55,8 +55,10 @@ class ByteTokenizer:
             The text has no UTF-8 form (lone surrogates).
         """
         ids = [self.bos_token_id] if add_bos else []
-        for part in (text,) if split_special_tokens else _SPECIAL_PATTERN.split(text):
-            if part in _SPECIAL_TOKENS and not split_special_tokens:
+        if split_special_tokens:
+            return [*ids, *text.encode("utf-8")]
+        for part in _SPECIAL_PATTERN.split(text):
+            if part in _SPECIAL_TOKENS:
                 ids.append(_SPECIAL_TOKENS[part])
             else:
                 ids.extend(part.encode("utf-8"))

@@ -81,9 +81,9 @@ def add_media_tokens(
     )
     if language_model is not None:
         rows = language_model.get_input_embeddings().weight.shape[0]
-        ids = {name: tokenizer.convert_tokens_to_ids(name) for name in names}
         known = getattr(language_model.config, NEW_TOKEN_IDS, ())
-        new_ids = {i for name, i in ids.items() if name in new or i >= rows or i in known}
+        ids = zip(names, (tokens.end_of_chunk_token_id, tokens.image_token_id), strict=True)
+        new_ids = {i for name, i in ids if name in new or i >= rows or i in known}
         setattr(language_model.config, NEW_TOKEN_IDS, sorted(new_ids))
         resize_embeddings(language_model, max(rows, len(tokenizer)))
         language_model.config.image_token_id = tokens.image_token_id

@@ -9,14 +9,22 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flamingo_kernels.bare_modules import is_plain_tensor
+
+
+class TokenRows(NamedTuple):
+    """Ids int64 [R]; rows of input embeddings and product [R, dim]; bias [R] of it, or None."""
+
+    token_ids: Tensor
+    embedding: Tensor
+    head: Tensor
+    head_bias: Tensor | None
 
 
 class NewTokenRows(nn.Module):
@@ -57,8 +65,8 @@ class NewTokenRows(nn.Module):
         if not isinstance(embedding, nn.Embedding):
             raise ValueError(
                 f"cannot train the rows of new tokens {list(token_ids)}: the input embeddings are "
-                f"{type(embedding).__name__}, not nn.Embedding; leave the rows frozen with "
-                "config.new_token_ids=()"
+                f"{type(embedding).__name__}, not nn.Embedding; leave these rows to it with "
+                "new_token_ids = [] in the language model's config"
             )
         ids = torch.tensor(token_ids, dtype=torch.int64)
         rows = _first_value(embedding, "weight", ids)
@@ -72,12 +80,18 @@ class NewTokenRows(nn.Module):
         if getattr(head, "bias", None) is not None:
             self.head_bias = nn.Parameter(_first_value(head, "bias", ids))
 
+    def forward(self) -> TokenRows:
+        """Return the rows. Offloading and sharding bring parameters with the call of a module."""
+        head = self.embedding if self.head is None else self.head
+        return TokenRows(self.token_ids, self.embedding, head, self.head_bias)
+
     def embed(self, embedding: nn.Module, input_ids: Tensor, embedded: Tensor) -> Tensor:
         """Replace rows in the output [B, T, dim] of the input embeddings for ``input_ids``."""
-        chosen = input_ids[..., None] == self.token_ids
+        rows, dtype = self(), embedded.dtype
+        chosen = input_ids[..., None] == rows.token_ids
         # A product and no lookup: the gradient is a sum in a fixed order.
-        rows = chosen.to(embedded.dtype) @ self._embedded(_base_layer(embedding), embedded.dtype)
-        return torch.where(chosen.any(-1, keepdim=True), rows, embedded)
+        new = chosen.to(dtype) @ _embedded(_base_layer(embedding), rows.embedding.to(dtype))
+        return torch.where(chosen.any(-1, keepdim=True), new, embedded)
 
     def correct(self, head: nn.Module, hidden: Tensor, logits: Tensor) -> Tensor:
         """Replace the logits of the tokens in the output [..., V] of the product ``head``.
@@ -85,37 +99,34 @@ class NewTokenRows(nn.Module):
         ``hidden`` is its input [..., dim]. What is added to the product (LoRA) stays.
         """
         head = _base_layer(head)
-        return self.correct_product(hidden, logits, head.weight, getattr(head, "bias", None))
+        return self.correct_product(hidden, logits, _frozen(head, "weight"), _frozen(head, "bias"))
 
     def correct_product(
         self, hidden: Tensor, logits: Tensor, weight: Tensor, bias: Tensor | None
     ) -> Tensor:
         """Do as :meth:`correct`, for ``logits`` of ``weight`` [V, dim] and ``bias`` [V]."""
-        rows, own_bias = self.output_rows(hidden.dtype)
+        ids, _, rows, own_bias = self()
+        rows = rows.to(hidden.dtype)
+        own_bias = None if own_bias is None else own_bias.to(hidden.dtype)
         old: Tensor | float = 0.0
-        if is_plain_tensor(weight) and weight.device == hidden.device:  # not offloaded
+        if is_plain_tensor(weight):
             # The difference of the rows, so that the product keeps its bits where there is none.
-            old = logits[..., self.token_ids]
-            rows = rows - weight[self.token_ids].to(rows.dtype)
+            old = logits[..., ids]
+            rows = rows - weight[ids.to(weight.device)].to(rows)
             if own_bias is not None and bias is not None:
-                own_bias = own_bias - bias[self.token_ids].to(own_bias.dtype)
+                own_bias = own_bias - bias[ids.to(bias.device)].to(own_bias)
         new = F.linear(hidden, rows, own_bias) + old
-        return logits.index_copy(-1, self.token_ids, new.to(logits.dtype))
+        return logits.index_copy(-1, ids, new.to(logits.dtype))
 
-    def output_rows(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """Return weight [R, dim] and bias [R] (or None) of the output product, in ``dtype``."""
-        weight = self.embedding if self.head is None else self.head
-        return weight.to(dtype), None if self.head_bias is None else self.head_bias.to(dtype)
 
-    def _embedded(self, embedding: nn.Module, dtype: torch.dtype) -> Tensor:
-        """Return [R, dim], what ``embedding`` would give if it held these rows.
+def _embedded(embedding: nn.Module, rows: Tensor) -> Tensor:
+    """Return [R, dim], what ``embedding`` would give if it held ``rows`` [R, dim].
 
-        Some kinds scale or normalise them (Gemma).
-        """
-        twin = copy.copy(embedding)
-        vars(twin).update(_parameters={"weight": self.embedding.to(dtype)}, padding_idx=None)
-        rows = torch.arange(len(self.token_ids), device=self.token_ids.device)
-        return type(embedding).forward(twin, rows)
+    Some kinds scale or normalise them (Gemma).
+    """
+    twin = copy.copy(embedding)
+    vars(twin).update(_parameters={"weight": rows}, padding_idx=None)
+    return type(embedding).forward(twin, torch.arange(len(rows), device=rows.device))
 
 
 def _base_layer(module: nn.Module | None) -> Any:
@@ -123,27 +134,29 @@ def _base_layer(module: nn.Module | None) -> Any:
     return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
+def _frozen(module: nn.Module, name: str) -> Any:
+    """Return a tensor of ``module``, or None; also what accelerate has offloaded (cpu, disk)."""
+    tensor = getattr(module, name, None)
+    hook = getattr(module, "_hf_hook", None)
+    if tensor is None or not tensor.is_meta:
+        return tensor
+    for part in (hook, *getattr(hook, "hooks", ())):  # one hook, or a sequence
+        if (offloaded := getattr(part, "weights_map", None)) is not None:
+            return offloaded[name]
+    return tensor
+
+
 @torch.no_grad()
 def _first_value(module: nn.Module, name: str, ids: Tensor) -> Tensor:
     """Return rows ``ids`` of a tensor of ``module``, as numbers in at least float32."""
-    with _loaded(module):
-        tensor = getattr(module, name)
-        if not is_plain_tensor(tensor):
-            tensor = tensor.dequantize()
-        if not tensor.is_floating_point():
-            raise ValueError(
-                f"cannot train the rows of new tokens {ids.tolist()}: the {name} of a "
-                f"{type(module).__name__} is {tensor.dtype}; keep this layer in floating point, or "
-                "leave the rows frozen with config.new_token_ids=()"
-            )
-        rows = tensor[ids.to(tensor.device)]
-        return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)
-
-
-def _loaded(module: nn.Module) -> AbstractContextManager:
-    """Load what accelerate has offloaded of ``module``."""
-    if not hasattr(module, "_hf_hook"):
-        return nullcontext()
-    from accelerate.utils import align_module_device
-
-    return align_module_device(module)
+    tensor = _frozen(module, name)
+    if not is_plain_tensor(tensor):
+        tensor = tensor.dequantize()
+    if not tensor.is_floating_point():
+        raise ValueError(
+            f"cannot train the rows of new tokens {ids.tolist()}: the {name} of a "
+            f"{type(module).__name__} is {tensor.dtype}; keep this layer in floating point, or "
+            "leave the rows frozen with config.new_token_ids=()"
+        )
+    rows = tensor[ids.to(tensor.device)]
+    return rows.to(torch.promote_types(rows.dtype, torch.float32), copy=True)

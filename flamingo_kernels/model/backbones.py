@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -106,9 +107,31 @@ def default_config(vision_encoder: nn.Module, language_model: nn.Module) -> Flam
         language=language_model.config,
         resampler=ResamplerConfig(dim=dim, **_heads(dim)),
         cross_attention=CrossAttentionConfig(every=1, **_heads(language_model.dim)),
-        new_token_ids=tuple(getattr(inner, NEW_TOKEN_IDS, ())),
+        new_token_ids=_new_token_ids(inner, ids, language_model),
         **ids,
     )
+
+
+def _new_token_ids(
+    inner: Any, ids: Mapping[str, int | None], language_model: nn.Module
+) -> tuple[int, ...]:
+    """Return the tokens whose rows are trained.
+
+    ``add_media_tokens`` lists them. Where the ids were set by hand, they are the media tokens that
+    are no other token of the model.
+    """
+    listed = getattr(inner, NEW_TOKEN_IDS, None)
+    if listed is not None:
+        return tuple(listed)
+    if not hasattr(language_model, "new_token_rows"):
+        return ()
+    others = {
+        ids["bos_token_id"],
+        ids["pad_token_id"],
+        *getattr(language_model, "eos_token_ids", ()),
+    }
+    media = {ids["end_of_chunk_token_id"], ids["image_token_id"]}
+    return tuple(sorted(media - others))
 
 
 def _heads(dim: int) -> dict[str, int]:

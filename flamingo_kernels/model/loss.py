@@ -106,7 +106,7 @@ def _losses_with_new_tokens(
     its logit, is the log of the sum over all that are left.
     """
     precision = accumulator(hidden.dtype)
-    ids = new_tokens.token_ids
+    ids, _, rows, own_bias = new_tokens()
     left = new_tokens.another_token
     is_new = targets[:, None] == ids
     among_left = targets.masked_fill(is_new.any(1), left)
@@ -114,7 +114,8 @@ def _losses_with_new_tokens(
     without = without.index_fill(0, ids, -math.inf)
     logit = (hidden * weight[among_left]).sum(-1, dtype=precision) + without[among_left]
     rest = _losses_in_chunks(hidden, weight, without, among_left) + logit
-    new = F.linear(hidden, *new_tokens.output_rows(hidden.dtype)).to(precision)
+    own_bias = None if own_bias is None else own_bias.to(hidden.dtype)
+    new = F.linear(hidden, rows.to(hidden.dtype), own_bias).to(precision)
     target = torch.where(is_new.any(1), (new * is_new).sum(-1), logit)
     return torch.logaddexp(rest, new.logsumexp(-1)) - target
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
@@ -111,7 +110,7 @@ class FlamingoNetwork(nn.Module):
         self.vision_encoder = vision_encoder or build_vision_encoder(config.vision)
         if isinstance(vision_encoder, HuggingFaceVisionEncoder):
             recorded = vision_encoder.recorded_in(config.vision)
-            self.config = dataclasses.replace(config, vision=recorded)
+            self.config = replace(config, vision=recorded)
         self.language_model = language_model or build_language_model(config.language)
         self.perceiver = build_resampler(config.resampler, kernel)
         self.gated_cross_attn_layers = nn.ModuleList(
@@ -358,7 +357,8 @@ class FlamingoNetwork(nn.Module):
 
     def _media_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype that media are projected to: that of the layers, or of autocast."""
-        none = encode_media(self.vision_encoder, self.perceiver, None, 0, device)
+        latents = self.perceiver.latents
+        none = latents.new_zeros(0, 0, *latents.shape, device=device)
         return project_media(self.gated_cross_attn_layers[:1], none)[0].key.dtype
 
     def block_hook(self, context: MediaContext, start: int, end: int) -> BlockHook:

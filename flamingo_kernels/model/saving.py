@@ -42,14 +42,9 @@ def save(network: FlamingoNetwork, path: str | PathLike, include_frozen: bool) -
 
 
 def write(tensors: dict[str, Tensor], config: FlamingoConfig, path: str | PathLike) -> None:
-    """Write a checkpoint; a crash leaves either the old file or the new one.
+    """Write a checkpoint; errors are those of ``FlamingoModel.save_pretrained``.
 
-    Raises
-    ------
-    FileExistsError
-        The folder holds weights that are not a checkpoint of this package.
-    OSError
-        The file cannot be written, as on a full disk; nothing is left of it.
+    A crash leaves either the old file or the new one.
     """
     distinct = {name: tensors[name].detach().contiguous() for name in _owners(tensors)}
     metadata = {"format": "pt", CONFIG_KEY: json.dumps(config.to_dict())}

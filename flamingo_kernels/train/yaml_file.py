@@ -98,7 +98,7 @@ def _check_integer(node: ScalarNode) -> None:
 
     # Longer than any integer of 64 bits, in every base that YAML has.
     if len(node.value) > 100 or SafeLoader("").construct_yaml_int(node) not in _INTEGERS:
-        raise _problem(node, f"{shortened(node.value)} is an integer of more than 64 bits")
+        raise _problem(node, f"an integer of more than 64 bits: {shortened(node.value)}")
 
 
 def _problem(node: Node, what: str) -> _RefusedError:

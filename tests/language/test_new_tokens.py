@@ -196,6 +196,21 @@ def test_which_tokens_are_new() -> None:
     assert new(own, language_model("llama")) == [2, 3]
 
 
+def test_ids_that_were_set_by_hand() -> None:
+    """Both media tokens are new, but for one that the model has learned as something else."""
+
+    def trained(**ids: object) -> tuple[int, ...]:
+        lm = language_model("llama")
+        for name, value in ids.items():
+            setattr(lm.config, name, value)
+        return FlamingoModel.from_backbones(16, lm).config.new_token_ids
+
+    assert trained() == NEW
+    assert trained(eos_token_id=[2, END_OF_CHUNK]) == (IMAGE,)
+    assert trained(new_token_ids=[]) == ()
+    assert trained(new_token_ids=[END_OF_CHUNK]) == (END_OF_CHUNK,)
+
+
 @pytest.mark.parametrize("resized_before", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("model_type", ["llama", "phi", "gpt_neox"])
@@ -262,5 +277,5 @@ def test_what_cannot_train_rows_says_so() -> None:
     class Embedding(nn.Module):
         weight = nn.Parameter(torch.zeros(VOCAB, DIM))
 
-    with pytest.raises(ValueError, match=r"are Embedding, not nn\.Embedding; leave the rows"):
+    with pytest.raises(ValueError, match=r"are Embedding, not nn\.Embedding; leave these rows"):
         NewTokenRows(NEW, Embedding(), nn.Linear(DIM, VOCAB))

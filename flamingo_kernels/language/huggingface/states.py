@@ -22,6 +22,7 @@ class StateChecks:
     """Whether a model can go on from a cache of given tokens; what was found once is remembered."""
 
     def __init__(self) -> None:
+        self._has_states: bool | None = None  # None: no cache with tokens has been seen
         self._continues = False
 
     def __call__(
@@ -44,7 +45,10 @@ class StateChecks:
         mask : Tensor or None
             [B, held + T], nonzero at real tokens.
         """
+        if self._has_states is False:
+            return
         states = {attribute for attribute, _ in named_tensors(cache) if attribute in _STATES}
+        self._has_states = bool(states)
         if mask is not None and states.intersection(_FILLED_BY_PADDING):
             _check_padding(model, mask, input_ids.shape[1])
         if states and input_ids.shape[1] > 1 and not self._continues:

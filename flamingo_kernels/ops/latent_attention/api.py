@@ -81,16 +81,16 @@ def _runner(
     chosen, saves = dispatch.choose_for("latent_attention", kernel, *tensors, head_dim=q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "torch":
-        return lambda *inputs: impl_torch.forward(Arguments(*inputs, scale))
+        return lambda *inputs: impl_torch.forward(Arguments(*(*inputs, scale)))
     if saves:
         return lambda *inputs: _LatentAttention.apply(*inputs, scale, chosen)
     if not is_eager(q):
-        return lambda *inputs: operators.forward(*Arguments(*inputs, scale), chosen)[0]
+        return lambda *inputs: operators.forward(*(*inputs, scale, chosen))[0]
     if chosen == "cpp":
         return impl_cpp.bind_forward(tensors, scale)
     from flamingo_kernels.ops.latent_attention import impl_triton
 
-    return lambda *inputs: impl_triton.forward(Arguments(*inputs, scale))[0]
+    return lambda *inputs: impl_triton.forward(Arguments(*(*inputs, scale)))[0]
 
 
 class _LatentAttention(torch.autograd.Function):

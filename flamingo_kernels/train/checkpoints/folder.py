@@ -40,7 +40,7 @@ def newest_checkpoint(output: Path) -> Path | None:
     folders = [path for path in output.glob("step_*") if _FOLDER.fullmatch(path.name)]
     newest = max((path for path in folders if any(path.iterdir())), key=step_of, default=None)
     if newest is not None and not (newest / STATE_FILE).is_file():
-        raise unreadable(newest, f"{STATE_FILE}: it is missing; copy the folder again, or remove it")
+        raise unreadable(newest, f"{STATE_FILE}: it is missing; copy the folder again or remove it")
     return newest
 
 
