@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from flamingo_kernels.fields import (
@@ -165,9 +166,13 @@ class FlamingoConfig:
         """
         return False
 
-    def get_text_config(self) -> FlamingoConfig:
-        """Return this config, which has the ids of the special tokens, as transformers asks."""
-        return self
+    def get_text_config(self) -> SimpleNamespace:
+        """Return a copy of the fields, which hold the ids of the special tokens.
+
+        transformers' Trainer asks for it, and writes the ids of its tokenizer to it where they
+        differ. The model keeps its own.
+        """
+        return SimpleNamespace(**vars(self))
 
     @classmethod
     def from_name(cls, name: str) -> FlamingoConfig:

@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor
 
 from flamingo_kernels import FlamingoModel
@@ -82,6 +84,21 @@ def test_transformers_trainer(cls: type, options: dict, tmp_path: Path) -> None:
     assert all(map(torch.equal, loaded.trainable_parameters().values(), trained(run).values()))
     rows = [{k: v for k, v in row.items() if k != "labels"} for row in run.eval_dataset]
     assert run.predict(rows).predictions.shape == (2, 6, VOCAB)
+
+
+@pytest.mark.parametrize("cls", [transformers.Trainer, FlamingoTrainer])
+def test_a_tokenizer_with_other_special_tokens_changes_no_id_of_the_model(
+    cls: type, tmp_path: Path
+) -> None:
+    """Chat models end turns with another token than texts; the Trainer tells the model's config."""
+    run = trainer(cls, tmp_path, tied=False, max_steps=1)
+    before = run.model.config
+    tokenizer = Tokenizer(WordLevel({"a": 0, "end of turn": before.eos_token_id + 5}))
+    run.processing_class = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="end of turn"
+    )
+    run.train()
+    assert run.model.config == before
 
 
 def test_what_a_trainer_refuses(tmp_path: Path) -> None:
