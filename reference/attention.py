@@ -1,7 +1,7 @@
 """The two attention ops, one visible set of keys at a time.
 
-B rows, T text tokens, I media slots, R latents per item, H heads, Hkv key/value heads, D head dim,
-N flattened media items, L latent queries, M media keys.
+B rows, T text tokens, S keys, I media slots, R latents per item, H heads, Hkv key/value heads,
+D head dim, N flattened media items, L latent queries, M media keys.
 """
 
 from __future__ import annotations
@@ -53,6 +53,63 @@ def _zeros(shape: tuple[int, ...], *inputs: Tensor | None) -> Tensor:
     return nothing.expand(shape).clone()
 
 
+def key_range_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor,
+    stop: Tensor,
+    gate: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of each token on a range of a flat list of keys.
+
+    Parameters
+    ----------
+    q : Tensor
+        ``[B, T, H, D]``.
+    k, v : Tensor
+        ``[B, S, Hkv, D]``; Hkv divides H, query head h reads head ``h // (H // Hkv)``.
+    start, stop : Tensor
+        Integers ``[B, T]``: a token sees keys ``start..stop-1``, clipped to ``[0, S)``; none where
+        ``start >= stop``.
+    gate : Tensor, optional
+        One value; the output is multiplied by ``tanh(gate)``.
+    scale : float, optional
+        Default ``D ** -0.5``.
+
+    Returns
+    -------
+    Tensor
+        ``[B, T, H, D]`` in the dtype of q; exact zeros, with exactly zero gradients, where the
+        range is empty. Keys in no token's range are never read.
+
+    Raises
+    ------
+    ValueError
+        If Hkv does not divide H.
+    """
+    heads, head_dim = q.shape[2:]
+    keys, kv_heads = k.shape[1:3]
+    if heads % kv_heads:
+        raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
+    scale = head_dim**-0.5 if scale is None else scale
+
+    out = _zeros(tuple(q.shape), q, k, v, gate)
+    start, stop = start.clamp(min=0), stop.clamp(max=keys)
+    for b in range(q.shape[0]):
+        ranges = list(zip(start[b].tolist(), stop[b].tolist(), strict=True))
+        for begin, end in sorted(set(ranges)):
+            if begin >= end:
+                continue
+            tokens = [t for t, seen in enumerate(ranges) if seen == (begin, end)]
+            attended = _attend(q[b, tokens], k[b, begin:end], v[b, begin:end], scale)
+            if gate is not None:
+                attended = torch.tanh(gate.to(attended.dtype)) * attended
+            out[b, tokens] = attended
+    return out.to(q.dtype)
+
+
 def media_cross_attention(
     q: Tensor,
     k: Tensor,
@@ -69,49 +126,27 @@ def media_cross_attention(
     q : Tensor
         ``[B, T, H, D]``.
     k, v : Tensor
-        ``[B, I, R, Hkv, D]``; Hkv divides H, query head h reads head ``h // (H // Hkv)``.
+        ``[B, I, R, Hkv, D]``.
     first, last : Tensor
         Integers ``[B, T]``: the inclusive range of items a token sees, clipped to ``[0, I)``;
         empty where ``first > last``.
-    gate : Tensor, optional
-        One value; the output is multiplied by ``tanh(gate)``.
-    scale : float, optional
-        Default ``D ** -0.5``.
+    gate, scale
+        See :func:`key_range_attention`.
 
     Returns
     -------
     Tensor
-        ``[B, T, H, D]`` in the dtype of q; exact zeros, with exactly zero gradients, where the
-        range is empty. Items in no token's range are never read.
+        As :func:`key_range_attention` of the items' keys end to end.
 
     Raises
     ------
     ValueError
         If Hkv does not divide H.
     """
-    heads, head_dim = q.shape[2:]
-    items, latents, kv_heads = k.shape[1:4]
-    if heads % kv_heads:
-        raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
-    scale = head_dim**-0.5 if scale is None else scale
-
-    out = _zeros(tuple(q.shape), q, k, v, gate)
-    if latents == 0:
-        return out.to(q.dtype)
+    items, latents = k.shape[1:3]
     first, last = clip_ranges(first, last, items)
-    for b in range(q.shape[0]):
-        ranges = list(zip(first[b].tolist(), last[b].tolist(), strict=True))
-        for start, end in sorted(set(ranges)):
-            if start > end:
-                continue
-            tokens = [t for t, seen in enumerate(ranges) if seen == (start, end)]
-            keys = k[b, start : end + 1].flatten(0, 1)
-            values = v[b, start : end + 1].flatten(0, 1)
-            attended = _attend(q[b, tokens], keys, values, scale)
-            if gate is not None:
-                attended = torch.tanh(gate.to(attended.dtype)) * attended
-            out[b, tokens] = attended
-    return out.to(q.dtype)
+    start, stop = first * latents, (last + 1) * latents
+    return key_range_attention(q, k.flatten(1, 2), v.flatten(1, 2), start, stop, gate, scale)
 
 
 def latent_attention(

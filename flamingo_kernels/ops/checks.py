@@ -104,7 +104,7 @@ def require_spans(
 ) -> None:
     """Raise unless ``spans`` are [batch, tokens] (None: any) on the device of tensor ``name``."""
     if not isinstance(spans, MediaSpans):
-        raise TypeError(f"{op}: spans must be MediaSpans, got {type(spans).__name__}")
+        raise TypeError(f"{op}: spans must be MediaSpans or KeyRanges, got {type(spans).__name__}")
     shape = (batch, spans.shape[1] if tokens is None else tokens)
     _require_shape(op, "spans", spans.first, shape, name)
     if spans.first.device != device_of.device or spans.last.device != device_of.device:
@@ -112,9 +112,12 @@ def require_spans(
 
 
 def media_cross_attention(
-    q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, spans: MediaSpans, gate: Tensor | None, flat: bool = False
 ) -> None:
-    """Raise TypeError or ValueError unless the arguments fit together."""
+    """Raise TypeError or ValueError unless the arguments fit together.
+
+    ``flat``: the items are single keys, which the caller gave as [B, S, Hkv, D].
+    """
     op = "media_cross_attention"
     require_rank(op, "q", q, "[B, T, H, D]")
     require_rank(op, "k", k, "[B, I, R, Hkv, D]")
@@ -129,7 +132,9 @@ def media_cross_attention(
             f"{op}: query heads must be a multiple of key/value heads, got H={heads}, "
             f"Hkv={kv_heads}"
         )
-    _require_shape(op, "k", k, (batch, media, latents, kv_heads, head_dim), "q")
+    if flat:
+        k, v = k.squeeze(2), v.squeeze(2)
+    _require_shape(op, "k", k, (batch, *k.shape[1:-1], head_dim), "q")
     _require_shape(op, "v", v, k.shape, "k")
     require_spans(op, spans, batch, tokens, "q", q)
     segments = spans.segments

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from flamingo_kernels.ops import checks, dispatch
+from flamingo_kernels.ops.key_ranges import KeyRanges
 from flamingo_kernels.ops.media_attention import impl_cpp, impl_torch, operators
 from flamingo_kernels.ops.media_attention.arguments import Arguments
 from flamingo_kernels.ops.signature import is_eager, remembered
@@ -17,36 +18,40 @@ from flamingo_kernels.ops.spans import MediaSpans, SegmentTable
 from flamingo_kernels.precision import accumulated
 
 _OP = "media_cross_attention"
+Ranges = TypeVar("Ranges", MediaSpans, KeyRanges)
 
 
 def media_cross_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    spans: MediaSpans,
+    spans: MediaSpans | KeyRanges,
     gate: Tensor | None = None,
     scale: float | None = None,
     kernel: str = "auto",
 ) -> Tensor:
     """Masked cross-attention of text tokens to media latents (Flamingo, section 2.4, A.1.3).
 
-    Equivalent to, with ``mask[b, t, i] = spans.first[b, t] <= i <= spans.last[b, t]``::
+    Equivalent to, with ``mask[b, t, s] = ranges.start[b, t] <= s < ranges.stop[b, t]``::
 
-        scores = einsum("bthd,birhd->bhtir", q, k) * scale          # media slots masked out: -inf
-        out = einsum("bhtir,birhd->bthd", softmax(scores over i, r), v) * tanh(gate)
+        scores = einsum("bthd,bshd->bhts", q, k) * scale            # keys masked out: -inf
+        out = einsum("bhts,bshd->bthd", softmax(scores over s), v) * tanh(gate)
 
-    with exact zeros, and exactly zero gradients, for tokens whose range is empty. Media slots that
-    no token of a row sees are never read into a result: they may hold NaN.
+    with exact zeros, and exactly zero gradients, for tokens whose range is empty. Keys that no
+    token of a row sees are never read into a result: they may hold NaN.
+
+    The keys are a flat list with :class:`KeyRanges`, or media items of R keys each with
+    :class:`MediaSpans`, which say ``first`` and ``last`` item.
 
     Parameters
     ----------
     q : Tensor
         Floating point [B, T, H, D].
     k, v : Tensor
-        [B, I, R, Hkv, D], dtype and device of ``q``; ``H`` a multiple of ``Hkv`` (grouped queries).
-        Any strides; I, the number of media slots, may be 0.
-    spans : MediaSpans
-        Ranges [B, T] of the items that each token sees.
+        [B, S, Hkv, D], or [B, I, R, Hkv, D] of I media slots; dtype and device of ``q``; ``H`` a
+        multiple of ``Hkv`` (grouped queries). Any strides; S and I may be 0.
+    spans : KeyRanges or MediaSpans
+        Ranges [B, T] of the keys, or of the items, that each token sees.
     gate : Tensor, optional
         One floating point value, any dtype; the output is multiplied by ``tanh(gate)``.
     scale : float, optional
@@ -66,8 +71,18 @@ def media_cross_attention(
     KernelUnavailableError
         The kernel asked for cannot run this call; the message lists the reasons.
     """
-    run = _runner(q, k, v, spans, gate, None if scale is None else float(scale), kernel)
-    return run(q, k, v, spans, gate)
+    items = spans
+    if isinstance(spans, KeyRanges):
+        k, v, items = _items_of_one_key("k", k), _items_of_one_key("v", v), spans.spans
+    scale = None if scale is None else float(scale)
+    run = _runner(q, k, v, items, gate, scale, kernel, items is not spans)
+    return run(q, k, v, items, gate)
+
+
+def _items_of_one_key(name: str, keys: Tensor) -> Tensor:
+    """Return keys or values [B, S, Hkv, D] as the kernels take them, [B, S, 1, Hkv, D]."""
+    checks.require_rank(_OP, name, keys, "[B, S, Hkv, D]")
+    return keys.unsqueeze(2)
 
 
 @remembered
@@ -79,9 +94,10 @@ def _runner(
     gate: Tensor | None,
     scale: float | None,
     kernel: str,
+    flat: bool,
 ) -> Callable[[Tensor, Tensor, Tensor, MediaSpans, Tensor | None], Tensor]:
     """Check the arguments and return what runs calls of this signature."""
-    checks.media_cross_attention(q, k, v, spans, gate)
+    checks.media_cross_attention(q, k, v, spans, gate, flat)
     chosen, saves = dispatch.choose_for(_OP, kernel, q, k, v, gate, head_dim=q.shape[-1])
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if chosen == "torch":
@@ -122,7 +138,7 @@ class _MediaCrossAttention(torch.autograd.Function):
         return None, *operators.gradients(ctx, d_out)
 
 
-def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> MediaSpans:
+def plan_media_attention(spans: Ranges, k: Tensor, kernel: str = "auto") -> Ranges:
     """Attach to ``spans`` the segment table that the backward of every layer needs.
 
     Call it once per forward, with the keys of any one layer, and pass the result to all layers.
@@ -131,10 +147,10 @@ def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> 
 
     Parameters
     ----------
-    spans : MediaSpans
+    spans : MediaSpans or KeyRanges
         Ranges [B, T].
     k : Tensor
-        [B, I, R, Hkv, D], as in :func:`media_cross_attention`.
+        [B, I, R, Hkv, D] or [B, S, Hkv, D], as in :func:`media_cross_attention`.
     kernel : {"auto", "triton", "cpp", "torch"}
         Kernel of the calls that follow.
 
@@ -145,6 +161,9 @@ def plan_media_attention(spans: MediaSpans, k: Tensor, kernel: str = "auto") -> 
     KernelUnavailableError
         The kernel asked for cannot run such calls; the message lists the reasons.
     """
+    if isinstance(spans, KeyRanges):
+        planned = plan_media_attention(spans.spans, _items_of_one_key("k", k), kernel)
+        return spans if planned.segments is None else spans.with_segments(planned.segments)
     op = "plan_media_attention"
     checks.require_rank(op, "k", k, "[B, I, R, Hkv, D]")
     checks.require_spans(op, spans, k.shape[0], None, "k", k)
