@@ -8,26 +8,24 @@
 
 namespace flamingo {
 
+// Owns the arrays of a plan. Throws std::bad_alloc.
 class Planner {
   public:
-    // Throws std::bad_alloc if it is out of memory.
+    // `backward`: also the tasks of the backward, in place of those of the forward.
     Planner(const flamingo_media_attention_params &p, bool backward);
-
-    // The plan points into the planner.
     TaskPlan plan() const;
 
   private:
     void cut_chunks(const flamingo_media_attention_params &p);
+    void split_keys(const flamingo_media_attention_params &p);
     void group_tasks(const flamingo_media_attention_params &p);
     void place_partials(const flamingo_media_attention_params &p);
 
     std::vector<Chunk> chunks_;
+    std::vector<ForwardTask> forward_tasks_;
     std::vector<BackwardTask> tasks_;
-    std::vector<TaskRange> item_tasks_;
-    int64_t attended_count_ = 0;
-    int64_t longest_chunk_ = 1;
-    int64_t widest_task_ = 0;
-    int64_t partial_count_ = 0;
+    std::vector<TaskRange> cells_;
+    TaskPlan plan_{}; // all but the pointers
 };
 
 } // namespace flamingo

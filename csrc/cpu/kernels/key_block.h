@@ -37,8 +37,8 @@ template <typename Real> struct KeyBlock {
 #if defined(FLAMINGO_BFLOAT16_DOT)
     // Packs for pair_product: k_transposed holds [(D + 1) / 2, padded_keys] pairs without the
     // scale, v holds [(keys + 1) / 2, padded_dim] pairs.
-    void pack_pairs(Rows<const bfloat16> k_rows, Rows<const bfloat16> v_rows, int64_t count,
-                    int64_t head_dim) {
+    template <typename From>
+    void pack_pairs(From k_rows, From v_rows, int64_t count, int64_t head_dim) {
         keys = count;
         padded_keys = round_up(count, lanes<float>);
         pair *to = reinterpret_cast<pair *>(k_transposed);
@@ -64,9 +64,9 @@ template <typename Real> struct KeyBlock {
     }
 #endif
 
-    template <typename T>
-    void pack(Rows<const T> k_rows, Rows<const T> v_rows, int64_t count, int64_t head_dim,
-              Real scale) {
+    // `From`: rows by index.
+    template <typename From>
+    void pack(From k_rows, From v_rows, int64_t count, int64_t head_dim, Real scale) {
         keys = count;
         padded_keys = round_up(count, lanes<Real>);
         pack_rows(k_rows, count, head_dim, scale, k, padded_dim);

@@ -80,10 +80,10 @@ template <typename T> struct Latents {
         for_each_block(item, [&](const flamingo_tensor &k, const flamingo_tensor &v,
                                  const flamingo_tensor &, const flamingo_tensor &, int64_t key,
                                  int64_t count) {
-            s.keys.template pack<T>(rows_of<const T>(k, item, key, head),
+            s.keys.pack(rows_of<const T>(k, item, key, head),
                                     rows_of<const T>(v, item, key, head), count, p.head_dim, scale);
             attend_block(s.keys, p.head_dim, s.q, p.latents, s.states, s.out, s.weights,
-                         first_block);
+                         first_block, HideNothing{});
             first_block = false;
         });
         Real *lse = p.lse ? lse_of(item, head) : nullptr;
@@ -153,7 +153,7 @@ template <typename T> struct Latents {
         for_each_block(item, [&](const flamingo_tensor &k, const flamingo_tensor &v,
                                  const flamingo_tensor &to_k, const flamingo_tensor &to_v,
                                  int64_t key, int64_t count) {
-            keys.template pack<T>(rows_of<const T>(k, item, key, head),
+            keys.pack(rows_of<const T>(k, item, key, head),
                                   rows_of<const T>(v, item, key, head), count, p.head_dim, scale);
             for (int64_t r = 0; r < p.latents; r += score_rows) {
                 if (!packed_once) {

@@ -1,4 +1,5 @@
-// Forward of media attention: a task attends for one chunk of tokens and one kv head.
+// Forward of media attention: a task attends for one chunk of tokens, or for a part of the keys of
+// one, and for one kv head. Parts are combined in their order.
 #include "../kernels.h"
 #include "attend.h"
 #include "bfloat16_tile.h"
@@ -8,6 +9,7 @@
 namespace {
 
 using flamingo::Chunk;
+using flamingo::ForwardTask;
 using flamingo::TaskPlan;
 
 // What a task works in. Its rows are the tokens of a chunk, one head of the group after the other.
@@ -18,16 +20,17 @@ template <typename T> struct ForwardScratch {
     RowState<Real> *states; // [rows]
     Real *q, *out;          // [rows, padded_dim]
     Real *weights;          // [query_block, padded keys]
-    Real *row;              // [padded_dim]
+    Real *buffer;           // [few_keys, padded_dim]
 
-    ForwardScratch(Scratch &scratch, const Media<T> &m, int64_t longest_chunk)
-        : keys(scratch, m.most_keys, m.p.head_dim) {
-        const int64_t rows = bigger(m.group * longest_chunk, query_block);
+    ForwardScratch(Scratch &scratch, const Media<T> &m)
+        : keys(scratch, smaller(m.plan.widest_chunk, key_block), m.p.head_dim) {
+        const int64_t rows = bigger(m.group * m.plan.longest_chunk, query_block);
         states = scratch.take<RowState<Real>>(rows);
         q = scratch.take<Real>(rows * m.padded_dim);
         out = scratch.take<Real>(rows * m.padded_dim);
-        weights = scratch.take<Real>(query_block * round_up(m.most_keys, lanes<Real>));
-        row = scratch.take<Real>(m.padded_dim);
+        weights = scratch.take<Real>(
+            query_block * round_up(smaller(m.plan.widest_chunk, key_block), lanes<Real>));
+        buffer = scratch.take<Real>(few_keys * m.padded_dim);
     }
 };
 
@@ -40,7 +43,7 @@ template <typename T> struct TileProducts {
 
     TileProducts(const Media<T> &media, const Chunk &c, int64_t kv_head, ForwardScratch<T> &scratch)
         : m(media), s(scratch) {
-        m.pack(s.keys, c.row, c.first, 0, kv_head);
+        m.pack(s.keys, c.row, c.start, c.stop - c.start, kv_head);
     }
     // weights = q k^T, times the scale.
     void scores(Rows<const T> q, int64_t count) {
@@ -74,9 +77,9 @@ template <> struct TileProducts<bfloat16> {
     TileProducts(const Media<bfloat16> &media, const Chunk &c, int64_t kv_head,
                  ForwardScratch<bfloat16> &scratch)
         : m(media), s(scratch) {
-        s.keys.pack_pairs(media_rows<const bfloat16>(m.p.k, c.row, c.first, 0, kv_head),
-                          media_rows<const bfloat16>(m.p.v, c.row, c.first, 0, kv_head),
-                          m.p.latents, m.p.head_dim);
+        s.keys.pack_pairs(m.keys_of<const bfloat16>(m.p.k, c.row, c.start, kv_head),
+                          m.keys_of<const bfloat16>(m.p.v, c.row, c.start, kv_head),
+                          c.stop - c.start, m.p.head_dim);
     }
     void scores(Rows<const bfloat16> q, int64_t count) {
         pair *rows = reinterpret_cast<pair *>(s.q);
@@ -101,41 +104,59 @@ template <> struct TileProducts<bfloat16> {
 };
 #endif
 
+// What parts of chunks leave to be combined.
+template <typename T> struct Partials {
+    using Real = real<T>;
+
+    RowState<Real> *states; // [kv_heads, partial_tokens, group], grouped by task
+    Real *out;              // [kv_heads, partial_tokens, group, padded_dim]
+
+    Partials(Scratch &scratch, const Media<T> &m)
+        : states(scratch.take<RowState<Real>>(m.plan.partial_tokens * m.p.heads)),
+          out(scratch.take<Real>(m.plan.partial_tokens * m.p.heads * m.padded_dim)) {}
+};
+
 template <typename T> struct MediaForward : Media<T> {
     using typename Media<T>::Real;
     using Media<T>::Media;
     using Media<T>::p;
+    using Media<T>::plan;
     using Media<T>::group;
     using Media<T>::padded_dim;
-    using Media<T>::blocks;
     using Media<T>::scale;
     using Media<T>::gate;
 
-    // Fills states and out of a chunk, for any number of blocks of keys.
-    void attend(const Chunk &c, int64_t kv_head, ForwardScratch<T> &s) const {
-        const int64_t length = c.end - c.begin;
+    bool is_packed(const Chunk &c) const { return group * c.group > few_rows; }
+
+    // Fills states[rows] and out[rows, padded_dim] of the chunk of a task.
+    void attend(const ForwardTask &task, int64_t kv_head, ForwardScratch<T> &s,
+                RowState<Real> *states, Real *out) const {
+        const Chunk &c = plan.chunks[task.chunk];
+        const int64_t length = c.end - c.begin, rows = group * length;
         for (int64_t g = 0; g < group; ++g) {
             const Rows<const T> q = text_rows<const T>(p.q, c.row, c.begin, kv_head * group + g);
             pack_rows(q, length, p.head_dim, Real(1), s.q + g * length * padded_dim, padded_dim);
         }
-        clear_states(s.states, group * length);
-        const bool packed = group * c.run > few_rows;
-        bool first_block = true;
-        for (int64_t item = c.first; item <= c.last; ++item) {
-            for (int64_t block = 0; block < blocks; ++block, first_block = false) {
-                if (packed) {
-                    this->pack(s.keys, c.row, item, block, kv_head);
-                    attend_block(s.keys, p.head_dim, s.q, group * length, s.states, s.out,
-                                 s.weights, first_block);
-                    continue;
-                }
-                for (int64_t r = 0; r < group * length; ++r) {
-                    attend_unpacked<T, Real>(
-                        media_rows<const T>(p.k, c.row, item, block * key_block, kv_head),
-                        media_rows<const T>(p.v, c.row, item, block * key_block, kv_head),
-                        this->block_keys(block), p.head_dim, scale, s.q + r * padded_dim,
-                        &s.states[r], s.out + r * padded_dim, s.weights, s.row, first_block);
-                }
+        clear_states(states, rows);
+        // Blocks begin where those of the whole group do, so that no bit depends on its pieces.
+        const int64_t begin = c.base + (task.start - c.base) / key_block * key_block;
+        for (int64_t key = begin; key < task.stop; key += key_block) {
+            const int64_t from = bigger(key, task.start);
+            const int64_t count = smaller(key + key_block, task.stop) - from;
+            const bool first_block = key == begin;
+            const auto hide = [&](Real *scores, int64_t first_row, int64_t hidden_rows) {
+                this->hide(scores, hidden_rows, round_up(count, lanes<Real>), c, first_row, from,
+                           count);
+            };
+            if (is_packed(c)) {
+                this->pack(s.keys, c.row, from, count, kv_head);
+                attend_block(s.keys, p.head_dim, s.q, rows, states, out, s.weights, first_block,
+                             hide);
+            } else {
+                attend_unpacked(this->template keys_of<const T>(p.k, c.row, from, kv_head),
+                                this->template keys_of<const T>(p.v, c.row, from, kv_head), count,
+                                p.head_dim, scale, s.q, rows, states, out, s.weights, s.buffer,
+                                first_block, hide);
             }
         }
     }
@@ -177,30 +198,84 @@ template <typename T> struct MediaForward : Media<T> {
         }
     }
 
-    void forward_chunk(const Chunk &c, int64_t kv_head, ForwardScratch<T> &s) const {
-        if (c.first > c.last) {
-            this->write_zeros(p.out, c, kv_head);
-            return;
-        }
-        if (c.first == c.last && blocks == 1 && group * c.run > few_rows) {
-            forward_one_block(c, kv_head, s);
-            return;
-        }
-        attend(c, kv_head, s);
+    void write_chunk(const Chunk &c, int64_t kv_head, const Real *out,
+                     const RowState<Real> *states) const {
         const int64_t length = c.end - c.begin;
         for (int64_t g = 0; g < group; ++g) {
-            write_rows(s.out + g * length * padded_dim, s.states + g * length, length,
+            write_rows(out + g * length * padded_dim, states + g * length, length,
                        text_rows<T>(p.out, c.row, c.begin, kv_head * group + g));
         }
     }
 
-    bool run(const TaskPlan &plan) const {
-        return run_tasks<ForwardScratch<T>>(
-            plan.chunk_count * p.kv_heads, this->threads(),
-            [&](int64_t task, ForwardScratch<T> &s) {
-                forward_chunk(plan.chunks[task / p.kv_heads], task % p.kv_heads, s);
+    void forward_task(const ForwardTask &task, int64_t kv_head, ForwardScratch<T> &s,
+                      const Partials<T> &partials) const {
+        const Chunk &c = plan.chunks[task.chunk];
+        if (c.start == c.stop) {
+            this->write_zeros(p.out, c, kv_head);
+        } else if (task.partial >= 0) {
+            const int64_t row = first_row(task, kv_head);
+            attend(task, kv_head, s, partials.states + row, partials.out + row * padded_dim);
+        } else if (c.uniform && c.stop - c.start <= key_block && is_packed(c)) {
+            forward_one_block(c, kv_head, s);
+        } else {
+            attend(task, kv_head, s, s.states, s.out);
+            write_chunk(c, kv_head, s.out, s.states);
+        }
+    }
+    // Of the partial results of a task.
+    int64_t first_row(const ForwardTask &task, int64_t kv_head) const {
+        return (kv_head * plan.partial_tokens + task.partial) * group;
+    }
+
+    // Adds parts to the first one of their chunk, in order, and writes the chunk.
+    void combine(const ForwardTask *parts, int64_t count, int64_t kv_head,
+                 const Partials<T> &partials) const {
+        const Chunk &c = plan.chunks[parts->chunk];
+        const int64_t rows = group * (c.end - c.begin), first = first_row(*parts, kv_head);
+        RowState<Real> *states = partials.states + first;
+        Real *out = partials.out + first * padded_dim;
+        for (int64_t part = 1; part < count; ++part) {
+            const int64_t at = first_row(parts[part], kv_head);
+            for (int64_t r = 0; r < rows; ++r) {
+                const RowState<Real> next = partials.states[at + r];
+                const Real max = states[r].max < next.max ? next.max : states[r].max;
+                // A part whose every score is -inf has no weight.
+                const Real old = states[r].sum > 0 ? exponential(states[r].max - max) : Real(0);
+                const Real add = next.sum > 0 ? exponential(next.max - max) : Real(0);
+                states[r] = {max, states[r].sum * old + next.sum * add};
+                const Real *from = partials.out + (at + r) * padded_dim;
+                Real *to = out + r * padded_dim;
+                for (int64_t d = 0; d < padded_dim; d += lanes<Real>) {
+                    store(to + d, load(to + d) * old + load(from + d) * add);
+                }
+            }
+        }
+        write_chunk(c, kv_head, out, states);
+    }
+
+    bool run() const {
+        Allocated<Partials<T>> partials(*this);
+        if (!partials.ok()) {
+            return false;
+        }
+        const bool ok = run_tasks<ForwardScratch<T>>(
+            plan.forward_count * p.kv_heads, this->threads(),
+            [&](int64_t i, ForwardScratch<T> &s) {
+                forward_task(plan.forward_tasks[i / p.kv_heads], i % p.kv_heads, s, *partials);
             },
-            *this, plan.longest_chunk);
+            *this);
+        const ForwardTask *end = plan.forward_tasks + plan.forward_count;
+        for (const ForwardTask *parts = plan.forward_tasks, *next; ok && parts < end;
+             parts = next) {
+            next = parts + 1;
+            while (next < end && next->chunk == parts->chunk) {
+                ++next;
+            }
+            for (int64_t kv_head = 0; next - parts > 1 && kv_head < p.kv_heads; ++kv_head) {
+                combine(parts, next - parts, kv_head, *partials);
+            }
+        }
+        return ok;
     }
 };
 
@@ -208,6 +283,6 @@ template <typename T> struct MediaForward : Media<T> {
 
 bool flamingo::FLAMINGO_ISA::media_attention_forward(const flamingo_media_attention_params &p,
                                                      const TaskPlan &plan) {
-    return with_storage_type(p.execution.dtype,
-                             [&](auto zero) { return MediaForward<decltype(zero)>(p).run(plan); });
+    return with_storage_type(
+        p.execution.dtype, [&](auto zero) { return MediaForward<decltype(zero)>(p, plan).run(); });
 }

@@ -13,9 +13,8 @@ template <typename T> struct Rows {
 };
 
 // to[count, padded]: the rows from[i][:size] times `factor`, followed by zeros.
-template <typename T, typename Real>
-void pack_rows(Rows<const T> from, int64_t count, int64_t size, Real factor, Real *to,
-               int64_t padded) {
+template <typename From, typename Real>
+void pack_rows(From from, int64_t count, int64_t size, Real factor, Real *to, int64_t padded) {
     for (int64_t i = 0; i < count; ++i) {
         Real *row = to + i * padded;
         widen_row(from[i], row, size);
