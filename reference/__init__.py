@@ -3,7 +3,7 @@
 Imports torch and the standard library only; flamingo_kernels never imports it. See README.md.
 """
 
-from .attention import latent_attention, media_cross_attention
+from .attention import key_range_attention, latent_attention, media_cross_attention
 from .cross_attention import GatedCrossAttentionBlock
 from .decoder import Decoder
 from .flamingo import Flamingo, FlamingoOutput
@@ -21,6 +21,7 @@ __all__ = [
     "PerceiverResampler",
     "gated_activation",
     "gated_residual",
+    "key_range_attention",
     "latent_attention",
     "layer_norm",
     "media_cross_attention",

@@ -56,6 +56,7 @@ from flamingo_kernels.nn import (
 )
 from flamingo_kernels.ops import (
     KernelUnavailableError,
+    KeyRanges,
     MediaSpans,
     gated_activation,
     gated_activation_linear,
@@ -93,6 +94,9 @@ def ops(q: Tensor, k: Tensor, v: Tensor, input_ids: Tensor, gate: Tensor) -> Ten
         out: Tensor = media_cross_attention(q, k, v, spans, gate, scale=0.1, kernel="triton")
     except KernelUnavailableError:
         out = media_cross_attention(q, k, v, MediaSpans(spans.first, spans.last))
+    ranges: KeyRanges = KeyRanges.from_items(spans, torch.tensor([[3, 5]]))
+    ranges = plan_media_attention(ranges, k[:, 0], kernel="auto")
+    out = out + media_cross_attention(q, k[:, 0], v[:, 0], ranges, gate)
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
     latents: Tensor = latent_attention(keys, keys, values, keys, values, lengths=None)
     return out.sum() + latents.sum() + seen.sum()

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from reference import latent_attention, media_cross_attention
+from reference import key_range_attention, latent_attention, media_cross_attention
 from reference.attention import softmax
 from testing.budgets import assert_close_to_reference
 
@@ -157,6 +157,43 @@ def test_media_attention_gradients(random64):
         return media_cross_attention(q, k, v, *ranges, gate=gate)
 
     assert torch.autograd.gradcheck(op, inputs)
+
+
+def test_key_ranges_equal_masked_sdpa(random64):
+    """Falling, overlapping, clipped and empty ranges, and keys with NaN (semantics, point 19)."""
+    q, k, v, upstream = random64(1, 7, 4, 8), *random64(2, 1, 9, 2, 8), random64(1, 7, 4, 8)
+    start = torch.tensor([[6, 0, -2, 1, 4, 7, 9]])
+    stop = torch.tensor([[12, 3, 2, 3, 4, 5, 12]])
+    key = torch.arange(9)
+    mask = (start[..., None] <= key) & (key < stop[..., None])  # none sees keys 3 to 5
+    results = []
+    for poison in (float("nan"), 0.0):
+        k[:, 3:6] = v[:, 3:6] = poison
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        if poison == 0:
+            query, keys, values = (x.transpose(1, 2) for x in inputs)
+            expanded = [x.repeat_interleave(2, 1) for x in (keys, values)]
+            sdpa = scaled_dot_product_attention(query, *expanded, attn_mask=mask[:, None])
+            out = sdpa.transpose(1, 2).masked_fill(~mask.any(-1)[..., None, None], 0)
+        else:
+            out = key_range_attention(*inputs, start, stop)
+            assert not out[:, 4:].any()
+        results.append((out, *torch.autograd.grad((out * upstream).sum(), inputs)))
+    for actual, expected in zip(*results, strict=True):
+        assert_close_to_reference(actual, expected, torch.float64)
+
+
+def test_items_are_ranges_of_their_keys_and_documents_can_be_packed(random64):
+    q, k, v = random64(1, 4, 2, 8), *random64(2, 1, 3, 5, 2, 8)
+    ranges = (torch.tensor([[0, 1, 0, 2]]), torch.tensor([[0, 2, -1, 2]]))
+    items = media_cross_attention(q, k, v, *ranges)
+    keys = [x.flatten(1, 2) for x in (k, v)]
+    start, stop = torch.tensor([[0, 5, 0, 10]]), torch.tensor([[5, 15, 0, 15]])
+    assert torch.equal(key_range_attention(q, *keys, start, stop), items)
+    twice = [torch.cat((x, x), 1) for x in (q, *keys, start, stop)]
+    for bound in twice[3:]:
+        bound[:, 4:] += 15
+    assert torch.equal(key_range_attention(*twice), torch.cat((items, items), 1))
 
 
 def test_heads_must_divide(random64):
