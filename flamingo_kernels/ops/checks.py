@@ -77,12 +77,17 @@ def require_counts(
         raise ValueError(f"{op}: {name} is on {counts.device}, the input on {device_of.device}")
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether reading values waits for nothing: on the CPU, unless torch looks on."""
+    return type(tensor) is Tensor and tensor.is_cpu and not is_watched()
+
+
 def require_within(op: str, name: str, counts: Tensor, low: int, high: int) -> None:
     """Raise unless ``counts`` are ``low..high``.
 
-    They are read on the CPU only, and unless torch looks on, where reading waits for nothing.
+    They are read where :func:`may_read` allows it.
     """
-    if type(counts) is not Tensor or is_watched() or not counts.is_cpu:
+    if not may_read(counts):
         return
     for count in counts.flatten().tolist():
         if not low <= count <= high:
@@ -137,11 +142,11 @@ def media_cross_attention(
     _require_shape(op, "k", k, (batch, *k.shape[1:-1], head_dim), "q")
     _require_shape(op, "v", v, k.shape, "k")
     require_spans(op, spans, batch, tokens, "q", q)
-    segments = spans.segments
+    segments, slots = spans.segments, "S" if flat else "I"
     if segments is not None and (segments.media, segments.kv_heads) != (media, kv_heads):
         raise ValueError(
-            f"{op}: spans are planned for I={segments.media}, Hkv={segments.kv_heads}; k has "
-            f"I={media}, Hkv={kv_heads}"
+            f"{op}: spans are planned for {slots}={segments.media}, Hkv={segments.kv_heads}; k has "
+            f"{slots}={media}, Hkv={kv_heads}"
         )
     if gate is not None:
         require_gate(op, gate, q, (1,))

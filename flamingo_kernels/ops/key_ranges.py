@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flamingo_kernels.ops import checks
 from flamingo_kernels.ops.spans import MediaSpans, SegmentTable
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_MOST_KEYS = torch.iinfo(torch.int32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +42,9 @@ class KeyRanges:
         for name in ("start", "stop"):
             value = getattr(self, name)
             if not isinstance(value, Tensor) or value.dtype != torch.int32:
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"KeyRanges.{name} must be an int32 tensor, got {got}")
+                raise TypeError(
+                    f"KeyRanges.{name} must be an int32 tensor, got {checks.describe(value)}"
+                )
         if self.start.ndim != 2 or self.start.shape != self.stop.shape:
             raise ValueError(
                 "KeyRanges.start and .stop must have one shape [B, T], got "
@@ -74,7 +76,7 @@ class KeyRanges:
         Parameters
         ----------
         spans : MediaSpans
-            Ranges [B, T] of the items that each token sees.
+            Ranges [B, T] of the items that each token sees, clipped to the I items.
         lengths : Tensor
             Integer [B, I]: the keys of each item, 0 for an unused slot.
 
@@ -84,16 +86,18 @@ class KeyRanges:
             ``lengths`` are not such a tensor, or negative (seen on the CPU only); the message
             names the item.
         """
+        if not isinstance(spans, MediaSpans):
+            raise TypeError(f"spans must be MediaSpans, got {type(spans).__name__}")
         _require_integers("lengths", lengths, "[B, I]", 2)
         if lengths.shape[0] != spans.shape[0]:
             raise ValueError(
                 f"lengths {tuple(lengths.shape)} and spans {tuple(spans.shape)} must have one "
                 "number of rows B"
             )
-        if lengths.is_cpu and not torch.compiler.is_compiling() and bool((lengths < 0).any()):
+        if checks.may_read(lengths) and bool((lengths < 0).any()):
             row, item = (lengths < 0).nonzero()[0].tolist()
             raise ValueError(f"lengths[{row}, {item}] is {lengths[row, item]}, a negative number")
-        offsets = F.pad(lengths.cumsum(1, dtype=torch.int64), (1, 0))  # [B, I + 1]
+        offsets = F.pad(lengths.long().clamp(0, _MOST_KEYS).cumsum(1), (1, 0))  # [B, I + 1]
         items = lengths.shape[1]
         first = spans.first.clamp(0, items).long()
         last = spans.last.clamp(-1, items - 1).long()
@@ -115,12 +119,12 @@ class KeyRanges:
         Raises
         ------
         TypeError, ValueError
-            ``boundary`` is not such a tensor, or ``window`` is less than 1.
+            ``boundary`` is not such a tensor, or ``window`` no integer of at least 1.
         """
         _require_integers("boundary", boundary, "[B, T]", 2)
-        if window is not None and window < 1:
-            raise ValueError(f"window must be at least 1, got {window}")
-        stop = boundary.clamp(min=0)
+        if window is not None and not (isinstance(window, int) and window >= 1):
+            raise ValueError(f"window must be an integer of at least 1, got {window}")
+        stop = boundary.long().clamp(min=0)
         start = torch.zeros_like(stop) if window is None else (stop - window).clamp(min=0)
         return cls._of(start, stop)
 
@@ -139,7 +143,7 @@ class KeyRanges:
         Raises
         ------
         TypeError, ValueError
-            The offsets are not such tensors, of one length.
+            The offsets are not such tensors, of one length, or fall (seen on the CPU only).
         """
         for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             _require_integers(name, offsets, "[N + 1]", 1)
@@ -148,6 +152,8 @@ class KeyRanges:
                 "cu_seqlens_q and cu_seqlens_k must have one length N + 1, got "
                 f"{len(cu_seqlens_q)} and {len(cu_seqlens_k)}"
             )
+        for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            _require_rising(name, offsets)
         position = torch.arange(tokens, device=cu_seqlens_q.device)
         document = torch.searchsorted(cu_seqlens_q.long(), position, right=True) - 1
         offsets = F.pad(cu_seqlens_k.long(), (1, 1))  # before the first document, after the last
@@ -169,10 +175,19 @@ class KeyRanges:
         Raises
         ------
         ValueError
-            There are no documents, or not as many as numbers of keys.
+            There are no documents, not as many as numbers of keys, documents of different B, or
+            negative numbers of keys.
         """
         if len(documents) != len(keys) or not documents:
-            raise ValueError(f"{len(documents)} documents, and {len(keys)} numbers of keys")
+            raise ValueError(
+                f"packed needs documents, and one number of keys for each: got {len(documents)} "
+                f"documents and {len(keys)} numbers of keys"
+            )
+        if min(keys) < 0:
+            raise ValueError(f"numbers of keys must be at least 0, got {list(keys)}")
+        if len({ranges.shape[0] for ranges in documents}) > 1:
+            shapes = ", ".join(str(tuple(ranges.shape)) for ranges in documents)
+            raise ValueError(f"documents must have one number of rows B, got [B, T] of {shapes}")
         starts, stops, before = [], [], 0
         for ranges, count in zip(documents, keys, strict=True):
             start, stop = (bound.long().clamp(0, count) for bound in (ranges.start, ranges.stop))
@@ -198,18 +213,20 @@ class KeyRanges:
             The keys of a token are not contiguous; the message names the first such token.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 3:
-            got = f"{mask.dtype} {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask)
+            shape = f" {tuple(mask.shape)}" if isinstance(mask, Tensor) else ""
+            got = f"{checks.describe(mask)}{shape}"
             raise TypeError(f"mask must be a bool tensor [B, T, S], got {got}")
         seen = mask.sum(-1)
         if mask.shape[-1] == 0:
             return cls._of(seen, seen)
-        start = mask.int().argmax(-1)
-        stop = mask.shape[-1] - mask.flip(-1).int().argmax(-1)
+        as_bytes = mask.view(torch.uint8)  # there is no argmax of bool
+        start = as_bytes.argmax(-1)
+        stop = mask.shape[-1] - as_bytes.flip(-1).argmax(-1)
         wrong = (seen > 0) & (stop - start != seen)
         if bool(wrong.any()):
             row, token = wrong.nonzero()[0].tolist()
             first, end = int(start[row, token]), int(stop[row, token])
-            hole = first + int(mask[row, token, first:end].int().argmin())
+            hole = first + int(as_bytes[row, token, first:end].argmin())
             raise ValueError(
                 f"the keys of row {row}, token {token} are not contiguous: it sees {first} and "
                 f"{end - 1} but not {hole}"
@@ -219,7 +236,8 @@ class KeyRanges:
 
     @classmethod
     def _of(cls, start: Tensor, stop: Tensor) -> KeyRanges:
-        return cls(start.to(torch.int32), stop.to(torch.int32))
+        # What lies beyond int32 lies beyond all keys: it must not wrap around.
+        return cls(*(bound.clamp(0, _MOST_KEYS).to(torch.int32) for bound in (start, stop)))
 
     def check(self, keys: int) -> None:
         """Raise ValueError unless every range lies in ``0..keys``; it names row and token.
@@ -239,6 +257,8 @@ class KeyRanges:
     def newest(self, tokens: int) -> KeyRanges:
         """Return the ranges of the last ``tokens`` tokens of each row, as a decoding step needs."""
         first = self.shape[1] - tokens
+        if not 0 <= first <= self.shape[1]:
+            raise ValueError(f"ranges of {self.shape[1]} tokens have no newest {tokens}")
         return KeyRanges(self.start[:, first:], self.stop[:, first:])
 
     def visible(self, keys: int) -> Tensor:
@@ -247,8 +267,15 @@ class KeyRanges:
 
 
 def _require_integers(name: str, tensor: object, layout: str, ndim: int) -> None:
-    if not isinstance(tensor, Tensor) or tensor.dtype not in _INTEGERS:
-        got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be an integer tensor {layout}, got {got}")
+    if not isinstance(tensor, Tensor) or tensor.dtype not in checks.INTEGERS:
+        raise TypeError(f"{name} must be an integer tensor {layout}, got {checks.describe(tensor)}")
     if tensor.ndim != ndim:
         raise ValueError(f"{name} must be {layout}, got shape {tuple(tensor.shape)}")
+
+
+def _require_rising(name: str, offsets: Tensor) -> None:
+    falls = offsets.long().diff() < 0
+    if checks.may_read(offsets) and bool(falls.any()):
+        place = int(falls.nonzero()[0])
+        before, after = offsets[place : place + 2].tolist()
+        raise ValueError(f"{name} must not fall: [{place}] is {before}, [{place + 1}] is {after}")

@@ -227,7 +227,11 @@ def test_compile_fullgraph(kernel: str) -> None:
         (lambda c: {"k": c.k[..., :4]}, ValueError, r"k has shape \(2, 3, 5, 2, 4\), expected"),
         (lambda c: {"v": c.v[:, :2]}, ValueError, r"v has shape \(2, 2, 5, 2, 8\), expected"),
         (lambda c: {"q": c.q[:, :7]}, ValueError, r"spans has shape \(2, 11\), expected \(2, 7\)"),
-        (lambda c: {"spans": c.spans.first}, TypeError, "spans must be MediaSpans, got Tensor"),
+        (
+            lambda c: {"spans": c.spans.first},
+            TypeError,
+            "spans must be MediaSpans or KeyRanges, got Ten",
+        ),
         (lambda c: {"gate": torch.zeros(3)}, ValueError, r"gate must have 1 element"),
         (lambda c: {"gate": torch.zeros(1).long()}, TypeError, "gate must be .* got torch.int64"),
         (lambda c: {"gate": 0.5}, TypeError, "gate must be a floating point tensor, got float"),
