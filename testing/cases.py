@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from flamingo_kernels.ops import MediaSpans, dispatch
+from flamingo_kernels.ops import KeyRanges, MediaSpans, dispatch
 from flamingo_kernels.ops.spans import ATTEND_MODES
 
 IMAGE = 9
@@ -36,13 +36,24 @@ def random_tokens(batch: int, tokens: int, media: int) -> Tensor:
 
 @dataclass
 class MediaCase:
-    """Arguments of ``media_cross_attention``; slots that no token sees hold NaN."""
+    """Arguments of ``media_cross_attention``; slots, or keys, that no token sees hold NaN."""
 
     q: Tensor
     k: Tensor
     v: Tensor
-    spans: MediaSpans
+    spans: MediaSpans | KeyRanges
     gate: Tensor | None
+
+    @property
+    def visible(self) -> Tensor:
+        """Return bool [B, T, slots]; with key ranges, a slot is a key."""
+        return self.spans.visible(self.k.shape[1])
+
+    def rows(self, pick: slice) -> MediaCase:
+        """Return some rows of the batch."""
+        names = ("start", "stop") if isinstance(self.spans, KeyRanges) else ("first", "last")
+        spans = type(self.spans)(*(getattr(self.spans, name)[pick] for name in names))
+        return MediaCase(self.q[pick], self.k[pick], self.v[pick], spans, self.gate)
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that have gradients, in the order of the op's arguments."""
@@ -81,12 +92,16 @@ def media_case(
     spans = MediaSpans.from_tokens(random_tokens(batch, tokens, media), IMAGE, attend)
     q = torch.randn(batch, tokens, heads, head_dim)
     k, v = torch.randn(2, batch, media, latents, kv_heads, head_dim)
-    if nan:
-        unseen = ~spans.visible(media).any(1)
-        k[unseen] = v[unseen] = float("nan")
     gate = torch.randn(1) if gated else None
     case = MediaCase(q, k, v, spans, gate)
-    return case.to(dtype)
+    return (unseen_as_nan(case) if nan else case).to(dtype)
+
+
+def unseen_as_nan(case: MediaCase) -> MediaCase:
+    """Fill with NaN what no token of a row sees; return the case."""
+    unseen = ~case.visible.any(1)
+    case.k[unseen] = case.v[unseen] = float("nan")
+    return case
 
 
 media_shapes = st.fixed_dictionaries(

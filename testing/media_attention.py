@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from reference.attention import media_cross_attention as oracle
+from flamingo_kernels.ops import KeyRanges
+from reference import key_range_attention, media_cross_attention
 from testing.cases import MediaCase
 
 NAMES = ("dq", "dk", "dv", "dgate")
@@ -12,9 +13,10 @@ NAMES = ("dq", "dk", "dv", "dgate")
 
 def plain_pytorch(case: MediaCase) -> torch.Tensor:
     """Compute the textbook formula in the dtype of the case, on finite inputs."""
-    repeats = case.q.shape[2] // case.k.shape[3]
-    k, v = (t.nan_to_num().flatten(1, 2).repeat_interleave(repeats, 2) for t in (case.k, case.v))
-    visible = case.spans.visible(case.k.shape[1]).repeat_interleave(case.k.shape[2], -1)[:, None]
+    repeats = case.q.shape[2] // case.k.shape[-2]
+    k, v = (t.nan_to_num().flatten(1, -3).repeat_interleave(repeats, 2) for t in (case.k, case.v))
+    keys_of_a_slot = case.k.shape[2] if case.k.ndim == 5 else 1
+    visible = case.visible.repeat_interleave(keys_of_a_slot, -1)[:, None]
     scores = torch.einsum("bthd,bkhd->bhtk", case.q, k) * case.q.shape[-1] ** -0.5
     weights = scores.masked_fill(~visible, float("-inf")).softmax(-1).nan_to_num()
     out = torch.einsum("bhtk,bkhd->bthd", weights, v)
@@ -24,7 +26,10 @@ def plain_pytorch(case: MediaCase) -> torch.Tensor:
 def exact(case: MediaCase) -> torch.Tensor:
     """Compute the reference in the dtype of the case."""
     gate = None if case.gate is None else case.gate[0]
-    return oracle(case.q, case.k, case.v, case.spans.first, case.spans.last, gate)
+    inputs = (case.q, case.k, case.v)
+    if isinstance(case.spans, KeyRanges):
+        return key_range_attention(*inputs, case.spans.start, case.spans.stop, gate)
+    return media_cross_attention(*inputs, case.spans.first, case.spans.last, gate)
 
 
 def gradients(out: torch.Tensor, case: MediaCase, seed: torch.Tensor) -> list[torch.Tensor]:

@@ -8,22 +8,27 @@ import torch
 from torch import Tensor
 
 from testing.cases import media_case
+from testing.key_ranges import range_case
 
 
 def operator_calls() -> dict[str, tuple[Any, ...]]:
     """Return name -> arguments, in fp32 on the CPU."""
     calls: dict[str, tuple[Any, ...]] = {}
-    for attend, gated in (("last", True), ("previous", False)):
-        case = media_case(torch.float32, attend=attend, gated=gated, nan=False)
-        spans = case.spans
-        inputs = (case.q, case.k, case.v, spans.first, spans.last, case.gate, 0.3)
+    for sees, gated in (("last", True), ("previous", False), ("keys", True)):
+        if sees == "keys":
+            case = range_case(torch.float32, gated=gated, nan=False)
+            k, v, spans = case.k.unsqueeze(2), case.v.unsqueeze(2), case.spans.spans
+        else:
+            case = media_case(torch.float32, attend=sees, gated=gated, nan=False)
+            k, v, spans = case.k, case.v, case.spans
+        inputs = (case.q, k, v, spans.first, spans.last, case.gate, 0.3)
         single_item = spans.single_item
-        media, kv_heads = case.k.shape[1], case.k.shape[3]
-        calls[f"media_attention_forward {attend}"] = (*inputs, single_item)
-        calls[f"media_attention_backward {attend}"] = (
+        media, kv_heads = k.shape[1], k.shape[3]
+        calls[f"media_attention_forward {sees}"] = (*inputs, single_item)
+        calls[f"media_attention_backward {sees}"] = (
             torch.randn(case.q.shape), None, *inputs, single_item,
         )  # fmt: skip
-        calls[f"media_attention_segments {attend}"] = (
+        calls[f"media_attention_segments {sees}"] = (
             spans.first, spans.last, media, kv_heads, single_item,
         )  # fmt: skip
 

@@ -245,7 +245,8 @@ class KeyRanges:
         It reads the ranges, for which a GPU must finish all that came before: for who takes ranges
         from others, at the boundary of a model.
         """
-        wrong = (self.start < 0) | (self.stop > keys) | (self.start > self.stop)
+        beyond = self.stop > min(keys, _MOST_KEYS)  # int32 takes no other number
+        wrong = (self.start < 0) | beyond | (self.start > self.stop)
         if bool(wrong.any()):
             row, token = wrong.nonzero()[0].tolist()
             start, stop = int(self.start[row, token]), int(self.stop[row, token])

@@ -23,6 +23,7 @@ from flamingo_kernels.ops import (
 )
 from testing.budgets import assert_close_to_reference, assert_gradients_close
 from testing.cases import kernels_for, media_case
+from testing.key_ranges import range_case
 from testing.tiny_model import make_model, ragged_batch
 
 Call = tuple[Callable[..., Tensor], list[Tensor]]
@@ -40,6 +41,7 @@ def calls(kernel: str) -> dict[str, Call]:
     single = media_case(media=2, kv_heads=2, **sizes)
     grouped = media_case(media=2, kv_heads=1, attend="previous", **sizes)
     no_media = media_case(media=0, kv_heads=2, gated=False, **sizes)
+    keys = range_case(keys=5, tokens=4, heads=2, kv_heads=1, head_dim=2)
     named: dict[str, Call] = {
         f"media {name}": (
             lambda q, k, v, gate=None, case=case: media_cross_attention(
@@ -47,7 +49,12 @@ def calls(kernel: str) -> dict[str, Call]:
             ),
             case.tensors(),
         )
-        for name, case in (("single", single), ("grouped", grouped), ("none", no_media))
+        for name, case in (
+            ("single", single),
+            ("grouped", grouped),
+            ("none", no_media),
+            ("keys", keys),
+        )
     }
     for name, given in (("full", None), ("ragged", lengths)):
         named[f"latent {name}"] = (

@@ -112,6 +112,7 @@ def test_numbers_beyond_int32_do_not_wrap_around() -> None:
     boundary = torch.tensor([[BEYOND, 2**63 - 1]])
     assert not KeyRanges.from_boundary(boundary, 2).visible(9).any()
     assert KeyRanges.from_boundary(boundary).visible(9).all()
+    row((0, most)).check(BEYOND)
 
 
 def test_constructors_read_nothing_on_other_devices() -> None:

@@ -8,15 +8,23 @@ import pytest
 import torch
 from hypothesis import given
 
-from flamingo_kernels.ops import MediaSpans, media_cross_attention
+from flamingo_kernels.ops import (
+    KeyRanges,
+    MediaSpans,
+    media_cross_attention,
+    plan_media_attention,
+)
 from flamingo_kernels.ops.spans import SegmentTable
 from testing.budgets import assert_close_to_reference, assert_within_budget, attention_terms
 from testing.cases import MediaCase, kernels_for, media_case, media_shapes
+from testing.key_ranges import RANGES, range_case, range_shapes
 from testing.media_attention import NAMES, exact, gradients, plain_pytorch
 
 OP = "media_cross_attention"
 FORWARD = kernels_for(OP)
 TRAINING = kernels_for(OP, needs_grad=True)
+FORMS = {"items": (media_case, media_shapes), "keys": (range_case, range_shapes)}
+any_form = pytest.mark.parametrize("form", FORMS)
 
 
 def run(case: MediaCase, kernel: str) -> torch.Tensor:
@@ -24,16 +32,18 @@ def run(case: MediaCase, kernel: str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
+@any_form
 @pytest.mark.usefixtures("nan_filled_memory")
-def test_forward_within_budget(kernel: str, dtype: torch.dtype) -> None:
-    """Empty ranges give exact zeros, padded slots are never read (semantics, points 3, 5, 17)."""
+def test_forward_within_budget(form: str, kernel: str, dtype: torch.dtype) -> None:
+    """Nothing to see is exactly zero, the unseen never read (semantics, points 3, 5, 17, 19)."""
+    make, shapes = FORMS[form]
 
-    @given(media_shapes)
+    @given(shapes)
     def check(shape: dict) -> None:
-        case = media_case(dtype, **shape)
+        case = make(dtype, **shape)
         out = run(case, kernel)
         assert out.dtype == dtype
-        empty = case.spans.first > case.spans.last
+        empty = ~case.visible.any(-1)
         assert torch.equal(out[empty], torch.zeros_like(out[empty]))
         terms = attention_terms(case.q, case.k, case.v, case.q.shape[-1] ** -0.5)
         assert_within_budget(
@@ -44,13 +54,15 @@ def test_forward_within_budget(kernel: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), TRAINING)
+@any_form
 @pytest.mark.usefixtures("nan_filled_memory")
-def test_gradients_within_budget(kernel: str, dtype: torch.dtype) -> None:
-    """dq, dk, dv and dgate; padded slots are never read (semantics, points 3, 5 and 17)."""
+def test_gradients_within_budget(form: str, kernel: str, dtype: torch.dtype) -> None:
+    """dq, dk, dv and dgate; the unseen is never read (semantics, points 3, 5, 17 and 19)."""
+    make, shapes = FORMS[form]
 
-    @given(media_shapes)
+    @given(shapes)
     def check(shape: dict) -> None:
-        case = media_case(dtype, **shape).require_grad()
+        case = make(dtype, **shape).require_grad()
         seed = torch.randn(case.q.shape)
         ours = gradients(run(case, kernel), case, seed)
         plain_case = case.to(dtype).require_grad()
@@ -60,39 +72,35 @@ def test_gradients_within_budget(kernel: str, dtype: torch.dtype) -> None:
         terms = attention_terms(case.q, case.k, case.v, case.q.shape[-1] ** -0.5, seed)
         for name, *triple in zip(NAMES, ours, plain, true, strict=False):
             assert_within_budget(*triple, dtype, gradient=True, terms=terms[name], what=name)
-        empty = case.spans.first > case.spans.last
+        empty, unseen = ~case.visible.any(-1), ~case.visible.any(1)
         assert not ours[0][empty].any()
-        unseen = ~case.spans.visible(case.k.shape[1]).any(1)
         assert not ours[1][unseen].any() and not ours[2][unseen].any()
 
     check()
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
-def test_strides(kernel: str, dtype: torch.dtype) -> None:
+@any_form
+def test_strides(form: str, kernel: str, dtype: torch.dtype) -> None:
     """Views of one projection, transposed heads and rows of a wider buffer give the same bits."""
-    case = media_case(dtype, heads=4, kv_heads=4, head_dim=8)
-    fused = torch.stack((case.k, case.v), 3)  # [B, I, R, 2, H, D]
+    case = FORMS[form][0](dtype, heads=4, kv_heads=4, head_dim=8)
+    fused = torch.stack((case.k, case.v), -3)  # [B, I, R, 2, H, D] or [B, S, 2, H, D]
     wide = torch.full((*case.q.shape[:3], 16), float("nan"), dtype=dtype)
     wide[..., 4:12] = case.q
-    strided = MediaCase(
-        wide[..., 4:12], fused[:, :, :, 0], fused[:, :, :, 1], case.spans, case.gate
-    )
+    strided = MediaCase(wide[..., 4:12], *fused.unbind(-3), case.spans, case.gate)
     assert not strided.k.is_contiguous() and not strided.q.is_contiguous()
     assert torch.equal(run(strided, kernel), run(case, kernel))
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
-def test_row_bits_do_not_depend_on_the_batch(kernel: str, dtype: torch.dtype) -> None:
+@any_form
+def test_row_bits_do_not_depend_on_the_batch(form: str, kernel: str, dtype: torch.dtype) -> None:
     """A row gives the same bits alone and in a batch (semantics, point 18)."""
-    case = media_case(dtype, batch=3)
+    case = FORMS[form][0](dtype, batch=3)
     whole = run(case, kernel)
     assert torch.equal(whole, run(case, kernel))
     for row in range(3):
-        pick = slice(row, row + 1)
-        spans = MediaSpans(case.spans.first[pick], case.spans.last[pick])
-        alone = MediaCase(case.q[pick], case.k[pick], case.v[pick], spans, case.gate)
-        assert torch.equal(run(alone, kernel)[0], whole[row])
+        assert torch.equal(run(case.rows(slice(row, row + 1)), kernel)[0], whole[row])
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
@@ -137,10 +145,13 @@ def test_a_changed_copy_of_spans_has_no_plan() -> None:
     assert planned.newest(2).segments is None
 
 
-@pytest.mark.parametrize("attend", ["last", "last_group", "previous"])
+@pytest.mark.parametrize("sees", ["last", "last_group", "previous", "any order", "window"])
 @pytest.mark.parametrize("kernel", [k for k, dtype in TRAINING if dtype == torch.float64])
-def test_gradcheck(kernel: str, attend: str) -> None:
-    case = media_case(attend=attend, tokens=5, media=3, latents=2, head_dim=3, nan=False)
+def test_gradcheck(kernel: str, sees: str) -> None:
+    if sees in RANGES:
+        case = range_case(ranges=sees, tokens=5, keys=6, head_dim=3, nan=False)
+    else:
+        case = media_case(attend=sees, tokens=5, media=3, latents=2, head_dim=3, nan=False)
     case.require_grad()
     assert torch.autograd.gradcheck(
         lambda q, k, v, gate: media_cross_attention(q, k, v, case.spans, gate, kernel=kernel),
@@ -149,12 +160,13 @@ def test_gradcheck(kernel: str, attend: str) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
-@pytest.mark.parametrize("shape", [{"tokens": 0}, {"batch": 0}, {"media": 0}])
+@pytest.mark.parametrize("shape", [{"tokens": 0}, {"batch": 0}, {"media": 0}, {"keys": 0}])
 def test_sizes_of_zero(kernel: str, dtype: torch.dtype, shape: dict) -> None:
-    case = media_case(dtype, **shape)
-    out = run(case, kernel)
-    assert out.shape == case.q.shape
-    assert not out.any()
+    forms = [media_case] * ("keys" not in shape) + [range_case] * ("media" not in shape)
+    for case in (make(dtype, **shape) for make in forms):
+        out = run(case, kernel)
+        assert out.shape == case.q.shape
+        assert not out.any()
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
@@ -192,8 +204,9 @@ def test_opcheck(kernel: str) -> None:
 
 
 @pytest.mark.slow
+@any_form
 @pytest.mark.parametrize("kernel", sorted({k for k, _ in TRAINING}))
-def test_compile_fullgraph(kernel: str) -> None:
+def test_compile_fullgraph(kernel: str, form: str) -> None:
     """Forward and backward in one graph each, at most two over many lengths."""
     from torch._dynamo.testing import CompileCounterWithBackend  # imports Triton
 
@@ -206,7 +219,12 @@ def test_compile_fullgraph(kernel: str) -> None:
         return [out, *gradients(out, case, torch.ones_like(out))]
 
     def attend(q, k, v, ids, gate):
-        return media_cross_attention(q, k, v, MediaSpans.from_tokens(ids, 9), gate, kernel=kernel)
+        spans = MediaSpans.from_tokens(ids, 9)
+        if form == "keys":
+            lengths = ids[:, :1] % 3 + torch.arange(k.shape[1])  # unequal items
+            k, v = k.flatten(1, 2), v.flatten(1, 2)
+            spans = plan_media_attention(KeyRanges.from_items(spans, lengths), k, kernel)
+        return media_cross_attention(q, k, v, spans, gate, kernel=kernel)
 
     compiled = torch.compile(attend, fullgraph=True, backend=counter)
     for tokens in (2, 3, 5, 8, 13, 21):
