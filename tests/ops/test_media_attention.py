@@ -92,10 +92,15 @@ def test_strides(form: str, kernel: str, dtype: torch.dtype) -> None:
     assert torch.equal(run(strided, kernel), run(case, kernel))
 
 
-@pytest.mark.parametrize(("kernel", "dtype"), FORWARD)
-@any_form
+@pytest.mark.parametrize(
+    ("form", "kernel", "dtype"),
+    [(form, *pair) for form in FORMS for pair in FORWARD if form == "items" or pair[0] != "torch"],
+)
 def test_row_bits_do_not_depend_on_the_batch(form: str, kernel: str, dtype: torch.dtype) -> None:
-    """A row gives the same bits alone and in a batch (semantics, point 18)."""
+    """A row gives the same bits alone and in a batch (semantics, point 18).
+
+    With several threads, stock PyTorch keeps this for items alone.
+    """
     case = FORMS[form][0](dtype, batch=3)
     whole = run(case, kernel)
     assert torch.equal(whole, run(case, kernel))
