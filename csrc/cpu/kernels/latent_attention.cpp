@@ -80,8 +80,8 @@ template <typename T> struct Latents {
         for_each_block(item, [&](const flamingo_tensor &k, const flamingo_tensor &v,
                                  const flamingo_tensor &, const flamingo_tensor &, int64_t key,
                                  int64_t count) {
-            s.keys.pack(rows_of<const T>(k, item, key, head),
-                                    rows_of<const T>(v, item, key, head), count, p.head_dim, scale);
+            s.keys.pack(rows_of<const T>(k, item, key, head), rows_of<const T>(v, item, key, head),
+                        count, p.head_dim, scale);
             attend_block(s.keys, p.head_dim, s.q, p.latents, s.states, s.out, s.weights,
                          first_block, HideNothing{});
             first_block = false;
@@ -153,8 +153,8 @@ template <typename T> struct Latents {
         for_each_block(item, [&](const flamingo_tensor &k, const flamingo_tensor &v,
                                  const flamingo_tensor &to_k, const flamingo_tensor &to_v,
                                  int64_t key, int64_t count) {
-            keys.pack(rows_of<const T>(k, item, key, head),
-                                  rows_of<const T>(v, item, key, head), count, p.head_dim, scale);
+            keys.pack(rows_of<const T>(k, item, key, head), rows_of<const T>(v, item, key, head),
+                      count, p.head_dim, scale);
             for (int64_t r = 0; r < p.latents; r += score_rows) {
                 if (!packed_once) {
                     pack_queries(r);
