@@ -59,6 +59,8 @@ def run_rank(rank: int, folder: str) -> None:
     for step in range(3):
         parallel(**batch(rank, step)).loss.backward()
         save_file(gradients(model), f"{folder}/{step}.{rank}.safetensors")
+    del parallel  # and its use of the group, before the group; no process leaves another alone
+    dist.barrier()
     dist.destroy_process_group()
 
 
