@@ -64,7 +64,7 @@ struct TaskPlan {
     int64_t cells_of_row;
     int64_t widest_task;   // most keys of a task
     int64_t partial_count; // keys of all partial sums of d_k and d_v
-    bool wide;             // tasks are connected components; see media_attention_backward.cpp
+    bool wide;             // tasks are connected components; see media_backward_wide.h
 };
 
 } // namespace flamingo

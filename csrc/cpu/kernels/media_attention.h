@@ -67,9 +67,21 @@ template <typename T> struct Media {
     KeyRows<U> keys_of(const flamingo_tensor &x, int64_t b, int64_t key, int64_t kv_head) const {
         return key_rows<U>(x, b, key, kv_head, p.media, p.latents);
     }
+    // Calls body(rows of k, rows of v) for the keys from `key` on: plain rows where they are evenly
+    // apart, as nearly always, so that the loops over them do not ask for each.
+    template <typename Body>
+    void with_keys(int64_t b, int64_t key, int64_t kv_head, Body body) const {
+        const KeyRows<const T> k = keys_of<const T>(p.k, b, key, kv_head);
+        const KeyRows<const T> v = keys_of<const T>(p.v, b, key, kv_head);
+        if (k.latents == 0 && v.latents == 0) {
+            body(Rows<const T>{k.data, k.stride}, Rows<const T>{v.data, v.stride});
+        } else {
+            body(k, v);
+        }
+    }
     void pack(KeyBlock<Real> &keys, int64_t b, int64_t key, int64_t count, int64_t kv_head) const {
-        keys.pack(keys_of<const T>(p.k, b, key, kv_head), keys_of<const T>(p.v, b, key, kv_head),
-                  count, p.head_dim, scale);
+        with_keys(b, key, kv_head,
+                  [&](auto k, auto v) { keys.pack(k, v, count, p.head_dim, scale); });
     }
     // Clears a chunk of out or d_q, for all query heads of a kv head.
     void write_zeros(const flamingo_tensor &to, const flamingo::Chunk &c, int64_t kv_head) const {

@@ -77,9 +77,9 @@ template <> struct TileProducts<bfloat16> {
     TileProducts(const Media<bfloat16> &media, const Chunk &c, int64_t kv_head,
                  ForwardScratch<bfloat16> &scratch)
         : m(media), s(scratch) {
-        s.keys.pack_pairs(m.keys_of<const bfloat16>(m.p.k, c.row, c.start, kv_head),
-                          m.keys_of<const bfloat16>(m.p.v, c.row, c.start, kv_head),
-                          c.stop - c.start, m.p.head_dim);
+        m.with_keys(c.row, c.start, kv_head, [&](auto k, auto v) {
+            s.keys.pack_pairs(k, v, c.stop - c.start, m.p.head_dim);
+        });
     }
     void scores(Rows<const bfloat16> q, int64_t count) {
         pair *rows = reinterpret_cast<pair *>(s.q);
@@ -153,10 +153,10 @@ template <typename T> struct MediaForward : Media<T> {
                 attend_block(s.keys, p.head_dim, s.q, rows, states, out, s.weights, first_block,
                              hide);
             } else {
-                attend_unpacked(this->template keys_of<const T>(p.k, c.row, from, kv_head),
-                                this->template keys_of<const T>(p.v, c.row, from, kv_head), count,
-                                p.head_dim, scale, s.q, rows, states, out, s.weights, s.buffer,
-                                first_block, hide);
+                this->with_keys(c.row, from, kv_head, [&](auto k, auto v) {
+                    attend_unpacked(k, v, count, p.head_dim, scale, s.q, rows, states, out,
+                                    s.weights, s.buffer, first_block, hide);
+                });
             }
         }
     }
