@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flamingo_kernels.ops import checks
-from flamingo_kernels.ops.spans import MediaSpans, SegmentTable
+from flamingo_kernels.ops.spans import (
+    MediaSpans,
+    SegmentTable,
+    first_of_newest,
+    require_bounds,
+)
 
 _MOST_KEYS = torch.iinfo(torch.int32).max
 
@@ -39,17 +44,7 @@ class KeyRanges:
     spans: MediaSpans = field(init=False)
 
     def __post_init__(self) -> None:
-        for name in ("start", "stop"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor) or value.dtype != torch.int32:
-                raise TypeError(
-                    f"KeyRanges.{name} must be an int32 tensor, got {checks.describe(value)}"
-                )
-        if self.start.ndim != 2 or self.start.shape != self.stop.shape:
-            raise ValueError(
-                "KeyRanges.start and .stop must have one shape [B, T], got "
-                f"{tuple(self.start.shape)} and {tuple(self.stop.shape)}"
-            )
+        require_bounds("KeyRanges", start=self.start, stop=self.stop)
         object.__setattr__(self, "spans", MediaSpans(self.start, self.stop.clamp(min=0) - 1))
 
     @property
@@ -256,10 +251,11 @@ class KeyRanges:
             )
 
     def newest(self, tokens: int) -> KeyRanges:
-        """Return the ranges of the last ``tokens`` tokens of each row, as a decoding step needs."""
-        first = self.shape[1] - tokens
-        if not 0 <= first <= self.shape[1]:
-            raise ValueError(f"ranges of {self.shape[1]} tokens have no newest {tokens}")
+        """Return the ranges of the last ``tokens`` tokens of each row, as a decoding step needs.
+
+        ValueError if there are not as many.
+        """
+        first = first_of_newest(self.shape[1], tokens)
         return KeyRanges(self.start[:, first:], self.stop[:, first:])
 
     def visible(self, keys: int) -> Tensor:

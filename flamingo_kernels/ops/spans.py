@@ -56,16 +56,7 @@ class MediaSpans:
     segments: SegmentTable | None = field(default=None, init=False)  # so that no copy keeps it
 
     def __post_init__(self) -> None:
-        for name in ("first", "last"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor) or value.dtype != torch.int32:
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"MediaSpans.{name} must be an int32 tensor, got {got}")
-        if self.first.ndim != 2 or self.first.shape != self.last.shape:
-            raise ValueError(
-                "MediaSpans.first and .last must have one shape [B, T], got "
-                f"{tuple(self.first.shape)} and {tuple(self.last.shape)}"
-            )
+        require_bounds("MediaSpans", first=self.first, last=self.last)
 
     def with_segments(self, segments: SegmentTable) -> MediaSpans:
         """Return the same ranges with the segments that were derived from them."""
@@ -171,14 +162,38 @@ class MediaSpans:
         return cls(first, torch.full_like(first, media - 1))
 
     def newest(self, tokens: int) -> MediaSpans:
-        """Return the ranges of the last ``tokens`` tokens of each row, as a decoding step needs."""
-        start = self.shape[1] - tokens
+        """Return the ranges of the last ``tokens`` tokens of each row, as a decoding step needs.
+
+        ValueError if there are not as many.
+        """
+        start = first_of_newest(self.shape[1], tokens)
         return MediaSpans(self.first[:, start:], self.last[:, start:], self.single_item)
 
     def visible(self, media: int) -> Tensor:
         """Return bool [B, T, media]: whether token t sees media slot i."""
         slots = torch.arange(media, dtype=torch.int32, device=self.first.device)
         return (slots >= self.first[..., None]) & (slots <= self.last[..., None])
+
+
+def require_bounds(owner: str, **bounds: object) -> None:
+    """Raise TypeError or ValueError unless two bounds of ranges are int32 of one shape [B, T]."""
+    for name, value in bounds.items():
+        if not isinstance(value, Tensor) or value.dtype != torch.int32:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{owner}.{name} must be an int32 tensor, got {got}")
+    shapes = [tuple(value.shape) for value in bounds.values() if isinstance(value, Tensor)]
+    if len(shapes[0]) != 2 or shapes[0] != shapes[1]:
+        raise ValueError(
+            f"{owner}.{' and .'.join(bounds)} must have one shape [B, T], got "
+            f"{shapes[0]} and {shapes[1]}"
+        )
+
+
+def first_of_newest(present: int, tokens: int) -> int:
+    """Return where the last ``tokens`` of ``present`` tokens begin; ValueError if too few."""
+    if not 0 <= tokens <= present:
+        raise ValueError(f"ranges of {present} tokens have no newest {tokens}")
+    return present - tokens
 
 
 def _empty_as_canonical(first: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,8 @@ def test_newest_is_the_tail_and_media_index_agrees() -> None:
     ids = torch.tensor([[IMAGE, 1, IMAGE, 1, 1]])
     spans = MediaSpans.from_tokens(ids, IMAGE)
     assert torch.equal(spans.newest(2).last, spans.last[:, 3:])
+    with pytest.raises(ValueError, match="5 tokens have no newest 6"):
+        spans.newest(6)
     by_index = MediaSpans.from_media_index(torch.tensor([[0, 0, 1, 1, 1]]))
     assert torch.equal(by_index.first, spans.first) and torch.equal(by_index.last, spans.last)
 
