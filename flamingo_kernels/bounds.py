@@ -19,6 +19,7 @@ from flamingo_kernels.fields import is_integer
 _MORE_TENSORS = 1000
 _MORE_VALUES = 2**28
 _COUNTS = re.compile("layer|depth|block", re.IGNORECASE)
+_MOST_LABELS = 2**20  # transformers names every label
 
 
 def read_json(path: str | PathLike, largest: int = 2**26) -> dict[str, Any]:
@@ -51,7 +52,8 @@ class TooLargeError(ValueError):
 def check_counts(options: Mapping[str, Any], tensors: int, of: str) -> None:
     """Raise TooLargeError if nested options ask for far more layers than a file has tensors.
 
-    Configurations of transformers make lists with an entry for every layer, before any module.
+    Configurations of transformers make lists with an entry for every layer, and for every label,
+    before any module.
 
     Parameters
     ----------
@@ -63,7 +65,8 @@ def check_counts(options: Mapping[str, Any], tensors: int, of: str) -> None:
         The file, for the error.
     """
     for name, value in _numbers(options, ""):
-        if _COUNTS.search(name) and value > _MORE_TENSORS + tensors:
+        too_deep = _COUNTS.search(name) and value > _MORE_TENSORS + tensors
+        if too_deep or (name.endswith("num_labels") and value > _MOST_LABELS):
             raise TooLargeError(f"{of} holds {tensors} tensors, but its config has {name}={value}")
 
 

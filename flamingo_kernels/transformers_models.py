@@ -245,9 +245,7 @@ def read_folder(auto_class: str, folder: Path) -> Any:
     if auto_class != "AutoTokenizer":
         options["use_safetensors"] = True
     try:
-        if auto_class == "AutoTokenizer":
-            return transformers.AutoTokenizer.from_pretrained(folder, **options)
-        tensors = _check_folder(folder)
+        tensors = _check_folder(folder)  # a tokenizer reads the configuration of its model too
         with bounded_building(tensors, None, str(folder)):
             return getattr(transformers, auto_class).from_pretrained(folder, **options)
     except Exception as error:  # damaged files raise whatever their parsers raise

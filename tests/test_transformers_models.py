@@ -18,6 +18,7 @@ pytest.importorskip("transformers")
 @pytest.mark.parametrize(
     "changes",
     [
+        {"num_labels": 10**9},
         {"attn_implementation": "evil/kernel"},
         {"_attn_implementation": "evil/kernel"},
         {"text_config": {"experts_implementation": "evil/kernel:Function"}},
@@ -32,6 +33,13 @@ def test_hostile_folders_are_refused(changes: dict, tmp_path: Path) -> None:
     config.write_text(json.dumps({**json.loads(config.read_text()), **changes}))
     with pytest.raises(ValueError, match=r"cannot load a language model .*(could load|holds \d+)"):
         read_folder("AutoModelForCausalLM", tmp_path)
+
+
+@pytest.mark.parametrize("count", ["num_hidden_layers", "num_labels"])
+def test_a_tokenizer_reads_no_hostile_configuration_of_a_model(count: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", count: 10**9}))
+    with pytest.raises(ValueError, match=f"cannot load a tokenizer .* config has {count}=10{{9}}"):
+        read_folder("AutoTokenizer", tmp_path)
 
 
 @pytest.mark.parametrize(

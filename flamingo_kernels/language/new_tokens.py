@@ -75,7 +75,7 @@ class NewTokenRows(nn.Module):
         self.another_token = next(i for i in itertools.count() if i not in set(token_ids))
         self.embedding = nn.Parameter(rows)
         self.head = self.head_bias = None
-        if head.weight is not embedding.weight:
+        if not _are_tied(head, embedding):
             self.head = nn.Parameter(_first_value(head, "weight", ids))
         if getattr(head, "bias", None) is not None:
             self.head_bias = nn.Parameter(_first_value(head, "bias", ids))
@@ -144,6 +144,16 @@ def _frozen(module: nn.Module, name: str) -> Any:
         if (offloaded := getattr(part, "weights_map", None)) is not None:
             return offloaded[name]
     return tensor
+
+
+def _are_tied(head: nn.Module, embedding: nn.Module) -> bool:
+    """Whether two modules share their weight; of what is offloaded the values tell."""
+    if head.weight is embedding.weight:
+        return True
+    if not (head.weight.is_meta and embedding.weight.is_meta):
+        return False
+    weights = _frozen(head, "weight"), _frozen(embedding, "weight")
+    return not any(weight.is_meta for weight in weights) and torch.equal(*weights)
 
 
 @torch.no_grad()

@@ -80,6 +80,18 @@ def test_the_bridge_lies_where_the_language_model_computes(offload, tmp_path) ->
     assert_same(FlamingoModel.from_pretrained(tmp_path / "saved", **options))
 
 
+@pytest.mark.parametrize("offload", [to_cpu, to_disk, in_part])
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_new_tokens_are_tied_as_the_weights_are(offload, tied, tmp_path) -> None:
+    rows = []
+    for change in (lambda lm: None, lambda lm: offload(lm, tmp_path)):
+        lm = language_model("llama", tie_word_embeddings=tied)
+        change(lm)
+        rows.append(FlamingoModel.from_backbones(clip(), lm).new_tokens.state_dict())
+    assert rows[0].keys() == rows[1].keys() and len(rows[0]) == 2 - tied
+    assert all(map(torch.equal, rows[0].values(), rows[1].values()))
+
+
 @pytest.mark.parametrize("offload", [to_cpu, to_disk])
 def test_an_offloaded_vision_encoder(offload, tmp_path) -> None:
     assert_same(build(lambda vision, lm: offload(vision, tmp_path)))
