@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import sys
@@ -10,6 +11,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from flamingo_kernels.fields import is_integer
 
 LOG_FILE = "log.jsonl"
 _BAR = 20  # characters
@@ -90,15 +93,16 @@ def _figures(values: dict[str, Any]) -> str:
 
 
 def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []
+    return path.read_text(errors="replace").splitlines() if path.exists() else []
 
 
 def _step_of(line: str) -> float:
-    """Return the step of a line; infinity for a line that was cut off."""
+    """Return the step of a line; infinity for a line that was cut off or damaged."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        step = None
+    return step if is_integer(step) else math.inf
 
 
 def _scalars(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:

@@ -26,7 +26,8 @@ def line(step: int) -> dict:
 
 def test_lines_after_the_step_go_before_a_run_continues(tmp_path: Path, capsys) -> None:
     file = tmp_path / LOG_FILE
-    file.write_text("".join(f"{json.dumps(line(step))}\n" for step in (1, 2, 3)) + '{"step": 4, "l')
+    lines = "".join(f"{json.dumps(line(step))}\n" for step in (1, 2, 3))
+    file.write_bytes(b'\xff\0\n{"step": "1"}\n' + lines.encode() + b'{"step": 4, "l')
     log = RunLog(tmp_path, 2, 10)
     log.write(line(3))
     log.close()

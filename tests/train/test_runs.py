@@ -229,6 +229,10 @@ def test_a_checkpoint_without_its_state_is_not_passed_over(values, tmp_path, cap
         assert "cannot read the checkpoint" in (told := capsys.readouterr().err)
         assert "step_00000003: state.json: it is missing; copy the folder again" in told
     shutil.rmtree(tmp_path / "out" / "step_00000003")
+    (tmp_path / "out" / "step_00000003").write_text("no checkpoint")
+    (tmp_path / "out" / "step_00000009").mkdir()
+    assert main(commands[1]) == 0
+    (tmp_path / "out" / "step_00000003").unlink()
     assert main(commands[0]) == 0
     assert "continuing after step 2" in capsys.readouterr().err
 

@@ -23,9 +23,13 @@ _FOLDER = re.compile(r"step_(\d{8,})")
 
 def list_checkpoints(output: Path) -> list[Path]:
     """Return the folders of complete checkpoints, oldest first."""
+    complete = (path for path in _step_folders(output) if (path / STATE_FILE).is_file())
+    return sorted(complete, key=step_of)
+
+
+def _step_folders(output: Path) -> list[Path]:
     found = [path for path in output.glob("step_*") if _FOLDER.fullmatch(path.name)]
-    found = [path for path in found if (path / STATE_FILE).is_file()]
-    return sorted(found, key=step_of)
+    return [path for path in found if path.is_dir()]
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -37,8 +41,8 @@ def newest_checkpoint(output: Path) -> Path | None:
         Its ``state.json`` is missing, as after a copy that was cut off. What it holds is not passed
         over in silence.
     """
-    folders = [path for path in output.glob("step_*") if _FOLDER.fullmatch(path.name)]
-    newest = max((path for path in folders if any(path.iterdir())), key=step_of, default=None)
+    folders = [path for path in _step_folders(output) if any(path.iterdir())]
+    newest = max(folders, key=step_of, default=None)
     if newest is not None and not (newest / STATE_FILE).is_file():
         raise unreadable(newest, f"{STATE_FILE}: it is missing; copy the folder again or remove it")
     return newest

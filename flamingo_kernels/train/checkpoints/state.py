@@ -41,6 +41,12 @@ def read_state(folder: Path, *more: str) -> dict[str, Any]:
             raise unreadable(folder, f"{name} in {STATE_FILE} is {reprlib.repr(state.get(name))}")
     if not all(isinstance(position, dict) for position in state["data"]):
         raise unreadable(folder, f"data in {STATE_FILE} is {reprlib.repr(state['data'])}")
+    datasets = state["settings"].get("datasets", [])
+    if not isinstance(datasets, list) or not all(
+        isinstance(section, dict) and isinstance(section.get("name"), str) for section in datasets
+    ):
+        what = f"the settings' datasets in {STATE_FILE} are {reprlib.repr(datasets)}"
+        raise unreadable(folder, what)
     shards, writers = len(list(folder.glob(SHARDS))), len(state["data"])
     if shards not in (0, writers):
         raise unreadable(folder, f"{shards} of {writers} shards")
