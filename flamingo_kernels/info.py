@@ -12,7 +12,7 @@ from flamingo_kernels._cpp import library
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
 from flamingo_kernels.ops import dispatch
 
-COMPONENTS = ("language_model", "vision_encoder", "gated_cross_attn_layers", "perceiver")
+COMPONENTS = ("language_model", "vision_encoder", "gated_cross_attn_layers", "connector")
 
 # Flamingo, table 5, in millions of parameters.
 PAPER_COUNTS = {
@@ -113,7 +113,7 @@ def config_lines(name: str) -> Iterator[str]:
                 reasons.append(f"{component}: {_WHY[component]}.")
         yield line
     yield f"{'total':<26}{sum(counts.values()):>16,}"
-    trainable = counts["gated_cross_attn_layers"] + counts["perceiver"]
+    trainable = counts["gated_cross_attn_layers"] + counts["connector"]
     yield f"{'trainable':<26}{trainable:>16,}"
     if paper:
         reasons += [_REMARKS[name]] if name in _REMARKS else []

@@ -20,10 +20,11 @@ class MediaCrossAttention(nn.Module):
         super().__init__()
         inner = config.heads * config.head_dim
         self.heads = config.heads
+        self.kv_heads = config.kv_heads or config.heads
         self.norm = LayerNorm(dim)
         self.norm_media = LayerNorm(media_dim) if config.media_norm else None
         self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(media_dim, 2 * inner, bias=False)
+        self.to_kv = nn.Linear(media_dim, 2 * self.kv_heads * config.head_dim, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def forward(self, x: Tensor, media: Tensor, first: Tensor, last: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ class MediaCrossAttention(nn.Module):
         if self.norm_media is not None:
             media = self.norm_media(media)
         q = split_heads(self.to_q(self.norm(x)), self.heads)
-        k, v = split_heads(self.to_kv(media), 2 * self.heads).chunk(2, dim=-2)
+        k, v = split_heads(self.to_kv(media), 2 * self.kv_heads).chunk(2, dim=-2)
         return self.to_out(media_cross_attention(q, k, v, first, last).flatten(-2))
 
 
@@ -41,7 +42,8 @@ class GatedCrossAttentionBlock(nn.Module):
     Parameters
     ----------
     config : object
-        heads, head_dim, ff_mult, activation, media_norm, gate and feed_forward_without_media.
+        heads, kv_heads, head_dim, ff_mult, activation, media_norm, gate and
+        feed_forward_without_media.
     dim, media_dim : int
         Widths of the text and of the media.
 

@@ -12,7 +12,7 @@ from .decoder import Decoder
 from .nfnet import NFNet
 from .pointwise import working_dtype
 from .resampler import PerceiverResampler
-from .spans import media_spans
+from .spans import key_spans, media_spans
 
 IGNORED_LABEL = -100
 
@@ -30,9 +30,9 @@ class Flamingo(nn.Module):
     Parameters
     ----------
     config : object
-        vision, language, resampler, cross_attention (see those modules, and README.md),
-        image_token_id, pad_token_id, eos_token_id and end_of_chunk_token_id. Cross-attention layer
-        n comes before the n-th decoder block i with ``i % every == offset``.
+        vision, language, cross_attention, and a resampler or a projector (see those modules, and
+        README.md), image_token_id, pad_token_id, eos_token_id and end_of_chunk_token_id.
+        Cross-attention layer n comes before the n-th decoder block i with ``i % every == offset``.
 
     Raises
     ------
@@ -50,13 +50,17 @@ class Flamingo(nn.Module):
         self.config = config
         self.vision_encoder = NFNet(config.vision).requires_grad_(False).eval()
         self.language_model = Decoder(config.language).requires_grad_(False)
-        self.perceiver = PerceiverResampler(config.resampler)
+        if config.resampler is None:
+            width = config.vision.output_dim
+            self.projector = nn.Linear(width, config.projector.dim, config.projector.bias)
+        else:
+            self.perceiver = PerceiverResampler(config.resampler)
         cross = config.cross_attention
         self.insertions = [
             i for i in range(config.language.depth) if i % cross.every == cross.offset
         ]
         self.gated_cross_attn_layers = nn.ModuleList(
-            GatedCrossAttentionBlock(cross, config.language.dim, config.resampler.dim)
+            GatedCrossAttentionBlock(cross, config.language.dim, config.media_dim)
             for _ in self.insertions
         )
 
@@ -105,10 +109,14 @@ class Flamingo(nn.Module):
         slots = 0 if pixel_values is None else pixel_values.shape[1]
         counts = [slots] * len(input_ids) if num_images is None else num_images.tolist()
         self._check_counts(input_ids, counts, slots)
-        media = self._encode(pixel_values, counts, num_frames, slots)
+        images = self._encode(pixel_values, counts, num_frames)
         first, last = media_spans(
             input_ids, self.config.image_token_id, self.config.cross_attention.attend, assign
         )
+        if self.config.resampler is None:  # items of one key each
+            first, last = key_spans(first, last, [[len(image) for image in row] for row in images])
+            images = [[key[None] for image in row for key in image] for row in images]
+        media = self._stack(images)
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
 
         x = self.language_model.token_embedding(input_ids)
@@ -155,15 +163,10 @@ class Flamingo(nn.Module):
                 raise ValueError(f"row {row} has {marked} <image> tokens but {images} images")
 
     def _encode(
-        self,
-        pixel_values: Tensor | None,
-        counts: list[int],
-        num_frames: Tensor | None,
-        slots: int,
-    ) -> Tensor:
-        """Latents ``[B, I, R, dim]``, zeros in the slots that hold no image."""
-        latents = self.perceiver.latents
-        media = latents.new_zeros(len(counts), slots, *latents.shape)
+        self, pixel_values: Tensor | None, counts: list[int], num_frames: Tensor | None
+    ) -> list[list[Tensor]]:
+        """The latents, or projected features, ``[R, dim]`` of each image of each row."""
+        rows: list[list[Tensor]] = [[] for _ in counts]
         for row, images in enumerate(counts):
             for item in range(images):
                 total = pixel_values.shape[2]
@@ -172,5 +175,19 @@ class Flamingo(nn.Module):
                     raise ValueError(f"num_frames[{row}, {item}] is {frames}, outside [1, {total}]")
                 with torch.no_grad():
                     features = self.vision_encoder(pixel_values[row, item, :frames])
-                media[row, item] = self.perceiver(features[None])[0]
-        return media
+                if self.config.resampler is None:
+                    rows[row].append(self.projector(features).flatten(0, 1))
+                else:
+                    rows[row].append(self.perceiver(features[None])[0])
+        return rows
+
+    def _stack(self, images: list[list[Tensor]]) -> Tensor:
+        """Items ``[R, dim]`` of each row as ``[B, I, R, dim]``, zeros where a row has fewer."""
+        if self.config.resampler is None:
+            nothing = self.projector.weight.new_zeros(1, self.config.media_dim)
+        else:
+            nothing = torch.zeros_like(self.perceiver.latents)
+        slots = max(map(len, images))
+        if slots == 0:
+            return nothing.new_zeros(len(images), 0, *nothing.shape)
+        return torch.stack([torch.stack(row + [nothing] * (slots - len(row))) for row in images])

@@ -84,6 +84,33 @@ def _runs(row: list[int], image_token_id: int) -> list[tuple[int, int]]:
     return runs
 
 
+def key_spans(first: Tensor, last: Tensor, lengths: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """The inclusive range of keys every token sees, of items whose keys lie end to end.
+
+    Parameters
+    ----------
+    first, last : Tensor
+        Integers ``[B, T]``, the items that each token sees.
+    lengths : list of list of int
+        Keys of each item of each row.
+
+    Returns
+    -------
+    tuple of Tensor
+        int32 ``[B, T]``; (0, -1) where no key is seen.
+    """
+    spans = torch.tensor([EMPTY], dtype=torch.int32, device=first.device).repeat(first.numel(), 1)
+    spans = spans.reshape(*first.shape, 2)
+    for row, of_row in enumerate(lengths):
+        for token, (item, end) in enumerate(
+            zip(first[row].tolist(), last[row].tolist(), strict=True)
+        ):
+            start, count = sum(of_row[:item]), sum(of_row[item : end + 1])
+            if count:
+                spans[row, token] = torch.tensor([start, start + count - 1])
+    return spans[..., 0], spans[..., 1]
+
+
 def clip_ranges(first: Tensor, last: Tensor, items: int) -> tuple[Tensor, Tensor]:
     """Ranges cut to ``[0, items)``; what is empty stays or becomes empty (first > last)."""
     return first.clamp(min=0), last.clamp(max=items - 1)

@@ -8,14 +8,23 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels import FlamingoConfig, FlamingoModel
+from flamingo_kernels.model.config import ProjectorConfig
 
 TINY = FlamingoConfig.from_name("tiny")
 
 
-def make_model(kernel: str = "auto", *, open_gates: bool = True, **cross: object) -> FlamingoModel:
+def make_model(
+    kernel: str = "auto",
+    *,
+    projector: ProjectorConfig | None = None,
+    open_gates: bool = True,
+    **cross: object,
+) -> FlamingoModel:
     """Build the tiny model with random weights; ``cross`` changes its cross-attention config."""
     torch.manual_seed(0)
     config = replace(TINY, cross_attention=replace(TINY.cross_attention, **cross))
+    if projector is not None:
+        config = replace(config, resampler=None, projector=projector)
     model = FlamingoModel(config, kernel)
     for parameter in model.language_model.parameters():
         if parameter.ndim == 2:  # away from its small initial weights: logits worth comparing

@@ -21,6 +21,7 @@ from benchmarks.problems.base import (
 from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 
 _BLOCK_DEFAULTS = {
+    "kv_heads": None,
     "ff_mult": 4,
     "activation": "gelu",
     "media_norm": False,

@@ -129,7 +129,7 @@ def _build_prompts(model: FlamingoModel, tokenizer: ByteTokenizer, shots: int) -
     right = [NAMES[i % len(NAMES)] for i in range(QUERIES)]
     queries = [drawn[name].pop(0) for name in right]
     text = "".join(f"<image>{name}<EOC>" for name in names) + "<image>"
-    device, encoder = model.perceiver.latents.device, model.vision_encoder
+    device, encoder = model.device, model.vision_encoder
 
     def pixels(picture: Image) -> Tensor:
         constants = {"mean": encoder.image_mean, "std": encoder.image_std}

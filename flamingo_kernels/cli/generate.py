@@ -47,7 +47,7 @@ def run(options: Namespace) -> int:
         language_model=read_backbone("AutoModelForCausalLM", options.language_model),
     )
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    device = model.perceiver.latents.device
+    device = model.device
     folder = options.tokenizer or options.language_model or options.model
     encode, decode = _text_coding(folder, model.config)
     ids = torch.tensor([encode(text)], device=device)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from flamingo_kernels.model.config import FlamingoConfig, ResamplerConfig
 from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
 
 
-def build_resampler(config: ResamplerConfig, kernel: str) -> PerceiverResampler:
-    """Build the resampler that ``config`` describes, with random weights."""
+def connector_name(config: FlamingoConfig) -> str:
+    """Return the model's attribute that turns features into media, also its state-dict prefix."""
+    return "projector" if config.resampler is None else "perceiver"
+
+
+def build_connector(config: FlamingoConfig, kernel: str) -> PerceiverResampler | nn.Linear:
+    """Build the resampler or projector that ``config`` describes, with random weights."""
+    if config.resampler is not None:
+        return _build_resampler(config.resampler, kernel)
+    assert config.projector is not None
+    return nn.Linear(config.vision.output_dim, config.projector.dim, config.projector.bias)
+
+
+def _build_resampler(config: ResamplerConfig, kernel: str) -> PerceiverResampler:
     return PerceiverResampler(
         config.dim,
         depth=config.depth,
@@ -29,9 +43,10 @@ def build_cross_attention(config: FlamingoConfig, kernel: str) -> GatedCrossAtte
     cross = config.cross_attention
     return GatedCrossAttentionBlock(
         config.language.dim,
-        config.resampler.dim,
+        config.media_dim,
         dim_head=cross.head_dim,
         heads=cross.heads,
+        kv_heads=cross.kv_heads,
         ff_mult=cross.ff_mult,
         attend=cross.attend,
         ff_dim=cross.ff_dim,

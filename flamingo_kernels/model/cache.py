@@ -27,13 +27,16 @@ class FlamingoCache:
     language : LanguageModelCache
         The language model's own cache.
     media : tuple of MediaKeyValue
-        Keys and values of each cross-attention layer, [B, I, R, H, D], projected once per image.
+        Keys and values of each cross-attention layer, projected once per image: of I media slots,
+        [B, I, R, Hkv, D], or of all keys one by one, [B, S, 1, Hkv, D].
     num_images : Tensor
-        int64 [B], media slots in use.
+        int64 [B], the images of each row.
     input_ids : Tensor
         [B, T], all tokens seen. The images of each row are counted in them.
     attention_mask : Tensor or None
         [B, T]; None if no padding was ever given.
+    lengths : Tensor or None
+        int64 [B, I], the keys of each image; None if all have R.
     extendable : bool
         The media are copies of this cache, usually with spare slots, that later turns may write
         into. False if gradients may need them.
@@ -44,6 +47,7 @@ class FlamingoCache:
     num_images: Tensor
     input_ids: Tensor
     attention_mask: Tensor | None
+    lengths: Tensor | None = None
     extendable: bool = False
 
     @classmethod
@@ -55,6 +59,7 @@ class FlamingoCache:
             context.num_images,
             context.input_ids,
             context.attention_mask,
+            context.lengths,
             context.extendable and may_write_in_place(context.media),
         )
 
@@ -66,7 +71,7 @@ class FlamingoCache:
         spare = _with_spare(slots) - slots if slots else 0
 
         def copied(tensor: Tensor) -> Tensor:
-            return F.pad(tensor, (0, 0) * 3 + (0, spare))
+            return _with_slots(tensor, slots + spare)
 
         media = tuple(MediaKeyValue(copied(k), copied(v)) for k, v in self.media)
         return replace(self, media=media, extendable=True)
@@ -82,6 +87,7 @@ class FlamingoCache:
             num_images=self.num_images[rows],
             input_ids=self.input_ids[rows],
             attention_mask=None if self.attention_mask is None else self.attention_mask[rows],
+            lengths=None if self.lengths is None else self.lengths[rows],
             extendable=may_write_in_place(self.media),
         )
 
@@ -102,21 +108,27 @@ class FlamingoCache:
         return text, attention_mask
 
     def append_media(
-        self, new: Sequence[MediaKeyValue] | None, counts: Tensor
-    ) -> tuple[tuple[MediaKeyValue, ...], bool]:
-        """Return all media, the first ``counts`` [B] new ones of each row behind its own.
+        self, new: Sequence[MediaKeyValue] | None, counts: Tensor, lengths: Tensor | None
+    ) -> tuple[tuple[MediaKeyValue, ...], Tensor | None, bool]:
+        """Return all media, the first ``counts`` [B] new images of each row behind its own.
 
-        Also return whether they are extendable. New media are then written into the spare slots of
-        this cache, which its ``num_images`` leaves out.
+        ``lengths`` [B, I] are the keys of each new image, or None as in the cache. Also return the
+        lengths of all images, and whether the media are extendable: new ones are then written into
+        the spare slots of this cache, which its images do not fill.
         """
         extendable = self.extendable and may_write_in_place(self.media)
         if new is None:
-            return self.media, extendable
+            return self.media, self.lengths, extendable
+        if self.lengths is None or lengths is None:
+            into = _Append(self.num_images, counts, extendable)
+        else:
+            into = _Append(self.lengths.sum(1), lengths.sum(1), extendable)
+            lengths = _Append(self.num_images, counts, in_place=False)(self.lengths, lengths)
         media = tuple(
-            _append_media(old, self.num_images, added, counts, extendable)
+            MediaKeyValue(*map(into, old, added))
             for old, added in zip(self.media, new, strict=True)
         )
-        return media, extendable
+        return media, lengths, extendable
 
 
 def check_cache(cache: FlamingoCache) -> None:
@@ -138,32 +150,39 @@ def may_write_in_place(media: Sequence[MediaKeyValue]) -> bool:
     return torch.is_inference_mode_enabled() or not any(k.is_inference() for k, _ in media)
 
 
-def _append_media(
-    cached: MediaKeyValue,
-    cached_counts: Tensor,
-    new: MediaKeyValue,
-    new_counts: Tensor,
-    in_place: bool,
-) -> MediaKeyValue:
-    """Put the new media of each row right behind its earlier ones.
+class _Append:
+    """Puts what is new in each row right behind what the row has.
 
-    ``in_place``: slots of ``cached`` past ``cached_counts`` may be written to. Then only new media
-    are copied, unless too few slots are left.
+    Parameters
+    ----------
+    used, added : Tensor
+        Integer [B]: slots of each row in use, and how many come behind them.
+    in_place : bool
+        Slots past ``used`` may be written to. Then only what is new is copied, unless too few
+        slots are left.
     """
-    slots = int((cached_counts + new_counts).max())
-    columns = torch.arange(new.key.shape[1], device=new.key.device)
-    rows, columns = (columns < new_counts[:, None]).nonzero(as_tuple=True)
-    target = columns + cached_counts[rows]
 
-    def append(old: Tensor, fresh: Tensor) -> Tensor:
-        if in_place and slots <= old.shape[1]:
-            old[rows, target] = fresh[rows, columns]
+    def __init__(self, used: Tensor, added: Tensor, in_place: bool) -> None:
+        self.in_place = in_place
+        self.slots = int((used + added).max())
+        columns = torch.arange(int(added.max()), device=added.device)
+        self.rows, self.columns = (columns < added[:, None]).nonzero(as_tuple=True)
+        self.target = self.columns + used[self.rows]
+
+    def __call__(self, old: Tensor, new: Tensor) -> Tensor:
+        """Return [B, slots, ...], given [B, old slots, ...] and [B, new slots, ...]."""
+        fresh = new[self.rows, self.columns]
+        if self.in_place and self.slots <= old.shape[1]:
+            old[self.rows, self.target] = fresh
             return old
-        wanted = _with_spare(slots) if in_place else slots
-        grown = F.pad(old, (0, 0) * 3 + (0, max(0, wanted - old.shape[1])))
-        return grown.index_put((rows, target), fresh[rows, columns])
+        wanted = _with_spare(self.slots) if self.in_place else self.slots
+        grown = _with_slots(old, max(wanted, old.shape[1]))
+        return grown.index_put((self.rows, self.target), fresh)
 
-    return MediaKeyValue(append(cached.key, new.key), append(cached.value, new.value))
+
+def _with_slots(tensor: Tensor, slots: int) -> Tensor:
+    """Return a copy of [B, n, ...] with ``slots`` instead of n; the last ones are zeros."""
+    return F.pad(tensor, (0, 0) * (tensor.ndim - 2) + (0, slots - tensor.shape[1]))
 
 
 def _with_spare(slots: int) -> int:

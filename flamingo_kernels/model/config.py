@@ -64,15 +64,33 @@ class ResamplerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProjectorConfig:
+    """A linear projection of the vision features to ``dim``, in place of a resampler.
+
+    Each feature of each frame of an image is then one key (Llama-3.2-Vision, whose frames are
+    tiles). Images may have different numbers of frames, and so of keys.
+    """
+
+    dim: int
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        check_positive(self, "dim")
+
+
+@dataclass(frozen=True, kw_only=True)
 class CrossAttentionConfig:
     """Gated cross-attention, inserted before language model block i if ``i % every == offset``.
 
+    ``kv_heads`` key/value heads are shared by groups of the query heads (default: one for each).
     See :class:`flamingo_kernels.nn.GatedCrossAttentionBlock` for the other options.
     """
 
     every: int
     offset: int = 0
     heads: int
+    kv_heads: int | None = None
     head_dim: int
     ff_mult: int = 4
     activation: str = "squared_relu"
@@ -86,8 +104,13 @@ class CrossAttentionConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_positive(self, "every", "heads", "head_dim", "ff_mult")
+        check_positive(self, "every", "heads", "kv_heads", "head_dim", "ff_mult")
         check_positive(self, "ff_dim", "rms_norm_eps")
+        if self.heads % (self.kv_heads or 1):
+            raise ValueError(
+                f"cross_attention.heads must be a multiple of kv_heads, got {self.heads} and "
+                f"{self.kv_heads}"
+            )
         check_known(self, "activation", FEED_FORWARDS)
         check_known(self, "gate", GATES)
         check_known(self, "attend", ATTEND_MODES)
@@ -102,6 +125,7 @@ class CrossAttentionConfig:
 class FlamingoConfig:
     """Everything that determines the architecture of a :class:`FlamingoModel`.
 
+    Features become media by a ``resampler`` or by a ``projector``: a configuration has one of them.
     ``pad_token_id`` marks padding where no attention mask does; see ``FlamingoModel.forward``. The
     rows of ``new_token_ids`` in the embeddings of the frozen language model are trained; see
     :class:`flamingo_kernels.language.NewTokenRows`.
@@ -110,7 +134,8 @@ class FlamingoConfig:
     name: str
     vision: VisionConfig
     language: LanguageConfig
-    resampler: ResamplerConfig
+    resampler: ResamplerConfig | None = None
+    projector: ProjectorConfig | None = None
     cross_attention: CrossAttentionConfig
     image_token_id: int
     end_of_chunk_token_id: int
@@ -121,12 +146,15 @@ class FlamingoConfig:
 
     def __post_init__(self) -> None:
         check_types(self)
-        expected = self.resampler.input_dim or self.resampler.dim
-        if self.vision.output_dim != expected:
-            raise ValueError(
-                f"the vision encoder gives {self.vision.output_dim} channels, the resampler "
-                f"expects {expected}"
-            )
+        if (self.resampler is None) == (self.projector is None):
+            raise ValueError("a config needs exactly one of the sections resampler and projector")
+        if self.resampler is not None:
+            expected = self.resampler.input_dim or self.resampler.dim
+            if self.vision.output_dim != expected:
+                raise ValueError(
+                    f"the vision encoder gives {self.vision.output_dim} channels, the resampler "
+                    f"expects {expected}"
+                )
         for name in ("image", "end_of_chunk", "bos", "eos", "pad"):
             value = getattr(self, f"{name}_token_id")
             if value is not None and not 0 <= value < self.language.vocab_size:
@@ -145,6 +173,13 @@ class FlamingoConfig:
                 f"new_token_ids must be distinct ids of the vocabulary 0..{vocab_size - 1}, got "
                 f"{list(new)}"
             )
+
+    @property
+    def media_dim(self) -> int:
+        """Width of the media that keys and values are projected from."""
+        connector = self.resampler or self.projector
+        assert connector is not None
+        return connector.dim
 
     @property
     def cross_attention_blocks(self) -> tuple[int, ...]:
@@ -228,9 +263,11 @@ class FlamingoConfig:
             values[part] = _build(known[kind], fields, part)
         for part, section_class in (
             ("resampler", ResamplerConfig),
+            ("projector", ProjectorConfig),
             ("cross_attention", CrossAttentionConfig),
         ):
-            values[part] = _build(section_class, _section(values, part), part)
+            if part == "cross_attention" or values.get(part) is not None:
+                values[part] = _build(section_class, _section(values, part), part)
         return _build(cls, values, "config")
 
 

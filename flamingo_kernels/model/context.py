@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flamingo_kernels.nn import MediaKeyValue
-from flamingo_kernels.ops import MediaSpans
+from flamingo_kernels.ops import KeyRanges, MediaSpans
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,18 @@ class MediaContext:
     Attributes
     ----------
     media : tuple of MediaKeyValue
-        Keys and values of each cross-attention layer, [B, I, R, H, D].
+        Keys and values of each cross-attention layer: of I media slots, [B, I, R, Hkv, D], or of
+        all keys one by one, [B, S, 1, Hkv, D].
     num_images : Tensor
-        int64 [B], media slots in use.
+        int64 [B], the images of each row.
     input_ids : Tensor
         [B, T].
     attention_mask : Tensor or None
         int64 [B, T]; None if no padding was ever given.
     spans : MediaSpans
-        [B, T], the media that each token sees.
+        [B, T], the media slots, or the keys, that each token sees.
+    lengths : Tensor or None
+        int64 [B, I], the keys of each image; None if all have R.
     extendable : bool
         As in ``FlamingoCache``.
     """
@@ -37,6 +40,7 @@ class MediaContext:
     input_ids: Tensor
     attention_mask: Tensor | None
     spans: MediaSpans
+    lengths: Tensor | None = None
     extendable: bool = False
 
     def spans_of(self, start: int, end: int) -> MediaSpans:
@@ -60,8 +64,7 @@ class MediaContext:
         def repeated(tensor: Tensor) -> Tensor:
             return tensor.repeat_interleave(times, dim=0)
 
-        spans = self.spans
-        mask = self.attention_mask
+        spans, mask, lengths = self.spans, self.attention_mask, self.lengths
         return replace(
             self,
             media=tuple(MediaKeyValue(repeated(k), repeated(v)) for k, v in self.media),
@@ -69,13 +72,18 @@ class MediaContext:
             input_ids=repeated(self.input_ids),
             attention_mask=None if mask is None else repeated(mask),
             spans=MediaSpans(repeated(spans.first), repeated(spans.last), spans.single_item),
+            lengths=None if lengths is None else repeated(lengths),
         )
 
 
 def token_spans(
-    input_ids: Tensor, image_token_id: int, attend: str, assign: str | Sequence[str]
+    input_ids: Tensor,
+    image_token_id: int,
+    attend: str,
+    assign: str | Sequence[str],
+    lengths: Tensor | None = None,
 ) -> MediaSpans:
-    """Return the media that each token [B, T] sees.
+    """Return the media slots, or the keys, that each token [B, T] sees.
 
     Parameters
     ----------
@@ -83,7 +91,16 @@ def token_spans(
         As in ``MediaSpans.from_tokens``.
     assign : {"previous", "next"} or one of them per row
         Which neighbouring image the text belongs to.
+    lengths : Tensor, optional
+        int64 [B, I], the keys of each image. Given, the spans are those of keys.
     """
+    spans = _image_spans(input_ids, image_token_id, attend, assign)
+    return spans if lengths is None else KeyRanges.from_items(spans, lengths).spans
+
+
+def _image_spans(
+    input_ids: Tensor, image_token_id: int, attend: str, assign: str | Sequence[str]
+) -> MediaSpans:
     if isinstance(assign, str):
         return MediaSpans.from_tokens(input_ids, image_token_id, attend, assign)
     if len(assign) != len(input_ids):

@@ -94,7 +94,7 @@ class FlamingoModel(FlamingoNetwork):
             model = cls(config or default_config(**parts), kernel, **parts)
             # Same device as the backbones, but not their dtype, which may be too narrow to train.
             device = execution_device(language_model)
-            for part in (model.perceiver, model.gated_cross_attn_layers, model.new_tokens):
+            for part in (model.connector, model.gated_cross_attn_layers, model.new_tokens):
                 if part is not None:
                     part.to(device)
         model.loan.given.update(vision_encoder=vision_encoder, language_model=language_model)

@@ -3,73 +3,134 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from flamingo_kernels.model.inputs import MediaInputs
-from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue, PerceiverResampler
+from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue
+
+
+@dataclass(frozen=True)
+class Media:
+    """The images of a batch, before they are projected to keys and values.
+
+    Attributes
+    ----------
+    latents : Tensor
+        [B, I, R, dim]: R of each image. Or [1, K, 1, dim]: of all images of all rows, end to end,
+        without what is padding.
+    lengths : Tensor, optional
+        int64 [B, I], on the host: how many of the K belong to each image. None: R each.
+    """
+
+    latents: Tensor
+    lengths: Tensor | None = None
+
+    def key_value(self, layer: GatedCrossAttentionBlock) -> MediaKeyValue:
+        """Return a layer's keys and values, [B, I, R, Hkv, D], or [B, S, 1, Hkv, D] by lengths.
+
+        S is the largest number of keys of a row. Rows with fewer end in zeros.
+        """
+        projected = layer.project_media(self.latents)
+        if self.lengths is None:
+            return projected
+        of_rows = self.lengths.sum(1).tolist()
+        return MediaKeyValue(*(_padded(x[0], of_rows) for x in projected))
+
+
+def _padded(packed: Tensor, of_rows: list[int]) -> Tensor:
+    """Return [B, S, ...] with rows of these lengths, given [K, ...] that has them end to end."""
+    if len(set(of_rows)) == 1:
+        return packed.unflatten(0, (len(of_rows), of_rows[0]))
+    return pad_sequence(packed.split(of_rows), batch_first=True)
 
 
 def encode_media(
     vision_encoder: nn.Module,
-    resampler: PerceiverResampler,
+    connector: nn.Module,
     inputs: MediaInputs | None,
     batch: int,
     device: torch.device | None = None,
-) -> Tensor:
-    """Encode and resample images.
+    *,
+    resample: bool = True,
+) -> Media:
+    """Encode images, and resample or project their features.
 
     Parameters
     ----------
     vision_encoder : nn.Module
         A ``VisionEncoder``. It is not run on features, and builds a graph only if some of its
         parameters have ``requires_grad``.
-    resampler : PerceiverResampler
-        Turns the features of each image into latents.
+    connector : nn.Module
+        A ``PerceiverResampler``, which turns the features of each image into latents, or a
+        ``Linear``, which turns each feature into one.
     inputs : MediaInputs or None
         The images; None: no row has any.
     batch : int
         Number of rows B.
     device : torch.device, optional
-        Of the result without images (default: that of the resampler, which may be offloaded).
+        Of the result without images (default: that of the connector, which may be offloaded).
+    resample : bool
+        Whether ``connector`` resamples.
 
     Returns
     -------
-    Tensor
-        Latents [B, I, R, dim] in the dtype of the resampler, zero in slots without an image.
+    Media
+        In the dtype of the connector. Latents of a resampler are zero in slots without an image.
     """
-    parameter = resampler.latents
+    parameter = next(connector.parameters())
     if inputs is None:
-        # The resampler runs on nothing, so that its parameters have gradients, zero, and so that
+        # The connector runs on nothing, so that its parameters have gradients, zero, and so that
         # processes that wait for each other in it go on waiting for the same ones.
         channels: Any = vision_encoder.output_dim
-        return resampler(parameter.new_zeros(batch, 0, 1, 1, channels, device=device))
+        if resample:
+            return Media(connector(parameter.new_zeros(batch, 0, 1, 1, channels, device=device)))
+        nothing = connector(parameter.new_zeros(1, 0, 1, channels, device=device))
+        return Media(nothing, torch.zeros(batch, 0, dtype=torch.int64))
     if inputs.pixel_values.ndim == 5:
         _refuse_images(inputs, vision_encoder, parameter)
         features = _given_features(inputs, vision_encoder.output_dim, parameter.dtype)
     else:
         features = _encode_frames(vision_encoder, inputs, parameter)
+    if not resample:
+        return _project_real_frames(connector, features, inputs)
     frames = None
     if inputs.frames is not None:
         frames = torch.tensor(inputs.frames, device=features.device)
     if inputs.counts is None:
-        return resampler(features, frames)
+        return Media(connector(features, frames))
     # Resample only the slots that hold an image.
     used = torch.arange(inputs.slots) < torch.tensor(inputs.counts)[:, None]
     rows, slots = (index.to(features.device) for index in used.nonzero(as_tuple=True))
     packed_frames = None if frames is None else frames[rows, slots][None]
-    packed = resampler(features[rows, slots][None], packed_frames)[0]
+    packed = connector(features[rows, slots][None], packed_frames)[0]
     latents = packed.new_zeros(batch, inputs.slots, *packed.shape[1:])
-    return latents.index_put((rows, slots), packed)
+    return Media(latents.index_put((rows, slots), packed))
+
+
+def _project_real_frames(projector: nn.Module, features: Tensor, inputs: MediaInputs) -> Media:
+    """Return media of one latent per feature; those of frames that are padding are left out."""
+    batch, slots, frames, size = features.shape[:4]
+    real = inputs.real_frames()
+    if real is None:
+        lengths = torch.full((batch, slots), frames * size)
+        packed = features.flatten(0, 3)
+    else:
+        lengths = real.sum(-1) * size
+        index = real.flatten().nonzero()[:, 0].to(features.device)
+        packed = features.flatten(0, 2)[index].flatten(0, 1)
+    return Media(projector(packed[None, :, None]), lengths)
 
 
 def project_media(
-    layers: Iterable[GatedCrossAttentionBlock], latents: Tensor
+    layers: Iterable[GatedCrossAttentionBlock], media: Media
 ) -> tuple[MediaKeyValue, ...]:
-    """Return the keys and values of latents [B, I, R, dim] for each layer."""
-    return tuple(layer.project_media(latents) for layer in layers)
+    """Return the keys and values of media for each layer."""
+    return tuple(media.key_value(layer) for layer in layers)
 
 
 def _refuse_images(inputs: MediaInputs, vision_encoder: nn.Module, parameter: Tensor) -> None:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from flamingo_kernels.language import BlockHook, NewTokenRows, build_language_model
 from flamingo_kernels.language.recompute import Recompute, recompute_blocks
-from flamingo_kernels.model.bridge import build_cross_attention, build_resampler
+from flamingo_kernels.model.bridge import build_connector, build_cross_attention, connector_name
 from flamingo_kernels.model.cache import FlamingoCache, check_cache
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.context import MediaContext, token_spans
 from flamingo_kernels.model.inputs import check_labels, check_media, check_text
 from flamingo_kernels.model.loan import Loan
 from flamingo_kernels.model.loss import next_token_loss, next_token_loss_of_hidden
-from flamingo_kernels.model.media import encode_media, project_media
+from flamingo_kernels.model.media import Media, encode_media, project_media
 from flamingo_kernels.model.stops import default_stops
 from flamingo_kernels.nn import MediaKeyValue
 from flamingo_kernels.ops import plan_media_attention
@@ -112,7 +112,7 @@ class FlamingoNetwork(nn.Module):
             recorded = vision_encoder.recorded_in(config.vision)
             self.config = replace(config, vision=recorded)
         self.language_model = language_model or build_language_model(config.language)
-        self.perceiver = build_resampler(config.resampler, kernel)
+        self.add_module(connector_name(config), build_connector(config, kernel))
         self.gated_cross_attn_layers = nn.ModuleList(
             build_cross_attention(config, kernel) for _ in config.cross_attention_blocks
         )
@@ -133,6 +133,16 @@ class FlamingoNetwork(nn.Module):
         for part in self._frozen_parts():
             part.eval()
         return self
+
+    @property
+    def connector(self) -> nn.Module:
+        """The resampler ``perceiver``, or the linear ``projector``."""
+        return self.get_submodule(connector_name(self.config))
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the connector, for inputs; meta where its parameters are offloaded."""
+        return next(self.connector.parameters()).device
 
     @property
     def language_options(self) -> dict[str, Any]:
@@ -337,28 +347,35 @@ class FlamingoNetwork(nn.Module):
             raise ValueError(f"assign={assign!r} looks ahead and cannot be used with a cache")
         inputs = check_media(input_ids, config.image_token_id, pixel_values, num_images, num_frames)
 
-        media, extendable = None, False
+        media, lengths, extendable = None, None, False
         if cache is None or inputs is not None:
-            latents = encode_media(
-                self.vision_encoder, self.perceiver, inputs, rows, input_ids.device
+            encoded = encode_media(
+                self.vision_encoder,
+                self.connector,
+                inputs,
+                rows,
+                input_ids.device,
+                resample=config.resampler is not None,
             )
-            media = project_media(self.gated_cross_attn_layers, latents)
+            media = project_media(self.gated_cross_attn_layers, encoded)
+            lengths = None if encoded.lengths is None else encoded.lengths.to(input_ids.device)
         counts = (input_ids == config.image_token_id).sum(1)
         text, mask = input_ids, None if attention_mask is None else (attention_mask != 0).long()
         if cache is not None:
             cache = cache.in_dtype(
                 self._media_dtype(input_ids.device) if media is None else media[0].key.dtype
             )
-            media, extendable = cache.append_media(media, counts)
+            media, lengths, extendable = cache.append_media(media, counts, lengths)
             counts = counts + cache.num_images
             text, mask = cache.append_text(input_ids, mask)
-        spans = token_spans(text, config.image_token_id, config.cross_attention.attend, assign)
-        return MediaContext(media, counts, text, mask, spans, extendable)
+        attend = config.cross_attention.attend
+        spans = token_spans(text, config.image_token_id, attend, assign, lengths)
+        return MediaContext(media, counts, text, mask, spans, lengths, extendable)
 
     def _media_dtype(self, device: torch.device) -> torch.dtype:
         """Return the dtype that media are projected to: that of the layers, or of autocast."""
-        latents = self.perceiver.latents
-        none = latents.new_zeros(0, 0, *latents.shape, device=device)
+        parameter = next(self.connector.parameters())
+        none = Media(parameter.new_zeros(0, 0, 1, self.config.media_dim, device=device))
         return project_media(self.gated_cross_attn_layers[:1], none)[0].key.dtype
 
     def block_hook(self, context: MediaContext, start: int, end: int) -> BlockHook:

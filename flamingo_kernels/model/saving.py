@@ -20,7 +20,7 @@ from flamingo_kernels.bounds import TooLargeError, bounded_building, check_count
 from flamingo_kernels.language import HuggingFaceLanguageModel, build_language_model
 from flamingo_kernels.language.media_tokens import resize_embeddings
 from flamingo_kernels.model.backbones import as_language_model, as_vision_encoder
-from flamingo_kernels.model.bridge import build_cross_attention, build_resampler
+from flamingo_kernels.model.bridge import build_connector, build_cross_attention, connector_name
 from flamingo_kernels.model.config import FlamingoConfig
 from flamingo_kernels.model.network import FlamingoNetwork, Network
 from flamingo_kernels.vision import build_vision_encoder
@@ -186,7 +186,7 @@ def check_buildable(
     build: dict[str, Callable[[], nn.Module]] = {
         "vision_encoder": lambda: build_vision_encoder(config.vision),
         "language_model": lambda: build_language_model(config.language),
-        "perceiver": lambda: build_resampler(config.resampler, "torch"),
+        connector_name(config): lambda: build_connector(config, "torch"),
         "gated_cross_attn_layers": lambda: build_cross_attention(config, "torch"),
     }
     with _bounds(tensors, file), torch.device("meta"):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flamingo_kernels.nn.layers import FeedForward, LayerNorm, RMSNorm, build_norm, project_normed
-from flamingo_kernels.ops import MediaSpans, gated_residual, media_cross_attention
+from flamingo_kernels.ops import KeyRanges, MediaSpans, gated_residual, media_cross_attention
 from flamingo_kernels.ops.dispatch import check_kernel_name
 from flamingo_kernels.ops.spans import ATTEND_MODES
 
@@ -17,7 +17,7 @@ RMS_NORM_EPS = 1e-6
 
 
 class MediaKeyValue(NamedTuple):
-    """Keys and values of all media slots for one layer, [B, I, R, H, D] each."""
+    """Keys and values for one layer: of media slots, [B, I, R, Hkv, D], or flat, [B, S, Hkv, D]."""
 
     key: Tensor
     value: Tensor
@@ -33,6 +33,7 @@ class MaskedCrossAttention(nn.Module):
         dim_head: int = 64,
         heads: int = 8,
         *,
+        kv_heads: int | None = None,
         media_norm: bool = False,
         rms_norm_eps: float | None = None,
         qk_norm: bool = False,
@@ -41,20 +42,21 @@ class MaskedCrossAttention(nn.Module):
         super().__init__()
         inner = dim_head * heads
         self.heads = heads
+        self.kv_heads = kv_heads or heads
         self.kernel = kernel
         self.norm = build_norm(dim, kernel, rms_norm_eps)
         self.norm_q = RMSNorm(dim_head, rms_norm_eps or RMS_NORM_EPS) if qk_norm else None
         self.norm_k = RMSNorm(dim_head, rms_norm_eps or RMS_NORM_EPS) if qk_norm else None
         self.norm_media = LayerNorm(dim_visual, kernel) if media_norm else None
         self.to_q = nn.Linear(dim, inner, bias=False)
-        self.to_kv = nn.Linear(dim_visual, 2 * inner, bias=False)
+        self.to_kv = nn.Linear(dim_visual, 2 * dim_head * self.kv_heads, bias=False)
         self.to_out = nn.Linear(inner, dim, bias=False)
 
     def project_media(self, media: Tensor) -> MediaKeyValue:
-        """Project media latents [B, I, R, dim_visual] to keys and values, views of one product."""
+        """Project media latents [..., dim_visual] to keys and values, views of one product."""
         if self.norm_media is not None:
             media = self.norm_media(media)
-        key_value = self.to_kv(media).unflatten(-1, (2, self.heads, -1))
+        key_value = self.to_kv(media).unflatten(-1, (2, self.kv_heads, -1))
         key, value = key_value.unbind(-3)
         return MediaKeyValue(key if self.norm_k is None else self.norm_k(key), value)
 
@@ -88,6 +90,9 @@ class GatedCrossAttentionBlock(nn.Module):
         Unlike in OpenFlamingo, tokens before the first image see nothing in either mode.
     attend : {"last", "last_group", "previous"}, optional
         Overrides ``only_attend_immediate_media``.
+    kv_heads : int, optional
+        Number of key/value heads, which divides ``heads``; each is that of as many query heads.
+        Default: ``heads``.
     media_norm : bool
         LayerNorm on the media before keys and values (paper v1, section 3.1.2).
     gate : {"scalar", "vector"}
@@ -116,6 +121,7 @@ class GatedCrossAttentionBlock(nn.Module):
         ff_mult: int = 4,
         only_attend_immediate_media: bool = True,
         *,
+        kv_heads: int | None = None,
         attend: str | None = None,
         media_norm: bool = False,
         gate: str = "scalar",
@@ -131,6 +137,8 @@ class GatedCrossAttentionBlock(nn.Module):
         for name, size in (("dim_head", dim_head), ("heads", heads), ("ff_mult", ff_mult)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+            raise ValueError(f"kv_heads must divide heads={heads}, got {kv_heads}")
         if gate not in GATES:
             raise ValueError(f"unknown gate {gate!r}; known: {', '.join(GATES)}")
         self.attend = attend or ("last" if only_attend_immediate_media else "previous")
@@ -145,6 +153,7 @@ class GatedCrossAttentionBlock(nn.Module):
             dim_visual,
             dim_head,
             heads,
+            kv_heads=kv_heads,
             media_norm=media_norm,
             rms_norm_eps=rms_norm_eps,
             qk_norm=qk_norm,
@@ -157,9 +166,10 @@ class GatedCrossAttentionBlock(nn.Module):
         self.ff_gate = nn.Parameter(torch.zeros(gate_size))
 
     def project_media(self, media: Tensor) -> MediaKeyValue:
-        """Project media latents [B, I, R, dim_visual] to keys and values for many decoding steps.
+        """Project media latents to keys and values for many decoding steps.
 
-        Padded slots must hold finite values here, because they enter the weight gradient.
+        Latents are [B, I, R, dim_visual], or [B, S, dim_visual] for ``KeyRanges``. Padded slots
+        must hold finite values here, because they enter the weight gradient.
         """
         return self.attn.project_media(media)
 
@@ -170,7 +180,7 @@ class GatedCrossAttentionBlock(nn.Module):
         media_locations: Tensor | None = None,
         use_cached_media: bool = False,
         *,
-        spans: MediaSpans | None = None,
+        spans: MediaSpans | KeyRanges | None = None,
         media_kv: MediaKeyValue | None = None,
     ) -> Tensor:
         """Attend to the media and run the feed-forward.
@@ -183,15 +193,16 @@ class GatedCrossAttentionBlock(nn.Module):
         x : Tensor
             Text hidden states [B, T, dim].
         media : Tensor, optional
-            Media latents [B, I, R, dim_visual]; slots that no token sees may hold NaN.
+            Media latents [B, I, R, dim_visual], or with ``KeyRanges`` [B, S, dim_visual]. What no
+            token sees may hold NaN.
         media_locations : Tensor, optional
             bool [B, T], True at ``<image>`` tokens. Without it and without ``spans`` every token
             sees all media, as in OpenFlamingo.
         use_cached_media : bool
             Every token of ``x`` sees what the last position of ``media_locations`` sees, whatever
             the number of its tokens (OpenFlamingo's decoding).
-        spans : MediaSpans, optional
-            The media that each token sees, in place of ``media_locations``.
+        spans : MediaSpans or KeyRanges, optional
+            The media slots, or the latents, that each token sees, in place of ``media_locations``.
         media_kv : MediaKeyValue, optional
             ``project_media(media)``, in place of ``media``.
 
@@ -206,21 +217,27 @@ class GatedCrossAttentionBlock(nn.Module):
             Both or neither of ``media`` and ``media_kv``, both of ``spans`` and
             ``media_locations``, or shapes that do not fit.
         TypeError
-            ``spans`` are not ``MediaSpans``.
+            ``spans`` are neither ``MediaSpans`` nor ``KeyRanges``.
         """
         if (media is None) == (media_kv is None):
             raise ValueError("give exactly one of media and media_kv")
         if media is not None:
-            self._check_media(x, media)
+            self._check_media(x, media, "S" if isinstance(spans, KeyRanges) else "I, R")
+        if isinstance(spans, KeyRanges):  # a slot for each latent
+            if media is not None:
+                media = media.unsqueeze(2)
+            if media_kv is not None:
+                media_kv = MediaKeyValue(*(each.unsqueeze(2) for each in media_kv))
+            spans = spans.spans
         if spans is None:
             slots = (media_kv.key if media is None else media).shape[1]
             spans = self._open_flamingo_spans(x, slots, media_locations, use_cached_media)
         elif not isinstance(spans, MediaSpans):
-            raise TypeError(f"spans must be MediaSpans, got {type(spans).__name__}")
+            raise TypeError(f"spans must be MediaSpans or KeyRanges, got {type(spans).__name__}")
         elif media_locations is not None:
             raise ValueError("give at most one of spans and media_locations")
         if media_kv is None:
-            seen = spans.visible(media.shape[1]).any(1)
+            seen = spans.seen(media.shape[1])
             media_kv = self.project_media(media.masked_fill(~seen[:, :, None, None], 0))
         return self._attend_and_feed_forward(x, media_kv, spans)
 
@@ -235,17 +252,17 @@ class GatedCrossAttentionBlock(nn.Module):
             x = gated_residual(x, attended, self.attn_gate, kernel=self.kernel)
             update = self.ff(x)
         if not self.feed_forward_without_media:
-            sees_nothing = ~spans.visible(media_kv.key.shape[1]).any(-1)
-            update = update.masked_fill(sees_nothing[..., None], 0)
+            sees_any = spans.sees_any(media_kv.key.shape[1])
+            update = update.masked_fill(~sees_any[..., None], 0)
         if self.scalar_gate:
             return x + update
         return gated_residual(x, update, self.ff_gate, kernel=self.kernel)
 
-    def _check_media(self, x: Tensor, media: Tensor) -> None:
-        width = self.attn.to_kv.in_features
-        if media.ndim != 4 or media.shape[0] != x.shape[0] or media.shape[-1] != width:
+    def _check_media(self, x: Tensor, media: Tensor, slots: str) -> None:
+        width, ndim = self.attn.to_kv.in_features, 3 + slots.count(",")
+        if media.ndim != ndim or media.shape[0] != x.shape[0] or media.shape[-1] != width:
             raise ValueError(
-                f"media must be [B, I, R, dim_visual] = [{x.shape[0]}, I, R, {width}], got "
+                f"media must be [B, {slots}, dim_visual] = [{x.shape[0]}, {slots}, {width}], got "
                 f"{tuple(media.shape)}"
             )
         if media.device != x.device:

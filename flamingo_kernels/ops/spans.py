@@ -174,6 +174,18 @@ class MediaSpans:
         slots = torch.arange(media, dtype=torch.int32, device=self.first.device)
         return (slots >= self.first[..., None]) & (slots <= self.last[..., None])
 
+    def sees_any(self, media: int) -> Tensor:
+        """Return bool [B, T]: whether token t sees any of the slots 0..media-1."""
+        return self.first.clamp(min=0) <= self.last.clamp(max=media - 1)
+
+    def seen(self, media: int) -> Tensor:
+        """Return bool [B, media]: whether any token sees slot i."""
+        first, last = self.first.clamp(0, media).long(), self.last.clamp(-1, media - 1).long()
+        ones = (first <= last).int()
+        changes = ones.new_zeros(len(first), media + 1)
+        changes.scatter_add_(1, first, ones).scatter_add_(1, last + 1, -ones)
+        return changes.cumsum(1)[:, :media] > 0
+
 
 def require_bounds(owner: str, **bounds: object) -> None:
     """Raise TypeError or ValueError unless two bounds of ranges are int32 of one shape [B, T]."""

@@ -130,7 +130,7 @@ class Trainer:
 
     @property
     def device(self) -> torch.device:
-        return self.model.perceiver.latents.device
+        return self.model.device
 
     def resume(self) -> bool:
         """Continue from the newest checkpoint in the output folder; return whether there is one.

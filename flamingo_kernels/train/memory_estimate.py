@@ -1,7 +1,7 @@
 """Estimate the memory that training a configuration needs on each GPU, without allocating it.
 
 Parameters are counted on the meta device, in the units that ``sharding`` gathers. What autograd
-saves is counted with fake tensors for one block of the language model and for the resampler, and
+saves is counted with fake tensors for one block of the language model and for the connector, and
 from shapes for a cross-attention block. The loss is that of torch 2.13, which does not materialise
 all logits. The vision encoder's working memory (it builds no graph), fragmentation and the CUDA
 context are left out.
@@ -22,9 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from flamingo_kernels.fields import check_positive
 from flamingo_kernels.language import DecoderConfig, build_language_model
 from flamingo_kernels.model import FlamingoConfig, FlamingoModel
-from flamingo_kernels.model.bridge import build_resampler
+from flamingo_kernels.model.bridge import build_connector
 from flamingo_kernels.saved_tensors import saved_bytes
 from flamingo_kernels.train.sharding import units
+from flamingo_kernels.vision import NFNetConfig
 
 GIB = 2**30
 _MASTER, _MOMENTS = 4, 8  # bytes of a trainable value: its float32 master, AdamW's two moments
@@ -188,10 +189,22 @@ def report(config: FlamingoConfig, gpus: int, memory_gib: float, work: Workload)
 
 def media_bytes(config: FlamingoConfig, work: Workload) -> int:
     """Return the bytes of all images' keys and values in all cross-attention layers."""
-    latents = work.batch_size * work.images * config.resampler.num_latents
+    keys = work.batch_size * work.images * keys_of_image(config, work)
     cross = config.cross_attention
-    layers = len(config.cross_attention_blocks)
-    return layers * latents * 2 * cross.heads * cross.head_dim * work.dtype.itemsize
+    layers, kv_heads = len(config.cross_attention_blocks), cross.kv_heads or cross.heads
+    return layers * keys * 2 * kv_heads * cross.head_dim * work.dtype.itemsize
+
+
+def keys_of_image(config: FlamingoConfig, work: Workload) -> int:
+    """Return the number of keys of an image: latents, or the projected features of all frames."""
+    if config.resampler is not None:
+        return config.resampler.num_latents
+    return work.frames * _features_of_frame(config.vision)
+
+
+def _features_of_frame(vision: NFNetConfig) -> int:
+    # NFNet halves the side in the stem twice and in every stage but the first.
+    return math.ceil(vision.image_size / 2 ** (1 + len(vision.depths))) ** 2
 
 
 def activation_bytes(config: FlamingoConfig, work: Workload) -> int:
@@ -202,7 +215,7 @@ def activation_bytes(config: FlamingoConfig, work: Workload) -> int:
     block, head = language_bytes(config.language, work.batch_size, work.tokens, work.dtype)
     cross = cross_attention_bytes(config, work)
     blocks, layers = config.language.depth, len(config.cross_attention_blocks)
-    once = head + resampler_bytes(config, work)
+    once = head + connector_bytes(config, work)
     if not work.activation_checkpointing:
         return once + blocks * block + layers * cross
     stream = work.batch_size * work.tokens * config.language.dim * work.dtype.itemsize
@@ -217,7 +230,7 @@ def cross_attention_bytes(config: FlamingoConfig, work: Workload) -> int:
     """
     cross, dim = config.cross_attention, config.language.dim
     text = 2 * dim + 2 * cross.heads * cross.head_dim + (cross.ff_dim or cross.ff_mult * dim)
-    latents = work.images * config.resampler.num_latents * config.resampler.dim
+    latents = work.images * keys_of_image(config, work) * config.media_dim
     return work.batch_size * (work.tokens * text + latents) * work.dtype.itemsize
 
 
@@ -237,15 +250,13 @@ def language_bytes(
     return two - one, 2 * one - two + hidden * (3 * dtype.itemsize + torch.float32.itemsize)
 
 
-def resampler_bytes(config: FlamingoConfig, work: Workload) -> int:
-    """Return the bytes that the resampler saves, with the features that it reads."""
+def connector_bytes(config: FlamingoConfig, work: Workload) -> int:
+    """Return the bytes that the connector saves, with the features that it reads."""
     vision = config.vision
-    # NFNet halves the side in the stem twice and in every stage but the first.
-    side = math.ceil(vision.image_size / 2 ** (1 + len(vision.depths)))
     with FakeTensorMode(), _default_dtype(work.dtype):
-        module = build_resampler(config.resampler, kernel="torch")
-        shape = (work.batch_size, work.images, work.frames, side * side, vision.output_dim)
-        features = torch.empty(shape)
+        module = build_connector(config, kernel="torch")
+        shape = (work.batch_size, work.images, work.frames, _features_of_frame(vision))
+        features = torch.empty(*shape, vision.output_dim)
         return saved_bytes(lambda: module(features), module.parameters())
 
 

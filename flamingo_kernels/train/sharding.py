@@ -23,7 +23,7 @@ def units(model: FlamingoModel) -> list[list[nn.Module]]:
     layers = model.gated_cross_attn_layers
     projections = [[a.norm_media, a.to_kv, a.norm_k] for a in (layer.attn for layer in layers)]
     blocks = cast(LanguageModel, model.language_model).blocks
-    alone = [model.vision_encoder, model.perceiver, *blocks, *layers]
+    alone = [model.vision_encoder, model.connector, *blocks, *layers]
     found = [*projections, *([module] for module in alone)]
     found = [[module for module in unit if module is not None] for unit in found]
     return [unit for unit in found if any(any(True for _ in m.parameters()) for m in unit)]
@@ -44,17 +44,17 @@ def shard(model: FlamingoModel, compute: torch.dtype) -> None:
         parameter.data = parameter.data.to(device)
     every: list[list[nn.Module]] = [*units(model), [model]]
     for unit in every:
-        # The vision features have the dtype of the masters, so the resampler casts its inputs. The
+        # The vision features have the dtype of the masters, so the connector casts its inputs. The
         # units behind it get the inputs that they would get without sharding.
-        cast_inputs = unit == [model.perceiver]
+        cast_inputs = unit == [model.connector]
         policy = MixedPrecisionPolicy(compute, torch.float32, cast_forward_inputs=cast_inputs)
         modules = unit[0] if len(unit) == 1 else unit
         fully_shard(modules, mesh=mesh, mp_policy=policy, ignored_params=scalars)
-    # By default the backward of a unit gathers the unit that ran before it. For the resampler that
+    # By default the backward of a unit gathers the unit that ran before it. For the connector that
     # is the vision encoder, which has no backward while it is frozen. The model's own parameters
     # are gathered already.
-    model.perceiver.set_modules_to_backward_prefetch([model])
-    # The warning is about writes in place to the resampler's output; there are none.
+    model.connector.set_modules_to_backward_prefetch([model])
+    # The warning is about writes in place to the connector's output; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import reference
 from flamingo_kernels.nn import GatedCrossAttentionBlock, PerceiverResampler
-from flamingo_kernels.ops import MediaSpans
+from flamingo_kernels.ops import KeyRanges, MediaSpans
 from flamingo_kernels.ops.gated_activation import ACTIVATIONS
 from testing.budgets import assert_close_to_reference, assert_gradients_close
 from testing.cases import IMAGE
@@ -31,6 +31,7 @@ def block_pair(**options) -> tuple[nn.Module, nn.Module]:
     )
     defaults = {
         "heads": HEADS,
+        "kv_heads": None,
         "head_dim": HEAD_DIM,
         "ff_mult": 2,
         "activation": "gelu",
@@ -145,6 +146,25 @@ def test_resampler_gradcheck_with_ragged_clips() -> None:
     )
 
 
+@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize("kernel", ["torch", "cpp"])
+def test_key_ranges_of_flat_media_equal_items(kernel: str, everywhere: bool) -> None:
+    """Also with grouped queries; media that no token sees hold NaN."""
+    options = {"kv_heads": 1, "feed_forward_without_media": everywhere, "kernel": kernel}
+    ours, theirs = block_pair(**options)
+    spans = MediaSpans.from_tokens(IDS, IMAGE)
+    ranges = KeyRanges.from_items(spans, torch.full((2, 3), 5))
+    x = torch.randn(2, 6, DIM, dtype=torch.float64)
+    media = torch.randn(2, 3, 5, MEDIA_DIM, dtype=torch.float64)
+    expected = theirs(x, media, spans.first, spans.last)
+    media_kv = ours.project_media(media.flatten(1, 2))
+    assert media_kv.key.shape == (2, 15, 1, HEAD_DIM)
+    assert_close_to_reference(ours(x, media_kv=media_kv, spans=ranges), expected, torch.float64)
+    media[1, 1:] = float("nan")
+    out = ours(x, media.flatten(1, 2), spans=ranges)
+    assert_close_to_reference(out, expected, torch.float64)
+
+
 def test_media_projected_once_gives_the_same_bits() -> None:
     ours, _ = block_pair()
     spans = MediaSpans.from_tokens(IDS, IMAGE)
@@ -163,6 +183,13 @@ def test_media_projected_once_gives_the_same_bits() -> None:
         ({"media": torch.zeros(2, 5, 10)}, r"= \[2, I, R, 10\], got \(2, 5, 10\)"),
         ({"media": torch.zeros(1, 3, 5, 10)}, r"= \[2, I, R, 10\], got \(1, 3, 5, 10\)"),
         ({"media": torch.zeros(2, 3, 5, 9)}, r"= \[2, I, R, 10\], got \(2, 3, 5, 9\)"),
+        (
+            {
+                "media": torch.zeros(2, 3, 5, 10),
+                "spans": KeyRanges.everything(2, 6, 15, torch.device("cpu")),
+            },
+            r"= \[2, S, 10\], got \(2, 3, 5, 10\)",
+        ),
         ({"media": torch.zeros(2, 3, 5, 10, device="meta")}, "media is on meta, x on cpu"),
         (
             {
@@ -197,6 +224,7 @@ def test_block_errors(arguments: dict, message: str) -> None:
     [
         ({"gate": "matrix"}, "unknown gate 'matrix'; known: scalar, vector"),
         ({"heads": 0}, "heads must be at least 1, got 0"),
+        ({"kv_heads": 3}, "kv_heads must divide heads=8, got 3"),
         ({"kernel": "fast"}, "unknown kernel 'fast'"),
         ({"attend": "all"}, "unknown attend mode 'all'"),
         ({"activation": "tanh"}, "unknown activation 'tanh'"),

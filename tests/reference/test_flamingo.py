@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,6 +38,32 @@ def batch(left: bool = False):
         ids.append(padding + row if left else row + padding)
         mask.append(padding + [1] * len(row) if left else [1] * len(row) + padding)
     return torch.tensor(ids), torch.tensor(mask)
+
+
+def test_projected_tiles_are_keys_of_their_image(make_config, scrambled, random64):
+    """The gated blocks get the keys of real tiles end to end, and ranges of these."""
+    config = make_config(attend="previous", kv_heads=1)
+    config.resampler, config.projector = None, SimpleNamespace(dim=32, bias=True)
+    model = scrambled(Flamingo(config))
+    pixels = random64(2, 2, 2, 3, 32, 32)
+    pixels[0, 0, 1] = pixels[1, 1] = float("nan")
+    given = []
+    model.gated_cross_attn_layers[0].register_forward_pre_hook(lambda _, x: given.extend(x))
+    ids = torch.tensor([[1, IMAGE, 5, IMAGE], [1, 2, IMAGE, 7]])
+    logits = model(ids, pixels, torch.tensor([2, 1]), torch.tensor([[1, 2], [2, 0]])).logits
+    assert logits.isfinite().all()
+    _, media, first, last = given
+    tiles = [
+        [pixels[0, 0, 0], pixels[0, 1, 0], pixels[0, 1, 1]],
+        [pixels[1, 0, 0], pixels[1, 0, 1]],
+    ]
+    for row, of_row in enumerate(tiles):
+        keys = model.projector(model.vision_encoder(torch.stack(of_row))).flatten(0, 1)
+        assert_close_to_reference(media[row, : len(keys), 0], keys, torch.float64)
+        assert not media[row, len(keys) :].any()
+    size = media.shape[1] // 3
+    assert first.tolist() == [[0] * 4, [0] * 4]
+    assert last.tolist() == [[-1, size - 1, size - 1, 3 * size - 1], [-1, -1, *[2 * size - 1] * 2]]
 
 
 def gradients(model, loss):

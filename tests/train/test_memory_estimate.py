@@ -12,6 +12,7 @@ from flamingo_kernels import FlamingoConfig, FlamingoModel
 from flamingo_kernels.cli import main
 from flamingo_kernels.language import build_language_model
 from flamingo_kernels.model import loss as losses
+from flamingo_kernels.model.config import ProjectorConfig
 from flamingo_kernels.model.loss import next_token_loss_of_hidden
 from flamingo_kernels.saved_tensors import saved_bytes
 from flamingo_kernels.train import memory_estimate
@@ -64,6 +65,18 @@ def test_keys_and_values_by_hand() -> None:
     work = Workload(batch_size=3, images=5)
     # 2 layers, 16 latents, keys and values of 4 heads of 16, 2 bytes.
     assert memory_estimate.media_bytes(TINY, work) == 2 * 3 * 5 * 16 * 2 * 64 * 2
+
+
+def test_keys_of_projected_features_by_hand() -> None:
+    """4 x 4 features of each of two tiles, and one key/value head."""
+    grouped = dataclasses.replace(TINY.cross_attention, kv_heads=1)
+    config = dataclasses.replace(
+        TINY, resampler=None, projector=ProjectorConfig(dim=48), cross_attention=grouped
+    )
+    work = Workload(batch_size=3, images=5, frames=2)
+    assert memory_estimate.media_bytes(config, work) == 2 * 3 * 5 * 2 * 16 * 2 * 16 * 2
+    estimates = memory_estimate.estimate(config, 1, work).values()
+    assert all(estimate.total > 0 for estimate in estimates)
 
 
 @pytest.mark.skipif(not losses._IN_CHUNKS, reason="this torch has no LinearCrossEntropyOptions")

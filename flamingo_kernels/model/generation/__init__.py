@@ -87,6 +87,7 @@ def next_turn(
         context.num_images,
         sequences[:, :held],
         mask[:, :held],
+        context.lengths,
         context.extendable,
     )
     return network(sequences[:, held:], None, mask, cache=before).cache
