@@ -1,10 +1,11 @@
 """What is measured: shapes as data. Nothing here allocates a tensor.
 
-B rows, T text tokens, I images, H heads, D head dim, R latents per image, N media items.
+B rows, T text tokens, I images, H heads, D head dim, R latents per image, N media items, S keys.
 """
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -39,6 +40,40 @@ class MediaShape:
         extra = [self.attend] if self.attend != "last" else []
         extra += [self.layout] if self.layout != "even" else []
         return " ".join([text, *extra])
+
+
+@dataclass(frozen=True)
+class RangeShape:
+    """Sizes of ``media_cross_attention`` with key ranges, in one row.
+
+    Attributes
+    ----------
+    name : str
+        The model whose sizes these are.
+    lengths : tuple of int
+        Keys of each image or frame. The tokens are divided evenly among them.
+    sees : str
+        ``own``: a token sees the keys of its image; ``prefix``: those before them too; ``window``:
+        the last ``window`` keys of all.
+    """
+
+    name: str
+    tokens: int
+    lengths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sees: str = "own"
+    window: int = 0
+
+    @property
+    def keys(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def label(self) -> str:
+        heads = f"H{self.heads}/{self.kv_heads} D{self.head_dim}"
+        return f"{self.name} T{self.tokens} S{self.keys} {heads}"
 
 
 @dataclass(frozen=True)
@@ -116,7 +151,15 @@ class ModelShape:
         return f"{self.model} B{self.batch} T{self.tokens} I{self.images}"
 
 
-Shape = MediaShape | LatentShape | PointwiseShape | BlockShape | ResamplerShape | ModelShape
+Shape = (
+    MediaShape
+    | RangeShape
+    | LatentShape
+    | PointwiseShape
+    | BlockShape
+    | ResamplerShape
+    | ModelShape
+)
 
 
 @dataclass(frozen=True)
@@ -178,6 +221,37 @@ def _media_sweeps() -> Iterator[Case]:
         "batch": [MediaShape(batch=b) for b in (1, 2, 4, 8)],
     }
     yield from _sweep(op, points)
+
+
+def _ranges() -> Iterator[Case]:
+    """Models whose images have unequal numbers of keys, or thousands of them."""
+    tile, frame, draw = 1601, 257, random.Random(0)
+    casa = tuple(draw.randint(324, 1156) for _ in range(20))
+    shapes = (
+        RangeShape("mllama-4tiles", 512, (4 * tile,) * 2, 32, 8, 128),
+        RangeShape("mllama-ragged", 512, (tile, 4 * tile), 32, 8, 128),
+        RangeShape("moss-64f", 1024, (frame,) * 64, 32, 8, 128, "prefix"),
+        RangeShape("moss-realtime", 1, (256,) * 272, 32, 8, 128, "window", 65_536),
+        RangeShape("casa-pack", 2048, casa, 20, 20, 128),
+        RangeShape("opentslm", 512, (64,) * 12, 8, 8, 64),
+    )
+    for shape in shapes:
+        training = shape.sees != "window"
+        for dtype in ("float32", "bfloat16"):
+            yield Case("key_ranges", shape, dtype, training=training)
+        yield Case("key_ranges", _scaled_down(shape), quick=True, training=training)
+
+
+def _scaled_down(shape: RangeShape) -> RangeShape:
+    """Return an eighth of the tokens, keys and heads."""
+    return replace(
+        shape,
+        tokens=-(-shape.tokens // 8),
+        lengths=tuple(length // 8 for length in shape.lengths),
+        heads=shape.heads // (4 if shape.heads % 8 else 8),
+        kv_heads=max(1, shape.kv_heads // (4 if shape.heads % 8 else 8)),
+        window=shape.window // 8,
+    )
 
 
 def _latent() -> Iterator[Case]:
@@ -277,6 +351,16 @@ def _merge(cases: Iterable[Case]) -> list[Case]:
     return list(merged.values())
 
 
-CASES = _merge([*_media(), *_latent(), *_modules(), *_models(), *_pointwise(), *_media_sweeps()])
+CASES = _merge(
+    [
+        *_media(),
+        *_ranges(),
+        *_latent(),
+        *_modules(),
+        *_models(),
+        *_pointwise(),
+        *_media_sweeps(),
+    ]
+)
 OPS = tuple(dict.fromkeys(case.op for case in CASES))
 SWEEPS = tuple(dict.fromkeys(sweep for case in CASES for sweep in case.sweeps))

@@ -21,6 +21,8 @@ README, PAGE = Path("README.md"), Path("docs/benchmarks.md")
 SUMMARY = (
     ("media_cross_attention", "forward"),
     ("media_cross_attention", "backward"),
+    ("key_ranges", "forward"),
+    ("key_ranges", "forward_backward"),
     ("latent_attention", "forward"),
     ("latent_attention", "backward"),
     ("block", "forward"),
@@ -31,7 +33,7 @@ SUMMARY = (
 _PICTURES = (
     *(
         f"speed-up-{op}-{phase}"
-        for op in ("media_cross_attention", "latent_attention", "block")
+        for op in ("media_cross_attention", "key_ranges", "latent_attention", "block")
         for phase in ("forward", "forward_backward")
     ),
     "scaling-media_cross_attention-images-forward",
@@ -167,7 +169,7 @@ def _milliseconds(seconds: float) -> str:
 def _device(records: list[Record], folder: Path, root: Path) -> list[str]:
     """Return the section of one device, whose report is in ``folder``."""
     link = os.path.relpath(folder, (root / PAGE).parent)
-    name = records[-1]["device_name"]
+    name = f"{records[-1]['device_name']}, {records[-1]['instruction_set']}"
     lines = [
         f"## {name}",
         "",

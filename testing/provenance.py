@@ -66,10 +66,11 @@ def device_name(device: str) -> str:
 
 
 def device_slug(device: str) -> str:
-    """Return a folder name such as ``cpu-amd-epyc-2c`` or ``cuda-nvidia-h200``."""
-    name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    cores = f"-{len(os.sched_getaffinity(0))}c" if device == "cpu" else ""
-    return f"{device}-{name}{cores}"
+    """Return a folder name such as ``cpu-amd-epyc-2c-avx2`` or ``cuda-nvidia-h200``."""
+    name = device_name(device)
+    if device == "cpu":  # processors of one name may have other instructions
+        name += f" {len(os.sched_getaffinity(0))}c {torch.backends.cpu.get_cpu_capability()}"
+    return re.sub(r"[^a-z0-9]+", "-", f"{device} {name}".lower()).strip("-")
 
 
 def _driver(device: str) -> str:

@@ -13,10 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.peers import Implementation, UnavailableError, peer, require
 from benchmarks.problems import Leaves, Problem
-from benchmarks.problems.ops import concatenated, textbook_pointwise
+from benchmarks.problems.base import flat_keys, item_spans, visible_keys
+from benchmarks.problems.ops import concatenated, textbook_attention, textbook_pointwise
 from testing.peers import open_flamingo_helpers
 
-MEDIA, LATENT = "media_cross_attention", "latent_attention"
+MEDIA, RANGES, LATENT = "media_cross_attention", "key_ranges", "latent_attention"
 POINTWISE = ("layer_norm", "gated_residual", "gated_activation")
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -141,14 +142,13 @@ def _flamingo_pytorch(problem: Problem) -> Implementation:
 
 def _sdpa(backend: str, problem: Problem) -> Implementation:
     """Attend over all keys with a boolean mask that is made once per step."""
-    shape, leaves = problem.case.shape, problem.leaves
+    leaves = problem.leaves
 
     def mask() -> tuple[Tensor, Tensor | None]:
-        visible = problem.fixed["spans"].visible(shape.images)
+        visible = visible_keys(problem)
         nothing = ~visible.any(-1)
         # A fully masked softmax row is NaN, so it sees everything and is dropped afterwards.
-        allowed = visible | nothing[..., None]
-        allowed = allowed.repeat_interleave(shape.latents, dim=-1)[:, None]
+        allowed = (visible | nothing[..., None])[:, None]
         return allowed, nothing[..., None, None] if bool(nothing.any()) else None
 
     allowed, nothing = mask()
@@ -156,11 +156,12 @@ def _sdpa(backend: str, problem: Problem) -> Implementation:
 
     def transposed() -> list[Tensor]:
         q, k, v = leaves.values()
-        return [t.transpose(1, 2) for t in (q, k.flatten(1, 2), v.flatten(1, 2))]
+        return [t.transpose(1, 2) for t in (q, flat_keys(k), flat_keys(v))]
 
     def forward() -> Tensor:
+        q, k, v = transposed()
         with context():
-            out = F.scaled_dot_product_attention(*transposed(), attn_mask=allowed)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, **grouped(q, k))
         out = out.transpose(1, 2)
         return out if nothing is None else out.masked_fill(nothing, 0)
 
@@ -168,10 +169,16 @@ def _sdpa(backend: str, problem: Problem) -> Implementation:
     return Implementation(forward, leaves, f"sdpa {chosen}", prepare=mask)
 
 
+def grouped(q: Tensor, k: Tensor) -> dict[str, bool]:
+    """Return the option of SDPA and FlexAttention for [B, H, T, D] and [B, Hkv, S, D]."""
+    return {} if q.shape[1] == k.shape[1] else {"enable_gqa": True}
+
+
 def sdpa_choice(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> str:
     """Name the backend that SDPA picks for these tensors."""
     try:
-        return SDPBackend(torch._fused_sdp_choice(q, k, v, mask)).name.lower()
+        chosen = torch._fused_sdp_choice(q, k, v, mask, **grouped(q, k))
+        return SDPBackend(chosen).name.lower()
     except Exception as error:
         return f"unknown ({type(error).__name__})"
 
@@ -181,12 +188,14 @@ peer(
     "`scaled_dot_product_attention` on the keys of all images, with a boolean mask that is made "
     "once per step.",
     MEDIA,
+    RANGES,
 )(functools.partial(_sdpa, ""))
 for _name in _BACKENDS:
     peer(
         f"sdpa-mask-{_name}",
         f"`sdpa-mask` with the {_name} backend.",
         MEDIA,
+        RANGES,
         devices=("cuda",),
     )(functools.partial(_sdpa, _name))
 
@@ -213,8 +222,10 @@ def _sdpa_concat(problem: Problem) -> Implementation:
 def _flex(block_size: tuple[int, int] | None, problem: Problem) -> Implementation:
     """Attend by FlexAttention with a block mask that is made once per step."""
     flex = require("torch.nn.attention.flex_attention")
-    shape, leaves, spans = problem.case.shape, problem.leaves, problem.fixed["spans"]
-    latents, first, last = shape.latents, spans.first, spans.last
+    leaves, spans = problem.leaves, item_spans(problem)
+    first, last = spans.first, spans.last
+    keys = flat_keys(leaves["k"]).shape[1]
+    latents = keys // max(leaves["k"].shape[1], 1)
 
     def visible(b, h, token, key):
         item = key // latents
@@ -222,9 +233,8 @@ def _flex(block_size: tuple[int, int] | None, problem: Problem) -> Implementatio
 
     def make_mask() -> object:
         sizes = {} if block_size is None else {"BLOCK_SIZE": block_size}
-        keys = shape.images * latents
         return flex.create_block_mask(
-            visible, shape.batch, None, shape.tokens, keys, device=problem.device, **sizes
+            visible, first.shape[0], None, first.shape[1], keys, device=problem.device, **sizes
         )
 
     block_mask = make_mask()
@@ -236,8 +246,8 @@ def _flex(block_size: tuple[int, int] | None, problem: Problem) -> Implementatio
 
     def forward() -> Tensor:
         q, k, v = leaves.values()
-        q, k, v = (t.transpose(1, 2) for t in (q, k.flatten(1, 2), v.flatten(1, 2)))
-        return call(q, k, v, block_mask=block_mask, **options).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, flat_keys(k), flat_keys(v)))
+        return call(q, k, v, block_mask=block_mask, **grouped(q, k), **options).transpose(1, 2)
 
     no_backward = "FlexAttention has no CPU backward" if on_cpu else ""
     return Implementation(
@@ -249,6 +259,7 @@ peer(
     "flex",
     "Compiled FlexAttention with a block mask that is made once per step; it has no CPU backward.",
     MEDIA,
+    RANGES,
     compiled=True,
     quick=False,
 )(functools.partial(_flex, None))
@@ -272,6 +283,22 @@ peer(
 def _compiled_pointwise(problem: Problem) -> Implementation:
     call = compiled(lambda leaves: textbook_pointwise(problem.case, leaves))
     return Implementation(lambda: call(problem.leaves), problem.leaves, "inductor")
+
+
+@peer(
+    "eager-mask",
+    "The op's formula in PyTorch, with the scores of all keys and a boolean mask.",
+    RANGES,
+    quick=False,
+)
+def _eager_mask(problem: Problem) -> Implementation:
+    leaves, allowed = problem.leaves, visible_keys(problem)
+    return Implementation(
+        lambda: textbook_attention(*leaves.values(), allowed),
+        leaves,
+        "eager",
+        prepare=lambda: visible_keys(problem),
+    )
 
 
 @peer("eager", "The op's formula in PyTorch, operator by operator.", *POINTWISE)

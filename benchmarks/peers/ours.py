@@ -9,15 +9,17 @@ from torch import Tensor
 
 from benchmarks.peers import Implementation, UnavailableError, peer
 from benchmarks.problems import Problem
+from benchmarks.problems.base import seen_items
 from flamingo_kernels import ops
 from flamingo_kernels.ops import dispatch
 
 OPS = dispatch.OPS
+RANGES = "key_ranges"  # media_cross_attention with KeyRanges
 
 
 def _call(problem: Problem, kernel: str) -> Callable[[], Tensor]:
     op, leaves = problem.case.op, tuple(problem.leaves.values())
-    if op == "media_cross_attention":
+    if op in ("media_cross_attention", RANGES):
         return lambda: ops.media_cross_attention(*leaves, problem.fixed["spans"], kernel=kernel)
     if op == "gated_activation":
         activation = problem.case.shape.activation
@@ -27,12 +29,14 @@ def _call(problem: Problem, kernel: str) -> Callable[[], Tensor]:
 
 
 def _setup(kernel: str, problem: Problem) -> Implementation:
+    op = problem.case.op
     first = next(iter(problem.leaves.values()))
     head_dim = first.shape[-1] if first.ndim == 4 else None
 
     def reasons(needs_grad: bool) -> list[str]:
         call = dispatch.Call(problem.device.type, problem.dtype, needs_grad, head_dim)
-        return dispatch.unsupported_reasons(problem.case.op, kernel, call)
+        known = "media_cross_attention" if op == RANGES else op
+        return dispatch.unsupported_reasons(known, kernel, call)
 
     if reasons(needs_grad=False):
         raise UnavailableError("; ".join(reasons(needs_grad=False)))
@@ -85,4 +89,25 @@ def register(
             )
 
 
-register("ours", "This library's op", _setup, *OPS, auto=False)
+register("ours", "This library's op", _setup, *OPS, RANGES, auto=False)
+
+
+@peer(
+    "ours-items",
+    'This library\'s op with `kernel="auto"`, `MediaSpans` and media items in place of key ranges, '
+    "where all items have one length.",
+    RANGES,
+)
+def _items(problem: Problem) -> Implementation:
+    shape, (q, k, v) = problem.case.shape, problem.leaves.values()
+    if shape.sees == "window" or len(set(shape.lengths)) > 1:
+        raise UnavailableError("the keys of a token are not those of items of one length")
+    items = seen_items(shape)
+    bounds = (bound.to(problem.device) for bound in (items.first, items.last))
+    spans = ops.MediaSpans(*bounds, items.single_item)
+
+    def forward() -> Tensor:
+        keys, values = (t.unflatten(1, (len(shape.lengths), -1)) for t in (k, v))
+        return ops.media_cross_attention(q, keys, values, spans)
+
+    return Implementation(forward, problem.leaves, ours=True)

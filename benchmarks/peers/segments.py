@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases import MediaShape
 from benchmarks.peers import Implementation, UnavailableError, peer, require
-from benchmarks.peers.attention import MEDIA, sdpa_choice
+from benchmarks.peers.attention import MEDIA, RANGES, grouped, sdpa_choice
 from benchmarks.problems import Problem
+from benchmarks.problems.base import flat_keys, item_spans
 
 
 class Segment(NamedTuple):
@@ -27,7 +29,7 @@ class Segment(NamedTuple):
 
 def segments(problem: Problem) -> list[Segment]:
     """Return the runs of equal ranges, row by row; this reads the device once."""
-    spans = problem.fixed["spans"]
+    spans = item_spans(problem)
     found = []
     table = torch.stack((spans.first, spans.last), -1).tolist()
     for row, ranges in enumerate(table):
@@ -42,6 +44,8 @@ def segments(problem: Problem) -> list[Segment]:
 def _equal(problem: Problem, found: list[Segment]) -> bool:
     """Say whether equally many tokens see each image, in order: then a reshape makes a batch."""
     shape = problem.case.shape
+    if not isinstance(shape, MediaShape):
+        return False
     each = [(s.row, s.first, s.last, s.stop - s.start) for s in found]
     length = shape.tokens // shape.images
     wanted = [(b, i, i, length) for b in range(shape.batch) for i in range(shape.images)]
@@ -69,7 +73,7 @@ def _per_segment(problem: Problem, attention: Attention, backend: str) -> Implem
             if first > last:
                 parts.append(torch.zeros_like(queries))
                 continue
-            keys, values = (t[row : row + 1, first : last + 1].flatten(1, 2) for t in (k, v))
+            keys, values = (flat_keys(t[row : row + 1, first : last + 1]) for t in (k, v))
             parts.append(attention(queries, keys, values))
         return torch.cat([p.flatten(0, 1) for p in parts]).view(q.shape)
 
@@ -87,13 +91,14 @@ def _per_segment(problem: Problem, attention: Attention, backend: str) -> Implem
     "One `scaled_dot_product_attention` for each run of tokens that see the same images; one "
     "batched call where all runs are of one length.",
     MEDIA,
+    RANGES,
 )
 def _segments_sdpa(problem: Problem) -> Implementation:
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, **grouped(q, k)).transpose(1, 2)
 
-    q, k, v = (t.flatten(1, t.ndim - 3).transpose(1, 2) for t in problem.leaves.values())
+    q, k, v = (flat_keys(t).transpose(1, 2) for t in problem.leaves.values())
     return _per_segment(problem, attention, f"sdpa {sdpa_choice(q, k, v)}")
 
 

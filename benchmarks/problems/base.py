@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Case, MediaShape
-from flamingo_kernels.ops import MediaSpans
+from benchmarks.cases import Case, MediaShape, RangeShape
+from flamingo_kernels.ops import KeyRanges, MediaSpans
 
 Leaves = dict[str, Tensor]
 
@@ -90,6 +90,39 @@ def media_spans(shape: MediaShape, locations: Tensor) -> MediaSpans:
     """Return the ranges of a shape; for ``decode``, that of the newest token alone."""
     spans = MediaSpans.from_media_locations(locations, shape.attend)
     return spans.newest(1) if shape.layout == "decode" else spans
+
+
+def seen_items(shape: RangeShape) -> MediaSpans:
+    """Return the images that each token sees, without a window."""
+    index = torch.arange(shape.tokens)[None] * len(shape.lengths) // shape.tokens
+    attend = {"own": "last", "prefix": "previous"}[shape.sees]
+    return MediaSpans.from_media_index(index, attend)
+
+
+def key_ranges(shape: RangeShape) -> KeyRanges:
+    """Return the keys that each token sees."""
+    if shape.sees == "window":
+        boundary = torch.full((1, shape.tokens), shape.keys)
+        return KeyRanges.from_boundary(boundary, shape.window)
+    return KeyRanges.from_items(seen_items(shape), torch.tensor([shape.lengths]))
+
+
+def item_spans(problem: Problem) -> MediaSpans:
+    """Return the spans of a problem; of key ranges, those over items of one key each."""
+    spans = problem.fixed["spans"]
+    return spans.spans if isinstance(spans, KeyRanges) else spans
+
+
+def visible_keys(problem: Problem) -> Tensor:
+    """Return bool [B, T, S]: whether token t sees key s."""
+    k = problem.leaves["k"]
+    visible = item_spans(problem).visible(k.shape[1])
+    return visible if k.ndim == 4 else visible.repeat_interleave(k.shape[2], -1)
+
+
+def flat_keys(keys: Tensor) -> Tensor:
+    """Return [B, S, Hkv, D], given that or [B, I, R, Hkv, D]."""
+    return keys.flatten(1, keys.ndim - 3)
 
 
 def seen_pairs(spans: MediaSpans, images: int) -> int:

@@ -7,20 +7,25 @@ from torch import Tensor
 
 import reference.attention
 import reference.pointwise
-from benchmarks.cases import Case, LatentShape, MediaShape, PointwiseShape
+from benchmarks.cases import Case, LatentShape, MediaShape, PointwiseShape, RangeShape
 from benchmarks.problems.base import (
     Cost,
     Leaves,
     Problem,
+    flat_keys,
+    key_ranges,
     media_locations,
     media_spans,
     seen_pairs,
 )
+from flamingo_kernels.ops import KeyRanges
 from testing.budgets import attention_terms
 
 
 def textbook_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    """Attend with q [B,T,H,D], k, v [B,K,H,D], visible bool [B,T,K], all in the given dtype."""
+    """Attend with q [B,T,H,D], k, v [B,K,Hkv,D], visible bool [B,T,K], all in the given dtype."""
+    if k.shape[2] != q.shape[2]:
+        k, v = (t.repeat_interleave(q.shape[2] // k.shape[2], 2) for t in (k, v))
     scores = torch.einsum("bthd,bkhd->bhtk", q, k) * q.shape[-1] ** -0.5
     if visible is not None:
         scores = scores.masked_fill(~visible[:, None], float("-inf"))
@@ -52,7 +57,7 @@ def _media(case: Case, device: torch.device) -> Problem:
     def plain(leaves: Leaves) -> Tensor:
         visible = spans.visible(shape.images).repeat_interleave(shape.latents, -1)
         return textbook_attention(
-            leaves["q"], leaves["k"].flatten(1, 2), leaves["v"].flatten(1, 2), visible
+            leaves["q"], flat_keys(leaves["k"]), flat_keys(leaves["v"]), visible
         )
 
     size = dtype.itemsize
@@ -74,6 +79,62 @@ def _media(case: Case, device: torch.device) -> Problem:
         plain,
         cost,
         {"spans": spans, "locations": locations, "fused": fused},
+        {"out": terms["out"], **{name: terms[f"d{name}"] for name in "qkv"}},
+    )
+
+
+def _ranges(case: Case, device: torch.device) -> Problem:
+    shape: RangeShape = case.shape
+    dtype = getattr(torch, case.dtype)
+    rows = (1, shape.tokens, shape.heads, shape.head_dim)
+    fused = _randn(1, shape.keys, 2, shape.kv_heads, shape.head_dim, like=(dtype, device))
+    k, v = fused.unbind(2)
+    leaves = {"q": _randn(*rows, like=(dtype, device)), "k": k.detach(), "v": v.detach()}
+    seed = _randn(*rows, like=(dtype, device))
+    ranges = key_ranges(shape)
+    bounds = torch.stack((ranges.start, ranges.stop), -1)[0]
+    runs = [
+        (*bound.tolist(), int(count))
+        for bound, count in zip(
+            *torch.unique_consecutive(bounds, dim=0, return_counts=True), strict=True
+        )
+    ]
+    ranges = KeyRanges(ranges.start.to(device), ranges.stop.to(device))
+
+    def exact(leaves: Leaves) -> Tensor:
+        return reference.attention.key_range_attention(
+            *(leaves[name] for name in "qkv"), ranges.start, ranges.stop
+        )
+
+    def plain(leaves: Leaves) -> Tensor:
+        """Attend run by run: the scores of all keys would not fit into memory."""
+        queries = leaves["q"].split([count for *_, count in runs], 1)
+        return torch.cat(
+            [
+                textbook_attention(q, leaves["k"][:, start:stop], leaves["v"][:, start:stop], None)
+                for q, (start, stop, _) in zip(queries, runs, strict=True)
+            ],
+            1,
+        )
+
+    size = dtype.itemsize
+    text = leaves["q"].numel() * size
+    seen = int(ranges.spans.seen(shape.keys).sum())
+    media = 2 * seen * shape.kv_heads * shape.head_dim * size
+    pairs = sum((stop - start) * count for start, stop, count in runs)
+    product = 2.0 * pairs * shape.heads * shape.head_dim
+    cost = Cost(2 * text + media, 3 * text + 2 * media, 2 * product, 5 * product)
+    terms = attention_terms(leaves["q"], k, v, shape.head_dim**-0.5, seed)
+    return Problem(
+        case,
+        device,
+        dtype,
+        leaves,
+        seed,
+        exact,
+        plain,
+        cost,
+        {"spans": ranges},
         {"out": terms["out"], **{name: terms[f"d{name}"] for name in "qkv"}},
     )
 
@@ -180,6 +241,7 @@ def _gate(like: tuple[torch.dtype, torch.device]) -> Tensor:
 
 BUILDERS = {
     "media_cross_attention": _media,
+    "key_ranges": _ranges,
     "latent_attention": _latent,
     "gated_residual": _pointwise,
     "gated_activation": _pointwise,

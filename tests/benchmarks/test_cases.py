@@ -16,6 +16,7 @@ from benchmarks.cases import (
     MediaShape,
     ModelShape,
     PointwiseShape,
+    RangeShape,
     ResamplerShape,
 )
 from benchmarks.peers import UnavailableError, load_all, peers_for
@@ -96,6 +97,9 @@ def test_layouts(layout: str) -> None:
             MediaShape(1, 1, 3, 2, 8, 4, layout="decode"),
             training=False,
         ),
+        Case("key_ranges", RangeShape("own", 12, (5, 9, 3), 4, 2, 8)),
+        Case("key_ranges", RangeShape("prefix", 12, (5, 5, 5), 2, 2, 8, "prefix")),
+        Case("key_ranges", RangeShape("window", 1, (5, 9), 4, 1, 8, "window", 6), training=False),
         LATENT,
         Case("layer_norm", PointwiseShape(5, 16)),
         Case("gated_residual", PointwiseShape(5, 16)),
