@@ -43,6 +43,11 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.einsum("hqk,khd->qhd", softmax(scores), v)
 
 
+def _require_groups(heads: int, kv_heads: int) -> None:
+    if heads % kv_heads:
+        raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
+
+
 def _zeros(shape: tuple[int, ...], *inputs: Tensor | None) -> Tensor:
     """Exact zeros that depend on every input, so that backward gives zeros, never a missing grad.
 
@@ -91,8 +96,7 @@ def key_range_attention(
     """
     heads, head_dim = q.shape[2:]
     keys, kv_heads = k.shape[1:3]
-    if heads % kv_heads:
-        raise ValueError(f"{kv_heads} key/value heads do not divide {heads} query heads")
+    _require_groups(heads, kv_heads)
     scale = head_dim**-0.5 if scale is None else scale
 
     out = _zeros(tuple(q.shape), q, k, v, gate)
@@ -162,10 +166,12 @@ def latent_attention(
 
     Parameters
     ----------
-    q, k_latents, v_latents : Tensor
+    q : Tensor
         ``[N, L, H, D]``.
     k_media, v_media : Tensor
-        ``[N, M, H, D]``.
+        ``[N, M, Hkv, D]``; Hkv divides H, query head h reads head ``h // (H // Hkv)``.
+    k_latents, v_latents : Tensor
+        ``[N, L, Hkv, D]``.
     lengths : Tensor, optional
         Integers ``[N]``, the valid media keys of each item (default M); later keys are never read.
     scale : float, optional
@@ -179,9 +185,10 @@ def latent_attention(
     Raises
     ------
     ValueError
-        If a length is outside ``[0, M]``.
+        If a length is outside ``[0, M]``, or Hkv does not divide H.
     """
-    count, media_keys = k_media.shape[:2]
+    count, media_keys, kv_heads = k_media.shape[:3]
+    _require_groups(q.shape[2], kv_heads)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     valid = [media_keys] * count if lengths is None else lengths.tolist()
 

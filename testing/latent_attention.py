@@ -13,10 +13,11 @@ NAMES = ("dq", "dk_media", "dv_media", "dk_latents", "dv_latents")
 shapes = st.fixed_dictionaries(
     {
         "items": st.integers(1, 3),
-        "latents": st.sampled_from([1, 4, 64]),
-        "features": st.sampled_from([0, 1, 5, 70]),
-        "heads": st.integers(1, 3),
-        "head_dim": st.sampled_from([2, 8, 24]),
+        "latents": st.sampled_from([1, 4, 17, 64]),
+        "features": st.sampled_from([0, 1, 5, 70, 150]),
+        "kv_heads": st.integers(1, 3),
+        "group": st.sampled_from([1, 2, 3]),
+        "head_dim": st.sampled_from([2, 5, 8, 24]),
         "ragged": st.booleans(),
         "seed": st.integers(0, 99),
     }
@@ -29,7 +30,8 @@ def latent_case(
     items: int = 2,
     latents: int = 4,
     features: int = 6,
-    heads: int = 2,
+    kv_heads: int = 2,
+    group: int = 1,
     head_dim: int = 8,
     ragged: bool = True,
     nan: bool = True,
@@ -37,12 +39,16 @@ def latent_case(
 ) -> tuple[list[Tensor], Tensor | None]:
     """Draw q, k_media, v_media, k_latents, v_latents in ``dtype``, and lengths int64 [N] or None.
 
-    With ``nan``, features past the lengths hold NaN.
+    ``group`` query heads read each key/value head. The last of several lengths is 0. With ``nan``,
+    features past the lengths hold NaN.
     """
     torch.manual_seed(seed)
-    q, k_latents, v_latents = torch.randn(3, items, latents, heads, head_dim)
-    k_media, v_media = torch.randn(2, items, features, heads, head_dim)
+    q = torch.randn(items, latents, kv_heads * group, head_dim)
+    k_latents, v_latents = torch.randn(2, items, latents, kv_heads, head_dim)
+    k_media, v_media = torch.randn(2, items, features, kv_heads, head_dim)
     lengths = torch.randint(0, features + 1, (items,)) if ragged else None
+    if ragged and items > 1:
+        lengths[-1] = 0
     if ragged and nan:
         padding = torch.arange(features) >= lengths[:, None]
         k_media[padding] = v_media[padding] = float("nan")
@@ -52,7 +58,11 @@ def latent_case(
 def plain_pytorch(tensors: list[Tensor], lengths: Tensor | None) -> Tensor:
     """Compute the textbook formula in the dtype of the tensors, on finite inputs."""
     q, k_media, v_media, k_latents, v_latents = (t.nan_to_num() for t in tensors)
-    k, v = torch.cat((k_media, k_latents), 1), torch.cat((v_media, v_latents), 1)
+    group = q.shape[2] // k_media.shape[2]
+    k, v = (
+        torch.cat(parts, 1).repeat_interleave(group, 2)
+        for parts in ((k_media, k_latents), (v_media, v_latents))
+    )
     scores = torch.einsum("nlhd,nkhd->nhlk", q, k) * q.shape[-1] ** -0.5
     if lengths is not None:
         key = torch.arange(k.shape[1])

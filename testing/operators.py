@@ -32,11 +32,11 @@ def operator_calls() -> dict[str, tuple[Any, ...]]:
             spans.first, spans.last, media, kv_heads, single_item,
         )  # fmt: skip
 
-    q, k, v = torch.randn(2, 4, 2, 8), *torch.randn(2, 2, 5, 2, 8)
+    q, k, v = torch.randn(2, 4, 6, 8), *torch.randn(2, 2, 5, 2, 8)
     for lengths in (None, torch.tensor([5, 2])):
-        inputs = (q, k, v, torch.randn_like(q), torch.randn_like(q), lengths)
+        inputs = (q, k, v, *torch.randn(2, 2, 4, 2, 8).unbind(), lengths)
         ragged = "" if lengths is None else " ragged"
-        out, lse = torch.randn_like(q), torch.randn(2, 2, 4)
+        out, lse = torch.randn_like(q), torch.randn(2, 6, 4)
         calls[f"latent_attention_forward{ragged}"] = (*inputs, 0.3)
         calls[f"latent_attention_backward{ragged}"] = (
             torch.randn_like(q), *inputs, out, lse, 0.3,

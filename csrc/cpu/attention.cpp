@@ -12,12 +12,17 @@ using flamingo::Planner;
 using MediaParams = flamingo_media_attention_params;
 using LatentParams = flamingo_latent_attention_params;
 
+// Whether every key/value head is that of as many query heads.
+template <typename Params> bool groups_heads(const Params &p) {
+    return p.heads == 0 || (p.kv_heads > 0 && p.heads % p.kv_heads == 0);
+}
+
 int32_t validate(const MediaParams &p, bool backward) {
     const int64_t sizes[] = {p.rows, p.tokens, p.media, p.latents, p.heads, p.kv_heads, p.head_dim};
     if (flamingo::has_negative(sizes, 7)) {
         return FLAMINGO_NEGATIVE_SIZE;
     }
-    if (p.heads > 0 && (p.kv_heads == 0 || p.heads % p.kv_heads != 0)) {
+    if (!groups_heads(p)) {
         return FLAMINGO_HEADS_NOT_DIVISIBLE;
     }
     const bool has_tokens = p.rows > 0 && p.tokens > 0;
@@ -36,9 +41,12 @@ int32_t validate(const MediaParams &p, bool backward) {
 }
 
 int32_t validate(const LatentParams &p, bool backward) {
-    const int64_t sizes[] = {p.items, p.latents, p.features, p.heads, p.head_dim};
-    if (flamingo::has_negative(sizes, 5)) {
+    const int64_t sizes[] = {p.items, p.latents, p.features, p.heads, p.kv_heads, p.head_dim};
+    if (flamingo::has_negative(sizes, 6)) {
         return FLAMINGO_NEGATIVE_SIZE;
+    }
+    if (!groups_heads(p)) {
+        return FLAMINGO_HEADS_NOT_DIVISIBLE;
     }
     if (p.items > 0 && p.latents > 0 && p.heads > 0) {
         bool missing = backward && !p.lse;
@@ -108,7 +116,7 @@ int32_t flamingo_latent_attention_forward(const LatentParams *params) {
 int32_t flamingo_latent_attention_backward(const LatentParams *params) {
     const LatentParams &p = *params;
     const int32_t status = validate(p, true);
-    if (status != FLAMINGO_OK || p.items * p.heads * p.head_dim == 0) {
+    if (status != FLAMINGO_OK || p.items * p.kv_heads * p.head_dim == 0) {
         return status;
     }
     return guarded([&] {

@@ -18,7 +18,7 @@
 #endif
 
 /* Raised by one whenever a struct or a signature of any header changes. */
-#define FLAMINGO_ABI_VERSION 4
+#define FLAMINGO_ABI_VERSION 5
 
 #ifdef __cplusplus
 extern "C" {
@@ -95,17 +95,17 @@ typedef struct flamingo_media_attention_params {
 
 typedef struct flamingo_latent_attention_params {
     flamingo_tensor q;           /* [N, L, H, D] */
-    flamingo_tensor k_media;     /* [N, M, H, D] */
-    flamingo_tensor v_media;     /* [N, M, H, D] */
-    flamingo_tensor k_latents;   /* [N, L, H, D] */
-    flamingo_tensor v_latents;   /* [N, L, H, D] */
+    flamingo_tensor k_media;     /* [N, M, Hkv, D] */
+    flamingo_tensor v_media;     /* [N, M, Hkv, D] */
+    flamingo_tensor k_latents;   /* [N, L, Hkv, D] */
+    flamingo_tensor v_latents;   /* [N, L, Hkv, D] */
     flamingo_tensor out;         /* [N, L, H, D], written by the forward, read by the backward */
     flamingo_tensor d_out;       /* [N, L, H, D], read by the backward */
     flamingo_tensor d_q;         /* [N, L, H, D], written by the backward */
-    flamingo_tensor d_k_media;   /* [N, M, H, D], written by the backward */
-    flamingo_tensor d_v_media;   /* [N, M, H, D], written by the backward */
-    flamingo_tensor d_k_latents; /* [N, L, H, D], written by the backward */
-    flamingo_tensor d_v_latents; /* [N, L, H, D], written by the backward */
+    flamingo_tensor d_k_media;   /* [N, M, Hkv, D], written by the backward */
+    flamingo_tensor d_v_media;   /* [N, M, Hkv, D], written by the backward */
+    flamingo_tensor d_k_latents; /* [N, L, Hkv, D], written by the backward */
+    flamingo_tensor d_v_latents; /* [N, L, Hkv, D], written by the backward */
     const int64_t *lengths;      /* [N] contiguous: valid media keys of each item; null for all M */
     void *lse; /* [N, H, L] contiguous, accumulation dtype: log of the sum of exp(scores) per query;
                   written by the forward unless null, read by the backward */
@@ -113,7 +113,8 @@ typedef struct flamingo_latent_attention_params {
     int64_t items;    /* N */
     int64_t latents;  /* L */
     int64_t features; /* M */
-    int64_t heads;    /* H */
+    int64_t heads;    /* H, a multiple of kv_heads */
+    int64_t kv_heads; /* Hkv; query head h reads key/value head h / (H / Hkv) */
     int64_t head_dim; /* D */
 
     double scale; /* multiplies q . k */

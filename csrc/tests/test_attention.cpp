@@ -292,7 +292,7 @@ void check_media(const char *type, const MediaShape &s, Ranges ranges, int32_t s
 }
 
 struct LatentShape {
-    int64_t N, L, M, H, D, gap;
+    int64_t N, L, M, H, Hkv, D, gap;
     bool ragged;
 };
 
@@ -305,10 +305,11 @@ template <typename Scalar> struct LatentCase {
     double scale;
 
     explicit LatentCase(const LatentShape &shape)
-        : s(shape), q({s.N, s.L, s.H}, s.D, s.gap), k_media({s.N, s.M, s.H}, s.D, s.gap),
-          v_media(k_media), k_latents(q), v_latents(q), d_out(q), out(q), d_q(q),
-          d_k_media(k_media), d_v_media(k_media), d_k_latents(q), d_v_latents(q),
-          lse(s.N * s.H * s.L), scale(s.D ? 1 / std::sqrt(double(s.D)) : 1) {
+        : s(shape), q({s.N, s.L, s.H}, s.D, s.gap), k_media({s.N, s.M, s.Hkv}, s.D, s.gap),
+          v_media(k_media), k_latents({s.N, s.L, s.Hkv}, s.D, s.gap), v_latents(k_latents),
+          d_out(q), out(q), d_q(q), d_k_media(k_media), d_v_media(k_media), d_k_latents(k_latents),
+          d_v_latents(k_latents), lse(s.N * s.H * s.L),
+          scale(s.D ? 1 / std::sqrt(double(s.D)) : 1) {
         std::mt19937 generator(99);
         for (auto *x : {&q, &k_media, &v_media, &k_latents, &v_latents, &d_out}) {
             x->randomise(generator);
@@ -316,8 +317,8 @@ template <typename Scalar> struct LatentCase {
         for (int64_t n = 0; n < s.N; ++n) {
             lengths.push_back(s.ragged ? n * s.M / 2 : s.M);
             for (int64_t key = lengths[n]; key < s.M; ++key) {
-                for (int64_t h = 0; h < s.H; ++h) {
-                    const int64_t at = (n * s.M + key) * s.H + h;
+                for (int64_t h = 0; h < s.Hkv; ++h) {
+                    const int64_t at = (n * s.M + key) * s.Hkv + h;
                     std::fill_n(k_media[at], s.D, std::numeric_limits<Scalar>::quiet_NaN());
                     std::fill_n(v_media[at], s.D, std::numeric_limits<Scalar>::quiet_NaN());
                 }
@@ -332,7 +333,8 @@ template <typename Scalar> struct LatentCase {
         p.d_k_media = d_k_media.describe(), p.d_v_media = d_v_media.describe();
         p.d_k_latents = d_k_latents.describe(), p.d_v_latents = d_v_latents.describe();
         p.lengths = s.ragged ? lengths.data() : nullptr, p.lse = trains ? lse.data() : nullptr;
-        p.items = s.N, p.latents = s.L, p.features = s.M, p.heads = s.H, p.head_dim = s.D;
+        p.items = s.N, p.latents = s.L, p.features = s.M, p.heads = s.H;
+        p.kv_heads = s.Hkv, p.head_dim = s.D;
         p.scale = scale;
         p.execution.dtype = sizeof(Scalar) == 4 ? FLAMINGO_FLOAT32 : FLAMINGO_FLOAT64;
         p.execution.threads = threads, p.execution.instruction_set = set;
@@ -343,8 +345,8 @@ template <typename Scalar> struct LatentCase {
     template <typename Real> Results<Real> joined() const {
         const int64_t keys = s.M + s.L;
         Results<Real> r = {widened<Real>(out), widened<Real>(d_q),
-                           Vectors<Real>({s.N, keys, s.H}, s.D, 0),
-                           Vectors<Real>({s.N, keys, s.H}, s.D, 0)};
+                           Vectors<Real>({s.N, keys, s.Hkv}, s.D, 0),
+                           Vectors<Real>({s.N, keys, s.Hkv}, s.D, 0)};
         join(d_k_media, d_k_latents, &r.d_k);
         join(d_v_media, d_v_latents, &r.d_v);
         return r;
@@ -352,11 +354,11 @@ template <typename Scalar> struct LatentCase {
     template <typename Real>
     void join(const Vectors<Scalar> &media, const Vectors<Scalar> &own, Vectors<Real> *to) const {
         for (int64_t n = 0; n < s.N; ++n) {
-            for (int64_t i = 0; i < (s.M + s.L) * s.H; ++i) {
-                const Scalar *from =
-                    i < s.M * s.H ? media[n * s.M * s.H + i] : own[n * s.L * s.H + i - s.M * s.H];
+            for (int64_t i = 0; i < (s.M + s.L) * s.Hkv; ++i) {
+                const Scalar *from = i < s.M * s.Hkv ? media[n * s.M * s.Hkv + i]
+                                                     : own[n * s.L * s.Hkv + i - s.M * s.Hkv];
                 for (int64_t d = 0; d < s.D; ++d) {
-                    (*to)[n * (s.M + s.L) * s.H + i][d] = Real(from[d]);
+                    (*to)[n * (s.M + s.L) * s.Hkv + i][d] = Real(from[d]);
                 }
             }
         }
@@ -367,7 +369,7 @@ template <typename Real, typename Scalar> Results<Real> naive(const LatentCase<S
     const LatentShape &s = c.s;
     const int64_t keys_per_item = s.M + s.L;
     const auto q = widened<Real>(c.q), d_out = widened<Real>(c.d_out);
-    Vectors<Real> k({s.N, keys_per_item, s.H}, s.D, 0), v(k);
+    Vectors<Real> k({s.N, keys_per_item, s.Hkv}, s.D, 0), v(k);
     c.join(c.k_media, c.k_latents, &k);
     c.join(c.v_media, c.v_latents, &v);
     Results<Real> r = {zeros_like(q), zeros_like(q), zeros_like(k), zeros_like(k)};
@@ -377,7 +379,7 @@ template <typename Real, typename Scalar> Results<Real> naive(const LatentCase<S
         std::vector<int64_t> keys;
         for (int64_t key = 0; key < keys_per_item; ++key) {
             if (key < c.lengths[n] || key >= s.M) {
-                keys.push_back((n * keys_per_item + key) * s.H + h);
+                keys.push_back((n * keys_per_item + key) * s.Hkv + h / (s.H / s.Hkv));
             }
         }
         attention.run(query, keys);
@@ -387,10 +389,10 @@ template <typename Real, typename Scalar> Results<Real> naive(const LatentCase<S
 
 template <typename Scalar>
 void check_latent(const char *type, const LatentShape &s, int32_t set, const char *set_name) {
-    const std::string what = std::string("latent ") + type + " " + set_name + " N" +
-                             std::to_string(s.N) + " L" + std::to_string(s.L) + " M" +
-                             std::to_string(s.M) + " H" + std::to_string(s.H) + " D" +
-                             std::to_string(s.D) + (s.ragged ? " ragged: " : ": ");
+    const std::string what =
+        std::string("latent ") + type + " " + set_name + " N" + std::to_string(s.N) + " L" +
+        std::to_string(s.L) + " M" + std::to_string(s.M) + " H" + std::to_string(s.H) + "/" +
+        std::to_string(s.Hkv) + " D" + std::to_string(s.D) + (s.ragged ? " ragged: " : ": ");
     const auto check = [&](bool ok, const char *which) { expect(ok, (what + which).c_str()); };
     LatentCase<Scalar> c(s), again(s), alone(s);
     check(c.run(set, 1) == FLAMINGO_OK, "runs");
@@ -437,10 +439,14 @@ int main() {
         {1, 3, 4500, 1, 2, 1, 8, 0},
     };
     const LatentShape latent_shapes[] = {
-        // N, L, M, H, D, gap, ragged
-        {1, 1, 1, 1, 1, 0, false},    {2, 4, 0, 2, 8, 0, false},    {3, 64, 100, 2, 64, 0, true},
-        {2, 65, 257, 1, 96, 3, true}, {1, 7, 300, 3, 40, 0, false}, {2, 130, 5, 1, 24, 1, true},
-        {0, 4, 4, 2, 8, 0, false},    {2, 0, 4, 2, 8, 0, false},    {2, 4, 4, 0, 8, 0, false},
+        // N, L, M, H, Hkv, D, gap, ragged
+        {1, 1, 1, 1, 1, 1, 0, false},    {2, 4, 0, 2, 2, 8, 0, false},
+        {3, 64, 100, 2, 2, 64, 0, true}, {2, 65, 257, 1, 1, 96, 3, true},
+        {1, 7, 300, 3, 3, 40, 0, false}, {2, 130, 5, 1, 1, 24, 1, true},
+        {3, 7, 150, 6, 2, 40, 2, true},  {2, 64, 129, 4, 1, 16, 0, true},
+        {1, 33, 20, 4, 2, 96, 1, false}, {0, 4, 4, 2, 2, 8, 0, false},
+        {2, 0, 4, 2, 2, 8, 0, false},    {2, 4, 4, 0, 0, 8, 0, false},
+        {2, 4, 4, 0, 2, 8, 0, false},
     };
     for (int number = 0; flamingo_instruction_set_name(number); ++number) {
         const int32_t set = 1 << number;

@@ -14,7 +14,7 @@ import torch
 
 from flamingo_kernels import env
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 
 _INSTALLED_LIBRARY = Path(__file__).with_name("libflamingo_cpu.so")
 # flamingo_execution, for the module struct: dtype, instruction set, threads.

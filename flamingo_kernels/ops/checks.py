@@ -58,6 +58,14 @@ def _require_positive(op: str, what: str, value: int) -> None:
         raise ValueError(f"{op}: {what} must be at least 1, got {value}")
 
 
+def _require_groups(op: str, heads: int, kv_heads: int) -> None:
+    if kv_heads < 1 or heads % kv_heads:
+        raise ValueError(
+            f"{op}: query heads must be a multiple of key/value heads, got H={heads}, "
+            f"Hkv={kv_heads}"
+        )
+
+
 def require_parameter(op: str, name: str, parameter: Tensor, device_of: Tensor) -> None:
     """Raise unless ``parameter`` is a floating point tensor on the device of the input."""
     require_floating(op, name, parameter)
@@ -132,11 +140,7 @@ def media_cross_attention(
     _, media, latents, kv_heads, _ = k.shape
     _require_positive(op, "head_dim D", head_dim)
     _require_positive(op, "latents R", latents)
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(
-            f"{op}: query heads must be a multiple of key/value heads, got H={heads}, "
-            f"Hkv={kv_heads}"
-        )
+    _require_groups(op, heads, kv_heads)
     if flat:
         k, v = k.squeeze(2), v.squeeze(2)
     _require_shape(op, "k", k, (batch, *k.shape[1:-1], head_dim), "q")
@@ -157,18 +161,23 @@ def latent_attention(tensors: tuple[Tensor, ...], lengths: Tensor | None) -> Non
     q, k_media, v_media, k_latents, v_latents = tensors
     op = "latent_attention"
     require_rank(op, "q", q, "[N, L, H, D]")
-    require_rank(op, "k_media", k_media, "[N, M, H, D]")
-    require_rank(op, "v_media", v_media, "[N, M, H, D]")
-    require_rank(op, "k_latents", k_latents, "[N, L, H, D]")
-    require_rank(op, "v_latents", v_latents, "[N, L, H, D]")
+    require_rank(op, "k_media", k_media, "[N, M, Hkv, D]")
+    require_rank(op, "v_media", v_media, "[N, M, Hkv, D]")
+    require_rank(op, "k_latents", k_latents, "[N, L, Hkv, D]")
+    require_rank(op, "v_latents", v_latents, "[N, L, Hkv, D]")
     require_alike(op, "q, k_media, v_media, k_latents, v_latents", *tensors)
     items, latents, heads, head_dim = q.shape
     _require_positive(op, "head_dim D", head_dim)
     _require_positive(op, "latents L", latents)
-    _require_shape(op, "k_media", k_media, (items, k_media.shape[1], heads, head_dim), "q")
+    _, features, kv_heads, _ = k_media.shape
+    if kv_heads != heads:
+        _require_positive(op, "query heads H", heads)
+        _require_groups(op, heads, kv_heads)
+    of_latents = (items, latents, kv_heads, head_dim)
+    _require_shape(op, "k_media", k_media, (items, features, kv_heads, head_dim), "q")
     _require_shape(op, "v_media", v_media, k_media.shape, "k_media")
-    _require_shape(op, "k_latents", k_latents, q.shape, "q")
-    _require_shape(op, "v_latents", v_latents, q.shape, "q")
+    _require_shape(op, "k_latents", k_latents, of_latents, "q and k_media")
+    _require_shape(op, "v_latents", v_latents, of_latents, "q and k_media")
     if lengths is not None:
         require_counts(op, "lengths", lengths, (items,), q)
 

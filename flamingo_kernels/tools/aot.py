@@ -144,12 +144,13 @@ def media_calls(dtype: torch.dtype, head_dim: int, latents: int, group: int = 1)
             media_attention.backward(d_out, None, arguments)
 
 
-def latent_calls(dtype: torch.dtype, head_dim: int) -> None:
+def latent_calls(dtype: torch.dtype, head_dim: int, group: int = 1) -> None:
     """Forward, split and not, and backward of latent attention with lengths."""
     lengths = meta(2, dtype=torch.int32)
     for keys in (256, 8192):
-        q, k_latents, v_latents, d_out = (meta(2, 64, 8, head_dim, dtype=dtype) for _ in range(4))
-        k, v = meta(2, keys, 2, 8, head_dim, dtype=dtype).unbind(2)
+        q, d_out = (meta(2, 64, 8, head_dim, dtype=dtype) for _ in range(2))
+        k, v = meta(2, keys, 2, 8 // group, head_dim, dtype=dtype).unbind(2)
+        k_latents, v_latents = (meta(2, 64, 8 // group, head_dim, dtype=dtype) for _ in range(2))
         arguments = LatentArguments(q, k, v, k_latents, v_latents, lengths, head_dim**-0.5)
         out, lse = latent_attention.forward(arguments)
         latent_attention.backward(d_out, arguments, out, lse)
@@ -182,6 +183,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{name} C{channels}", partial(pointwise_calls, dtype, channels)
     yield "fp32 D64 R128", partial(media_calls, torch.float32, 64, 128)
     yield "bf16 D64 R64 G4", partial(media_calls, torch.bfloat16, 64, 64, group=4)
+    yield "bf16 D96 G4", partial(latent_calls, torch.bfloat16, 96, group=4)
     yield "bf16 C4096 past 32 bits", partial(pointwise_calls, torch.bfloat16, 4096, rows=2**20)
 
 

@@ -56,10 +56,15 @@ def calls(kernel: str) -> dict[str, Call]:
             ("keys", keys),
         )
     }
-    for name, given in (("full", None), ("ragged", lengths)):
+    keys = [k, v, k_latents, v_latents]
+    for name, given, of in (
+        ("full", None, keys),
+        ("ragged", lengths, keys),
+        ("grouped", lengths, [x[:, :, :1] for x in keys]),
+    ):
         named[f"latent {name}"] = (
             lambda *tensors, given=given: latent_attention(*tensors, given, kernel=kernel),
-            [q, k, v, k_latents, v_latents],
+            [q, *of],
         )
     named |= {
         "residual": (lambda *inputs: gated_residual(*inputs, kernel=kernel), [x, y, vector]),

@@ -71,11 +71,23 @@ def test_gradients_within_budget(kernel: str, dtype: torch.dtype) -> None:
     "kernel", [k for k, dtype in kernels_for(OP, needs_grad=True) if dtype == torch.float64]
 )
 def test_gradcheck(kernel: str) -> None:
-    tensors, lengths = latent_case(torch.float64, latents=3, features=4, head_dim=2, nan=False)
+    tensors, lengths = latent_case(
+        torch.float64, latents=3, features=4, head_dim=2, group=2, nan=False
+    )
     tensors = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(
         lambda *x: latent_attention(*x, lengths, kernel=kernel), tensors
     )
+
+
+@pytest.mark.parametrize(("kernel", "dtype"), kernels_for(OP))
+def test_lengths_of_zero_leave_the_latents(kernel: str, dtype: torch.dtype) -> None:
+    tensors, _ = latent_case(dtype, group=2)
+    alone = latent_attention(tensors[0], *(t[:, :0] for t in tensors[1:3]), *tensors[3:])
+    tensors[1].fill_(float("inf"))
+    lengths = torch.zeros(2, dtype=torch.int64)
+    out = latent_attention(*tensors, lengths, kernel=kernel)
+    assert_within_budget(out, alone, oracle(*doubled(tensors), lengths), dtype)
 
 
 @pytest.mark.parametrize(("kernel", "dtype"), kernels_for(OP))
@@ -97,8 +109,12 @@ def test_a_clip_equals_itself_padded(kernel: str, dtype: torch.dtype) -> None:
     [
         (0, lambda t: t[0], ValueError, r"q must be \[N, L, H, D\], got shape \(4, 2, 8\)"),
         (1, lambda t: t[..., :4], ValueError, r"k_media has shape \(2, 6, 2, 4\), expected"),
+        (1, lambda t: t[:, :, :0], ValueError, "multiple of key/value heads, got H=2, Hkv=0"),
+        (0, lambda t: t[:, :, :1], ValueError, "multiple of key/value heads, got H=1, Hkv=2"),
+        (0, lambda t: t[:, :, :0], ValueError, "query heads H must be at least 1, got 0"),
         (2, lambda t: t[:, :3], ValueError, r"v_media has shape \(2, 3, 2, 8\), expected"),
         (3, lambda t: t[:, :3], ValueError, r"k_latents has shape \(2, 3, 2, 8\), expected"),
+        (4, lambda t: t[:, :, :1], ValueError, r"expected \(2, 4, 2, 8\) to match q and k_media"),
         (4, lambda t: t.double(), TypeError, "one dtype"),
         (5, lambda t: t[:1], ValueError, r"lengths must have shape \(2,\), got \(1,\)"),
         (5, lambda t: t.to("meta"), ValueError, "lengths is on meta, the input on cpu"),

@@ -14,10 +14,12 @@ from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, float64_products, gpu
 
 SHAPES = [
     {"latents": 4, "features": 5, "head_dim": 16},
-    {"latents": 64, "features": 70, "head_dim": 40, "heads": 1},
-    {"latents": 100, "features": 0, "head_dim": 24, "heads": 1},
+    {"latents": 64, "features": 70, "head_dim": 40, "kv_heads": 1},
+    {"latents": 100, "features": 0, "head_dim": 24, "kv_heads": 1},
     {"latents": 1, "features": 140, "head_dim": 96},
-    {"latents": 65, "features": 30, "head_dim": 128, "heads": 1, "items": 1},
+    {"latents": 65, "features": 30, "head_dim": 128, "kv_heads": 1, "items": 1},
+    {"latents": 5, "features": 140, "head_dim": 24, "group": 3},
+    {"latents": 64, "features": 30, "head_dim": 16, "kv_heads": 1, "group": 4},
 ]
 
 
@@ -65,7 +67,9 @@ def on(device: str, tensors: list[Tensor], lengths: Tensor | None):
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
 @pytest.mark.parametrize("ragged", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: f"L{s['latents']}-M{s['features']}")
+@pytest.mark.parametrize(
+    "shape", SHAPES, ids=lambda s: f"L{s['latents']}-M{s['features']}-G{s.get('group', 1)}"
+)
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_within_budget(implementation, shape: dict, ragged: bool, device: str, dtype: torch.dtype):
     """Keys past the lengths and fresh memory hold NaN (semantics, points 12 and 17)."""
@@ -88,7 +92,7 @@ def test_without_splits(
 def test_item_bits_do_not_depend_on_the_batch(
     implementation, device: str, dtype: torch.dtype
 ) -> None:
-    tensors, _ = on(device, *latent_case(dtype, items=3, features=150, ragged=False))
+    tensors, _ = on(device, *latent_case(dtype, items=3, features=150, group=2, ragged=False))
     together = run(tensors, None)
     for item in range(3):
         alone = run([t[item : item + 1] for t in tensors], None)

@@ -34,12 +34,13 @@ def latent_attention(
     q : Tensor
         Floating point [N, L, H, D], N media items with L latents.
     k_media, v_media : Tensor
-        [N, M, H, D], dtype and device of ``q``; M may be 0.
+        [N, M, Hkv, D], dtype and device of ``q``; M may be 0. Hkv divides H: query head h reads
+        key/value head ``h // (H // Hkv)``.
     k_latents, v_latents : Tensor
-        [N, L, H, D].
+        [N, L, Hkv, D].
     lengths : Tensor, optional
-        Integer [N], number of valid media keys per item; keys past it are never read into a
-        result. Default: all M.
+        Integer [N], number of valid media keys per item, 0 for none; keys past it are never read
+        into a result, and their gradients are zero. Default: all M.
     scale : float, optional
         Score multiplier, default ``D ** -0.5``.
     kernel : {"auto", "triton", "cpp", "torch"}

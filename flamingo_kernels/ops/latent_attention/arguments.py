@@ -12,10 +12,12 @@ class Arguments(NamedTuple):
 
     Attributes
     ----------
-    q, k_latents, v_latents : Tensor
+    q : Tensor
         [N, L, H, D].
     k_media, v_media : Tensor
-        [N, M, H, D].
+        [N, M, Hkv, D].
+    k_latents, v_latents : Tensor
+        [N, L, Hkv, D].
     lengths : Tensor or None
         Integer [N].
     scale : float

@@ -17,7 +17,7 @@ from flamingo_kernels.ops.latent_attention.arguments import Arguments
 from flamingo_kernels.ops.rows import unit_stride
 from flamingo_kernels.precision import accumulator
 
-_SIZES = struct.Struct("@5qd2i")  # up to the threads
+_SIZES = struct.Struct("@6qd2i")  # up to the threads
 _END = f"2q{_SIZES.size}si4x"
 PARAMS = struct.Struct("@" + 12 * TENSOR + _END)
 FORWARD_PARAMS = struct.Struct("@" + 6 * TENSOR + layouts.no_tensors(6) + _END)
@@ -25,7 +25,7 @@ FORWARD_PARAMS = struct.Struct("@" + 6 * TENSOR + layouts.no_tensors(6) + _END)
 
 def _sizes(q: Tensor, k_media: Tensor, scale: float) -> bytes:
     items, latents, heads, head_dim = q.shape
-    sizes = (items, latents, k_media.shape[1], heads, head_dim)
+    sizes = (items, latents, k_media.shape[1], heads, k_media.shape[2], head_dim)
     return _SIZES.pack(*sizes, scale, *library.dtype_and_set(q.dtype))
 
 

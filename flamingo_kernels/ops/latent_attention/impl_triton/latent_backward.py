@@ -1,8 +1,9 @@
-"""Latent attention backward: the latents of a tile stay resident, a loop runs over the key blocks.
+"""Latent attention backward: the rows of a tile stay resident, a loop runs over the key blocks.
 
 dK and dV of a block are final, dQ accumulates. Where there are few items and heads, keys are split
-over programs and the splits of dQ are summed in order; where the latents do not fit one tile, so
-are the tiles' shares of dK and dV. Key blocks are counted as in the forward.
+over programs and the splits of dQ are summed in order; where the latents of all query heads of a
+group do not fit one tile, so are the tiles' shares of dK and dV. Key blocks are counted as in the
+forward.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from flamingo_kernels.ops.latent_attention.impl_triton.latent_rows import (
     blocks_of,
     config_of,
     keys_of_block,
-    latent_tile,
+    latent_and_head,
     pointers,
+    row_tile,
     rows_of,
     shared_arguments,
     valid_keys,
@@ -35,10 +37,10 @@ def backward(
     q = arguments.q
     config = config_of("latent_backward", q)
     shared = shared_arguments(config, arguments)
-    items, latents, heads, _ = q.shape
-    tiles = -(-latents // shared["BLOCK_L"])
+    items, latents, kv_heads = q.shape[0], q.shape[1], shared["KV_HEADS"]
+    tiles = -(-latents * shared["G"] // shared["BLOCK_L"])
     blocks = blocks_of(shared)
-    splits = max(1, min(TARGET_PROGRAMS // max(items * heads * tiles, 1), blocks))
+    splits = max(1, min(TARGET_PROGRAMS // max(items * kv_heads * tiles, 1), blocks))
     steps = -(-blocks // splits)
     splits = -(-blocks // steps)
 
@@ -55,7 +57,7 @@ def backward(
     names = ("d_q", "d_k_media", "d_v_media", "d_k_latents", "d_v_latents")
     launch(
         latent_backward_kernel,
-        (items * splits * tiles * heads,),
+        (items * splits * tiles * kv_heads,),
         config,
         **shared,
         **dict(zip(names, into, strict=True)),
@@ -84,17 +86,18 @@ def latent_backward_kernel(
     d_out,  # Rows
     lse,  # [N, H, L], contiguous
     d_q,  # [SPLITS, N, L, H, D], final where SPLITS is 1
-    d_k_media,  # [TILES, N, M, H, D], final where the latents fit one tile
+    d_k_media,  # [TILES, N, M, Hkv, D], final where the rows fit one tile
     d_v_media,  # like d_k_media
-    d_k_latents,  # [TILES, N, L, H, D], final where the latents fit one tile
+    d_k_latents,  # [TILES, N, L, Hkv, D], final where the rows fit one tile
     d_v_latents,  # like d_k_latents
     N,
     L,
     M,
-    H,
+    KV_HEADS,
     SPLITS,
     STEPS,
     SCALE: tl.constexpr,
+    G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,16 +105,17 @@ def latent_backward_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_n, i_h, i_split, i_tile, i_l = latent_tile(L, H, SPLITS, BLOCK_L)
-    o_l = i_l.to(tl.int64)
+    i_n, i_h, i_split, i_tile, rows = row_tile(L, KV_HEADS, SPLITS, G, BLOCK_L)
+    o_l, i_qh = latent_and_head(rows, i_h, G)
+    heads = KV_HEADS * G
     o_d = tl.arange(0, BLOCK_D)[None, :]
-    m_l = i_l < L
+    m_l = rows < L * G
     m_q = m_l[:, None] & (o_d < D)
-    b_q = tl.load(pointers(q, i_n, i_h, o_l) + o_d, mask=m_q, other=0.0)
-    b_do = tl.load(pointers(d_out, i_n, i_h, o_l) + o_d, mask=m_q, other=0.0)
-    b_out = tl.load(pointers(out, i_n, i_h, o_l) + o_d, mask=m_q, other=0.0)
+    b_q = tl.load(pointers(q, i_n, i_qh, o_l) + o_d, mask=m_q, other=0.0)
+    b_do = tl.load(pointers(d_out, i_n, i_qh, o_l) + o_d, mask=m_q, other=0.0)
+    b_out = tl.load(pointers(out, i_n, i_qh, o_l) + o_d, mask=m_q, other=0.0)
     b_delta = tl.sum(b_do.to(ACC) * b_out.to(ACC), 1)
-    b_lse = tl.load(lse + (i_n * H + i_h) * L + o_l, mask=m_l, other=0.0) * LOG2E
+    b_lse = tl.load(lse + (i_n * heads + i_qh) * L + o_l, mask=m_l, other=0.0) * LOG2E
     length = valid_keys(lengths, i_n, M)
 
     b_dq = tl.zeros([BLOCK_L, BLOCK_D], ACC)
@@ -120,7 +124,7 @@ def latent_backward_kernel(
     end = begin + STEPS
     media_end = tl.minimum(end, tl.cdiv(length, BLOCK_K))
     o_share = i_tile.to(tl.int64) * N + i_n
-    o_dk = (o_share * M * H + i_h) * D
+    o_dk = (o_share * M * KV_HEADS + i_h) * D
     for block in tl.range(begin, media_end):
         b_k, b_v, i_k, m_k = keys_of_block(
             k_media, v_media, i_n, i_h, block, length, D, BLOCK_K, BLOCK_D
@@ -128,14 +132,14 @@ def latent_backward_kernel(
         b_dk, b_dv, b_dq = _gradients(
             b_q, b_k, b_v, m_k, b_do, b_delta, b_lse, b_dq, SCALE, ACC, PRECISION
         )
-        _store_block(d_k_media + o_dk, b_dk, i_k, M, H, D)
-        _store_block(d_v_media + o_dk, b_dv, i_k, M, H, D)
+        _store_block(d_k_media + o_dk, b_dk, i_k, M, KV_HEADS, D)
+        _store_block(d_v_media + o_dk, b_dv, i_k, M, KV_HEADS, D)
     for block in tl.range(tl.maximum(media_end, begin), tl.minimum(end, media_blocks)):
         i_k = block * BLOCK_K + tl.arange(0, BLOCK_K)
         b_zero = tl.zeros([BLOCK_K, BLOCK_D], ACC)
-        _store_block(d_k_media + o_dk, b_zero, i_k, M, H, D)
-        _store_block(d_v_media + o_dk, b_zero, i_k, M, H, D)
-    o_dk = (o_share * L * H + i_h) * D
+        _store_block(d_k_media + o_dk, b_zero, i_k, M, KV_HEADS, D)
+        _store_block(d_v_media + o_dk, b_zero, i_k, M, KV_HEADS, D)
+    o_dk = (o_share * L * KV_HEADS + i_h) * D
     latent_end = tl.minimum(end - media_blocks, tl.cdiv(L, BLOCK_K))
     for block in tl.range(tl.maximum(begin - media_blocks, 0), latent_end):
         b_k, b_v, i_k, m_k = keys_of_block(
@@ -144,11 +148,11 @@ def latent_backward_kernel(
         b_dk, b_dv, b_dq = _gradients(
             b_q, b_k, b_v, m_k, b_do, b_delta, b_lse, b_dq, SCALE, ACC, PRECISION
         )
-        _store_block(d_k_latents + o_dk, b_dk, i_k, L, H, D)
-        _store_block(d_v_latents + o_dk, b_dv, i_k, L, H, D)
+        _store_block(d_k_latents + o_dk, b_dk, i_k, L, KV_HEADS, D)
+        _store_block(d_v_latents + o_dk, b_dv, i_k, L, KV_HEADS, D)
 
     o_q = i_split.to(tl.int64) * N + i_n
-    o_q = ((o_q * L + o_l[:, None]) * H + i_h) * D + o_d
+    o_q = ((o_q * L + o_l) * heads + i_qh)[:, None] * D + o_d
     tl.store(d_q + o_q, b_dq.to(d_q.dtype.element_ty), mask=m_q)
 
 

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from flamingo_kernels._triton.configs import LaunchConfig
 from flamingo_kernels._triton.device import LN2, LOG2E, online_softmax
-from flamingo_kernels._triton.launch import launch
+from flamingo_kernels._triton.launch import launch, padded
 from flamingo_kernels.ops.latent_attention.arguments import Arguments
 from flamingo_kernels.ops.latent_attention.impl_triton.latent_rows import (
     blocks_of,
     config_of,
     keys_of_block,
-    latent_tile,
+    latent_and_head,
     pointers,
+    row_tile,
     shared_arguments,
     valid_keys,
 )
@@ -51,10 +52,10 @@ def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
     if splits > 1:
         into = torch.empty((splits, *out.shape), **sums)
         into_lse = torch.empty((splits, *lse.shape), **sums)
-    tiles = -(-latents // shared["BLOCK_L"])
+    tiles = -(-latents * shared["G"] // shared["BLOCK_L"])
     launch(
         latent_forward_kernel,
-        (items * splits * tiles * heads,),
+        (items * splits * tiles * shared["KV_HEADS"],),
         config,
         **shared,
         out=into,
@@ -64,7 +65,7 @@ def forward(arguments: Arguments) -> tuple[Tensor, Tensor]:
         IS_SPLIT=splits > 1,
     )
     if splits > 1:
-        block_l = min(shared["BLOCK_L"], COMBINE.rows)
+        block_l = min(padded(latents), COMBINE.rows)
         launch(
             latent_combine_kernel,
             (items * -(-latents // block_l) * heads,),
@@ -98,10 +99,11 @@ def latent_forward_kernel(
     N,
     L,
     M,
-    H,
+    KV_HEADS,
     SPLITS,
     STEPS,
     SCALE: tl.constexpr,
+    G: tl.constexpr,
     D: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -110,11 +112,12 @@ def latent_forward_kernel(
     ACC: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    i_n, i_h, i_split, _i_tile, i_l = latent_tile(L, H, SPLITS, BLOCK_L)
-    o_l = i_l.to(tl.int64)
+    i_n, i_h, i_split, _i_tile, rows = row_tile(L, KV_HEADS, SPLITS, G, BLOCK_L)
+    o_l, i_qh = latent_and_head(rows, i_h, G)
     o_d = tl.arange(0, BLOCK_D)[None, :]
-    m_q = (i_l < L)[:, None] & (o_d < D)
-    b_q = tl.load(pointers(q, i_n, i_h, o_l) + o_d, mask=m_q, other=0.0)
+    m_l = rows < L * G
+    m_q = m_l[:, None] & (o_d < D)
+    b_q = tl.load(pointers(q, i_n, i_qh, o_l) + o_d, mask=m_q, other=0.0)
     length = valid_keys(lengths, i_n, M)
 
     b_max = tl.full([BLOCK_L], float("-inf"), ACC)
@@ -149,9 +152,10 @@ def latent_forward_kernel(
         o_item += i_split.to(tl.int64) * N
     else:
         b_lse *= LN2
-    o_out = ((o_item * L + o_l[:, None]) * H + i_h) * D + o_d
+    heads = KV_HEADS * G
+    o_out = ((o_item * L + o_l) * heads + i_qh)[:, None] * D + o_d
     tl.store(out + o_out, b_out.to(out.dtype.element_ty), mask=m_q)
-    tl.store(lse + (o_item * H + i_h) * L + o_l, b_lse, mask=i_l < L)
+    tl.store(lse + (o_item * heads + i_qh) * L + o_l, b_lse, mask=m_l)
 
 
 @triton.jit

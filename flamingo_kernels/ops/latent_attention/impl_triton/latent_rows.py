@@ -1,6 +1,10 @@
 """What the latent kernels and their launchers share.
 
-Shape letters: N items, L latents, M media keys, H heads, D head dim, S splits.
+A row is a (latent, query head) pair of one key/value head, the G query heads of a group side by
+side, so K and V of a group are read once for a tile.
+
+Shape letters: N items, L latents, M media keys, H = G * Hkv query heads, Hkv key/value heads
+(KV_HEADS), D head dim, S splits.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ from flamingo_kernels.ops.rows import unit_stride
 
 
 class Rows(NamedTuple):
-    """A tensor [N, L, H, D] or [N, M, H, D]."""
+    """A tensor [N, L or M, H or Hkv, D]."""
 
     ptr: Tensor
     stride_n: int
@@ -54,6 +58,8 @@ def shared_arguments(config: LaunchConfig, arguments: Arguments) -> dict[str, An
     """Return the arguments that forward and backward take."""
     q, k_media, v_media, k_latents, v_latents, lengths, scale = arguments
     items, latents, heads, head_dim = q.shape
+    _, features, kv_heads, _ = k_media.shape
+    group = heads // max(kv_heads, 1)
     return {
         "q": rows_of(q),
         "k_media": rows_of(k_media),
@@ -63,11 +69,12 @@ def shared_arguments(config: LaunchConfig, arguments: Arguments) -> dict[str, An
         "lengths": None if lengths is None else lengths.contiguous(),
         "N": items,
         "L": latents,
-        "M": k_media.shape[1],
-        "H": heads,
+        "M": features,
+        "KV_HEADS": kv_heads,
         "SCALE": scale,
+        "G": group,
         "D": head_dim,
-        "BLOCK_L": min(padded(latents), config.rows),
+        "BLOCK_L": min(padded(latents * group), config.rows),
         "BLOCK_K": config.keys,
         "BLOCK_D": padded_head_dim(q),
         "ACC": triton_accumulator(q.dtype),
@@ -76,14 +83,20 @@ def shared_arguments(config: LaunchConfig, arguments: Arguments) -> dict[str, An
 
 
 @triton.jit
-def latent_tile(L, H, SPLITS, BLOCK_L: tl.constexpr):
-    """Return item, head, split, tile and latents of this program."""
-    tiles = tl.cdiv(L, BLOCK_L)
-    i_h = (tl.program_id(0) % H).to(tl.int64)
-    i_tile = tl.program_id(0) // H % tiles
-    i_ns = tl.program_id(0) // H // tiles
-    i_l = i_tile * BLOCK_L + tl.arange(0, BLOCK_L)
-    return (i_ns // SPLITS).to(tl.int64), i_h, i_ns % SPLITS, i_tile, i_l
+def row_tile(L, KV_HEADS, SPLITS, G: tl.constexpr, BLOCK_L: tl.constexpr):
+    """Return item, key/value head, split, tile and rows of this program."""
+    tiles = tl.cdiv(L * G, BLOCK_L)
+    i_h = (tl.program_id(0) % KV_HEADS).to(tl.int64)
+    i_tile = tl.program_id(0) // KV_HEADS % tiles
+    i_ns = tl.program_id(0) // KV_HEADS // tiles
+    rows = i_tile * BLOCK_L + tl.arange(0, BLOCK_L)
+    return (i_ns // SPLITS).to(tl.int64), i_h, i_ns % SPLITS, i_tile, rows
+
+
+@triton.jit
+def latent_and_head(rows, i_h, G: tl.constexpr):
+    """Return the latent and the query head of each row, int64."""
+    return (rows // G).to(tl.int64), i_h * G + rows % G
 
 
 @triton.jit
