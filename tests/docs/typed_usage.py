@@ -61,6 +61,7 @@ from flamingo_kernels.ops import (
     gated_activation,
     gated_activation_linear,
     gated_residual,
+    key_lengths,
     latent_attention,
     layer_norm,
     layer_norm_linear,
@@ -99,6 +100,8 @@ def ops(q: Tensor, k: Tensor, v: Tensor, input_ids: Tensor, gate: Tensor) -> Ten
     out = out + media_cross_attention(q, k[:, 0], v[:, 0], ranges, gate)
     keys, values = k.flatten(0, 1), v.flatten(0, 1)
     latents: Tensor = latent_attention(keys, keys, values, keys, values, lengths=None)
+    lengths: Tensor = key_lengths(keys[..., 0, 0] > 0)
+    latents = latent_attention(keys, keys, values, keys, values, lengths)
     return out.sum() + latents.sum() + seen.sum()
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
-from flamingo_kernels.ops import latent_attention
+from flamingo_kernels.ops import key_lengths, latent_attention
 from reference.attention import latent_attention as oracle
 from testing.budgets import assert_within_budget
 from testing.cases import kernels_for
@@ -102,6 +102,25 @@ def test_a_clip_equals_itself_padded(kernel: str, dtype: torch.dtype) -> None:
     together = latent_attention(*padded, lengths, kernel=kernel)
     exact = oracle(*doubled(tensors))
     assert_within_budget(together, alone, exact, dtype)
+
+
+def test_lengths_of_a_mask() -> None:
+    mask = torch.arange(4) < torch.tensor([4, 0, 2])[:, None]
+    assert key_lengths(mask).tolist() == [4, 0, 2]
+    assert key_lengths(mask[:, :0]).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "error", "message"),
+    [
+        ([[True, False], [False, True]], ValueError, "item 1 has the valid key 1 after padding"),
+        ([[1, 0]], TypeError, r"bool tensor \[N, M\], got torch.int64"),
+        ([True, False], ValueError, r"mask must be \[N, M\], got shape \(2,\)"),
+    ],
+)
+def test_bad_masks(mask: list, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        key_lengths(torch.tensor(mask))
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def latent_attention(
         [N, L, Hkv, D].
     lengths : Tensor, optional
         Integer [N], number of valid media keys per item, 0 for none; keys past it are never read
-        into a result, and their gradients are zero. Default: all M.
+        into a result, and their gradients are zero. Default: all M. ``key_lengths`` reads them
+        from a padding mask.
     scale : float, optional
         Score multiplier, default ``D ** -0.5``.
     kernel : {"auto", "triton", "cpp", "torch"}
