@@ -41,7 +41,11 @@ _ORDER = {
     "media_keys_backward": "64 rows, two stages: a block of keys loops over many rows",
     "latent_forward": "all 64 latents in one tile, so each key is read once; most stages that fit",
     "latent_backward": "all 64 latents in one tile, so dK and dV are final; then larger key blocks",
+    "latent_shares_backward": "larger key blocks, then as many warps at once as registers allow",
 }
+
+# A kernel without an entry takes the tiles of another: only some architectures need their own.
+_OTHERWISE = {"latent_shares_backward": "latent_backward"}
 
 _TILES: Tiles = {
     ("media_forward", 64, 64, 2): {
@@ -112,6 +116,7 @@ _TILES: Tiles = {
         "sm_86": (64, 8, 1),
         "sm_100": (64, 4, 2),
     },
+    ("latent_shares_backward", 64, 64, 2): {"sm_80": (32, 8, 1), "sm_86": (32, 8, 1)},
     ("latent_backward", 128, 64, 2): {"sm_80": (64, 8, 2), "sm_100": (64, 8, 2)},
     ("latent_backward", 128, 32, 2): {
         "sm_86": (64, 8, 1), "sm_90": (64, 8, 2), "gfx942": (64, 4, 1),
@@ -180,6 +185,7 @@ _TILES: Tiles = {
     ("latent_backward", 64, 32, 4): {
         "sm_80": (32, 4, 1), "gfx942": (32, 4, 1),
     },
+    ("latent_shares_backward", 64, 32, 4): {"sm_80": (32, 8, 1)},
     ("latent_backward", 64, 16, 4): {
         "sm_86": (32, 8, 1), "sm_90": (64, 8, 1), "sm_100": (64, 8, 1),
     },
@@ -276,7 +282,8 @@ def lookup(
     Parameters
     ----------
     kernel : str
-        Name less ``_kernel``.
+        Name less ``_kernel``; ``latent_shares_backward`` is ``latent_backward`` where its rows fill
+        several tiles.
     head_dim : int
         Padded to a power of two; without an entry, that of the next larger one is used.
     itemsize : int
@@ -303,4 +310,6 @@ def lookup(
             if tile is not None:
                 rows, warps, stages = tile
                 return LaunchConfig(rows, size, warps, stages, reason)
+    if kernel in _OTHERWISE:
+        return lookup(_OTHERWISE[kernel], head_dim, itemsize, architecture, keys)
     return None

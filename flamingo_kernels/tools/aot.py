@@ -183,7 +183,8 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"{name} C{channels}", partial(pointwise_calls, dtype, channels)
     yield "fp32 D64 R128", partial(media_calls, torch.float32, 64, 128)
     yield "bf16 D64 R64 G4", partial(media_calls, torch.bfloat16, 64, 64, group=4)
-    yield "bf16 D96 G4", partial(latent_calls, torch.bfloat16, 96, group=4)
+    for name, head_dim in (("bf16", 64), ("bf16", 96), ("fp32", 64)):
+        yield f"{name} D{head_dim} G4", partial(latent_calls, DTYPES[name], head_dim, group=4)
     yield "bf16 C4096 past 32 bits", partial(pointwise_calls, torch.bfloat16, 4096, rows=2**20)
 
 

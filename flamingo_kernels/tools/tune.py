@@ -57,7 +57,8 @@ def call_of(key: Key, device: str = "cuda") -> Callable[[], object]:
         return lambda: media.backward(d_out, table, of_media)
     from flamingo_kernels.ops.latent_attention import impl_triton as latent
 
-    q, k_latents, v_latents, d_out = (random(64, 64, 16, head_dim) for _ in range(4))
+    latents = 256 if kernel == "latent_shares_backward" else 64
+    q, k_latents, v_latents, d_out = (random(64, latents, 16, head_dim) for _ in range(4))
     k, v = random(2, 64, 256, 16, head_dim)
     of_latents = LatentArguments(q, k, v, k_latents, v_latents, None, scale)
     if kernel == "latent_forward":

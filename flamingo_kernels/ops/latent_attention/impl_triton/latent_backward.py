@@ -29,16 +29,20 @@ from flamingo_kernels.ops.latent_attention.impl_triton.latent_rows import (
 )
 from flamingo_kernels.precision import accumulator
 
+ONE_TILE = 64  # rows: all latents of a published resampler. The fp32 shares of more take registers.
+
 
 def backward(
     d_out: Tensor, arguments: Arguments, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See ``operators.backward``."""
     q = arguments.q
-    config = config_of("latent_backward", q)
+    items, latents, heads, _ = q.shape
+    kv_heads = arguments.k_media.shape[2]
+    rows = latents * heads // max(kv_heads, 1)
+    config = config_of("latent_backward" if rows <= ONE_TILE else "latent_shares_backward", q)
     shared = shared_arguments(config, arguments)
-    items, latents, kv_heads = q.shape[0], q.shape[1], shared["KV_HEADS"]
-    tiles = -(-latents * shared["G"] // shared["BLOCK_L"])
+    tiles = -(-rows // shared["BLOCK_L"])
     blocks = blocks_of(shared)
     splits = max(1, min(TARGET_PROGRAMS // max(items * kv_heads * tiles, 1), blocks))
     steps = -(-blocks // splits)
