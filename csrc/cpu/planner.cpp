@@ -16,7 +16,7 @@ constexpr int64_t wanted_tasks = 64;
 // Query rows whose products take as long as packing the keys for them.
 constexpr int64_t packing_rows = 48;
 // Keys of a part of a chunk, where there are only a few tokens to share among threads.
-constexpr int64_t split_keys_size = 4096;
+constexpr int64_t split_keys_size = 512;
 constexpr int64_t few_tokens = 16;
 // Keys of a chunk above which a task of the backward cannot keep all scores and packed keys in a
 // cache.

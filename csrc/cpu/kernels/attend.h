@@ -2,6 +2,7 @@
 #pragma once
 
 #include "key_block.h"
+#include "row_vectors.h"
 #include "softmax.h"
 #include "tile.h"
 
@@ -12,6 +13,10 @@ namespace {
 constexpr int64_t query_block = 4 * tile_rows;
 // Up to this many query rows, packing the keys costs more than it saves.
 constexpr int64_t few_rows = 8;
+// Keys whose weighted values are added at once, while the sums of the rows are in registers.
+constexpr int64_t few_keys = 4;
+// How far ahead keys are asked for.
+constexpr int64_t keys_ahead = 8;
 
 // Adds a block of keys to the attention of q[rows, padded_dim], which is packed. out[rows,
 // padded_dim] holds the sums of weighted values, relative to the max of each row's state.
@@ -38,45 +43,100 @@ void attend_block(const KeyBlock<Real> &block, int64_t head_dim, const Real *q, 
     }
 }
 
-// scores[r * padded] = scale * q[r] . key, for ROWS rows q[ROWS, padded_dim].
-template <int ROWS, typename Real>
-inline void score_key(const Real *q, const Real *key, int64_t padded_dim, Real scale, Real *scores,
-                      int64_t padded) {
-    vec<Real> sum[ROWS] = {};
-    for (int64_t d = 0; d < padded_dim; d += lanes<Real>) {
-        const vec<Real> value = load(key + d);
+// Asks for rows first, first + 1, ..., which are heads * head_dim apart: a stride that the
+// processor does not prefetch itself.
+template <typename Rows>
+inline void prefetch_rows(Rows rows, int64_t first, int64_t count, int64_t head_dim) {
+    for (int64_t i = first; i < first + count; ++i) {
+        const char *row = reinterpret_cast<const char *>(rows[i]);
+        for (int64_t byte = 0; byte < head_dim * int64_t(sizeof(*rows[i])); byte += 64) {
+            __builtin_prefetch(row + byte);
+        }
+    }
+}
+
+// scores[r * padded + i] = scale * q[r] . k[j + i], for ROWS rows of q[ROWS, padded_dim] and KEYS
+// keys, of which those from `keys` on repeat the last one.
+template <int ROWS, int KEYS, typename Real, typename Keys>
+inline void score_keys(const Real *q, int64_t padded_dim, Keys k, int64_t j, int64_t keys,
+                       int64_t head_dim, Real scale, Real *scores, int64_t padded) {
+    decltype(k[0]) key[KEYS];
+#pragma GCC unroll 16
+    for (int i = 0; i < KEYS; ++i) {
+        key[i] = k[smaller(j + i, keys - 1)];
+    }
+    vec<Real> sums[ROWS * KEYS] = {};
+    along_row<Real>(head_dim, [&](int64_t d, auto mask, int) {
+#pragma GCC unroll 16
+        for (int i = 0; i < KEYS; ++i) {
+            const vec<Real> value = fetch(key[i] + d, mask);
 #pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            sum[r] += load(q + r * padded_dim + d) * value;
+            for (int r = 0; r < ROWS; ++r) {
+                sums[r * KEYS + i] += load(q + r * padded_dim + d) * value;
+            }
+        }
+    });
+    Real totals[ROWS * KEYS];
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS * KEYS; i += lanes<Real>) {
+        store(totals + i, sums_of<Real>(sums + i) * scale);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+        memcpy(scores + r * padded, totals + r * KEYS, KEYS * sizeof(Real));
+    }
+}
+
+// out[ROWS, padded_dim] += weights[ROWS, padded] times `keys` rows of v from row `first` on, for
+// VECTORS vectors of elements from d on.
+template <int ROWS, int VECTORS, typename Real, typename Keys, typename Mask>
+inline void add_values(const Real *weights, int64_t padded, Keys v, int64_t first, int64_t keys,
+                       int64_t d, Mask mask, Real *out, int64_t padded_dim) {
+    vec<Real> sums[ROWS][VECTORS];
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r) {
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; ++i) {
+            sums[r][i] = load(out + r * padded_dim + d + i * lanes<Real>);
+        }
+    }
+    for (int64_t j = 0; j < keys; ++j) {
+        const auto *value = v[first + j] + d;
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; ++i) {
+            const vec<Real> values = fetch(value + i * lanes<Real>, mask);
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r) {
+                sums[r][i] += weights[r * padded + j] * values;
+            }
         }
     }
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
-        scores[r * padded] = sum_of<Real>(sum[r]) * scale;
+#pragma GCC unroll 8
+        for (int i = 0; i < VECTORS; ++i) {
+            store(out + r * padded_dim + d + i * lanes<Real>, sums[r][i]);
+        }
     }
 }
 
-// out[ROWS, padded_dim] += weights[ROWS] times the rows values[count, padded_dim].
-template <int ROWS, typename Real>
-inline void add_values(const Real *weights, int64_t padded, const Real *values, int64_t count,
-                       int64_t padded_dim, Real *out) {
-    for (int64_t d = 0; d < padded_dim; d += lanes<Real>) {
-        vec<Real> sum[ROWS];
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            sum[r] = load(out + r * padded_dim + d);
-        }
-        for (int64_t j = 0; j < count; ++j) {
-            const vec<Real> value = load(values + j * padded_dim + d);
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r) {
-                sum[r] += weights[r * padded + j] * value;
-            }
-        }
-#pragma GCC unroll 8
-        for (int r = 0; r < ROWS; ++r) {
-            store(out + r * padded_dim + d, sum[r]);
-        }
+// The same for all elements.
+template <int ROWS, typename Real, typename Keys>
+inline void add_row_values(const Real *weights, int64_t padded, Keys v, int64_t first, int64_t keys,
+                           int64_t head_dim, Real *out) {
+    constexpr int64_t wide = tile_vectors * lanes<Real>;
+    const int64_t padded_dim = round_up(head_dim, lanes<Real>);
+    int64_t d = 0;
+    for (; d + wide <= head_dim; d += wide) {
+        add_values<ROWS, tile_vectors>(weights, padded, v, first, keys, d, AllLanes{}, out,
+                                       padded_dim);
+    }
+    for (; d + lanes<Real> <= head_dim; d += lanes<Real>) {
+        add_values<ROWS, 1>(weights, padded, v, first, keys, d, AllLanes{}, out, padded_dim);
+    }
+    if (d < head_dim) {
+        add_values<ROWS, 1>(weights, padded, v, first, keys, d, FirstLanes{head_dim - d}, out,
+                            padded_dim);
     }
 }
 
@@ -94,48 +154,58 @@ template <typename Body> inline void by_few_rows(int64_t rows, Body body) {
     }
 }
 
-// Keys whose values are widened at once, so that sums stay in registers over them.
-constexpr int64_t few_keys = 8;
-
-// Does as attend_block for a few rows and keys in memory as they are. buffer[few_keys, padded_dim]
-// is a buffer; the order of sums does not depend on `rows`.
+// Does as attend_block for a few rows of each of `heads` heads, and keys in memory as they are, of
+// which k(head) and v(head) are the rows. Keys are read in the order of memory, where heads lie
+// side by side. q, states, out and scores have `rows` rows for each head; the order of sums depends
+// on neither number.
 template <typename Real, typename Keys, typename Hide>
-void attend_unpacked(Keys k, Keys v, int64_t keys, int64_t head_dim, Real scale, const Real *q,
-                     int64_t rows, RowState<Real> *states, Real *out, Real *scores, Real *buffer,
+void attend_unpacked(Keys k, Keys v, int64_t heads, int64_t keys, int64_t head_dim, Real scale,
+                     const Real *q, int64_t rows, RowState<Real> *states, Real *out, Real *scores,
                      bool first_block, Hide hide) {
     const int64_t padded_dim = round_up(head_dim, lanes<Real>);
     const int64_t padded = round_up(keys, lanes<Real>);
-    for (int64_t i = 0; i < few_keys; ++i) {
-        for (int64_t d = head_dim; d < padded_dim; ++d) {
-            buffer[i * padded_dim + d] = 0;
+    // As few keys as the steps over rows allow, so that few pages are read at a time.
+    const int64_t at_once = bigger(lanes<Real> / (rows % 4 == 0 ? 4 : rows % 2 == 0 ? 2 : 1), 1);
+    for (int64_t j = 0; j < keys; j += at_once) {
+        for (int64_t h = 0; h < heads; ++h) {
+            prefetch_rows(k(h), j + keys_ahead, at_once, head_dim);
+            by_few_rows(rows, [&](auto count, int64_t r) {
+                constexpr int row_count = decltype(count)::value;
+                constexpr int key_count = row_count < lanes<Real> ? lanes<Real> / row_count : 1;
+                const int64_t row = h * rows + r;
+                for (int64_t i = j; i < smaller(j + at_once, keys); i += key_count) {
+                    score_keys<row_count, key_count>(q + row * padded_dim, padded_dim, k(h), i,
+                                                     keys, head_dim, scale,
+                                                     scores + row * padded + i, padded);
+                }
+            });
         }
     }
-    for (int64_t j = 0; j < keys; ++j) {
-        widen_row(k[j], buffer, head_dim);
-        by_few_rows(rows, [&](auto count, int64_t r) {
-            score_key<decltype(count)::value>(q + r * padded_dim, buffer, padded_dim, scale,
-                                              scores + r * padded + j, padded);
-        });
-    }
-    hide(scores, 0, rows);
-    Real rescale[few_rows];
-    online_softmax(scores, rows, keys, padded, states, first_block ? nullptr : rescale);
-    for (int64_t r = 0; r < rows; ++r) {
-        if (first_block) {
-            clear(out + r * padded_dim, padded_dim);
-        } else {
-            scale_row(out + r * padded_dim, padded_dim, rescale[r]);
+    for (int64_t h = 0; h < heads; ++h) {
+        const int64_t row = h * rows;
+        hide(scores + row * padded, 0, rows);
+        Real rescale[few_rows];
+        online_softmax(scores + row * padded, rows, keys, padded, states + row,
+                       first_block ? nullptr : rescale);
+        for (int64_t r = 0; r < rows; ++r) {
+            Real *sums = out + (row + r) * padded_dim;
+            if (first_block) {
+                clear(sums, padded_dim);
+            } else {
+                scale_row(sums, padded_dim, rescale[r]);
+            }
         }
     }
     for (int64_t j = 0; j < keys; j += few_keys) {
-        const int64_t count = smaller(few_keys, keys - j);
-        for (int64_t i = 0; i < count; ++i) {
-            widen_row(v[j + i], buffer + i * padded_dim, head_dim);
+        for (int64_t h = 0; h < heads; ++h) {
+            prefetch_rows(v(h), j + keys_ahead, few_keys, head_dim);
+            by_few_rows(rows, [&](auto count, int64_t r) {
+                const int64_t row = h * rows + r;
+                add_row_values<decltype(count)::value>(scores + row * padded + j, padded, v(h), j,
+                                                       smaller(few_keys, keys - j), head_dim,
+                                                       out + row * padded_dim);
+            });
         }
-        by_few_rows(rows, [&](auto rows_at_once, int64_t r) {
-            add_values<decltype(rows_at_once)::value>(scores + r * padded + j, padded, buffer,
-                                                      count, padded_dim, out + r * padded_dim);
-        });
     }
 }
 

@@ -12,25 +12,30 @@ using flamingo::Chunk;
 using flamingo::ForwardTask;
 using flamingo::TaskPlan;
 
-// What a task works in. Its rows are the tokens of a chunk, one head of the group after the other.
+// Heads whose keys a task with few rows reads together: about a page of them lies side by side.
+constexpr int64_t most_heads = 8;
+// Tasks from which on there are enough for all threads without one for each head.
+constexpr int64_t many_tasks = 16;
+
+// What a task works in. Its rows are the tokens of a chunk, one head of the group after the other,
+// for each of its heads.
 template <typename T> struct ForwardScratch {
     using Real = real<T>;
 
     KeyBlock<Real> keys;
     RowState<Real> *states; // [rows]
     Real *q, *out;          // [rows, padded_dim]
-    Real *weights;          // [query_block, padded keys]
-    Real *buffer;           // [few_keys, padded_dim]
+    Real *weights;          // [score_rows, padded keys]
 
     ForwardScratch(Scratch &scratch, const Media<T> &m)
         : keys(scratch, smaller(m.plan.widest_chunk, key_block), m.p.head_dim) {
-        const int64_t rows = bigger(m.group * m.plan.longest_chunk, query_block);
+        constexpr int64_t score_rows = bigger(query_block, most_heads * few_rows);
+        const int64_t rows = bigger(m.group * m.plan.longest_chunk, score_rows);
         states = scratch.take<RowState<Real>>(rows);
         q = scratch.take<Real>(rows * m.padded_dim);
         out = scratch.take<Real>(rows * m.padded_dim);
         weights = scratch.take<Real>(
-            query_block * round_up(smaller(m.plan.widest_chunk, key_block), lanes<Real>));
-        buffer = scratch.take<Real>(few_keys * m.padded_dim);
+            score_rows * round_up(smaller(m.plan.widest_chunk, key_block), lanes<Real>));
     }
 };
 
@@ -108,8 +113,8 @@ template <> struct TileProducts<bfloat16> {
 template <typename T> struct Partials {
     using Real = real<T>;
 
-    RowState<Real> *states; // [kv_heads, partial_tokens, group], grouped by task
-    Real *out;              // [kv_heads, partial_tokens, group, padded_dim]
+    RowState<Real> *states; // for each task [kv_heads, tokens of its chunk, group]
+    Real *out;              // the same, [.., padded_dim]
 
     Partials(Scratch &scratch, const Media<T> &m)
         : states(scratch.take<RowState<Real>>(m.plan.partial_tokens * m.p.heads)),
@@ -127,17 +132,23 @@ template <typename T> struct MediaForward : Media<T> {
     using Media<T>::gate;
 
     bool is_packed(const Chunk &c) const { return group * c.group > few_rows; }
+    // Key/value heads of a task: the same for all tasks.
+    int64_t heads_at_once() const {
+        const bool few = group * p.tokens <= few_rows && plan.forward_count >= many_tasks;
+        return few ? smaller(p.kv_heads, most_heads) : 1;
+    }
 
-    // Fills states[rows] and out[rows, padded_dim] of the chunk of a task.
-    void attend(const ForwardTask &task, int64_t kv_head, ForwardScratch<T> &s,
+    // Fills states[heads, rows] and out[heads, rows, padded_dim] of the chunk of a task, for heads
+    // kv_head, kv_head + 1, ...; there is one head if the chunk is packed.
+    void attend(const ForwardTask &task, int64_t kv_head, int64_t heads, ForwardScratch<T> &s,
                 RowState<Real> *states, Real *out) const {
         const Chunk &c = plan.chunks[task.chunk];
         const int64_t length = c.end - c.begin, rows = group * length;
-        for (int64_t g = 0; g < group; ++g) {
+        for (int64_t g = 0; g < heads * group; ++g) {
             const Rows<const T> q = text_rows<const T>(p.q, c.row, c.begin, kv_head * group + g);
             pack_rows(q, length, p.head_dim, Real(1), s.q + g * length * padded_dim, padded_dim);
         }
-        clear_states(states, rows);
+        clear_states(states, heads * rows);
         // Blocks begin where those of the whole group do, so that no bit depends on its pieces.
         const int64_t begin = c.base + (task.start - c.base) / key_block * key_block;
         for (int64_t key = begin; key < task.stop; key += key_block) {
@@ -154,11 +165,21 @@ template <typename T> struct MediaForward : Media<T> {
                              hide);
             } else {
                 this->with_keys(c.row, from, kv_head, [&](auto k, auto v) {
-                    attend_unpacked(k, v, count, p.head_dim, scale, s.q, rows, states, out,
-                                    s.weights, s.buffer, first_block, hide);
+                    attend_unpacked(heads_from(k, p.k), heads_from(v, p.v), heads, count,
+                                    p.head_dim, scale, s.q, rows, states, out, s.weights,
+                                    first_block, hide);
                 });
             }
         }
+    }
+
+    // Returns the rows of head h from those of head 0.
+    template <typename Keys> static auto heads_from(Keys first, const flamingo_tensor &x) {
+        return [first, stride = x.stride[3]](int64_t h) {
+            Keys rows = first;
+            rows.data += h * stride;
+            return rows;
+        };
     }
 
     // Writes out of a chunk that sees one block of keys: each tile of rows goes from q to out while
@@ -169,24 +190,14 @@ template <typename T> struct MediaForward : Media<T> {
             for (int64_t t = c.begin; t < c.end; t += query_block) {
                 const int64_t count = smaller(query_block, c.end - t);
                 const int64_t next = smaller(query_block, c.end - t - count);
-                prefetch_rows(text_rows<const T>(p.q, c.row, t + count, h), next);
-                prefetch_rows(text_rows<const T>(p.out, c.row, t, h), count);
+                prefetch_rows(text_rows<const T>(p.q, c.row, t + count, h), 0, next, p.head_dim);
+                prefetch_rows(text_rows<const T>(p.out, c.row, t, h), 0, count, p.head_dim);
                 products.scores(text_rows<const T>(p.q, c.row, t, h), count);
                 clear_states(s.states, count);
                 online_softmax<Real>(s.weights, count, s.keys.keys, s.keys.padded_keys, s.states,
                                      nullptr);
                 products.values(count);
                 write_rows(s.out, s.states, count, text_rows<T>(p.out, c.row, t, h));
-            }
-        }
-    }
-    // Consecutive rows of a head are heads * head_dim apart, a stride that the processor does not
-    // prefetch itself.
-    void prefetch_rows(Rows<const T> rows, int64_t count) const {
-        for (int64_t r = 0; r < count; ++r) {
-            const char *row = reinterpret_cast<const char *>(rows[r]);
-            for (int64_t byte = 0; byte < p.head_dim * int64_t(sizeof(T)); byte += 64) {
-                __builtin_prefetch(row + byte);
             }
         }
     }
@@ -198,33 +209,36 @@ template <typename T> struct MediaForward : Media<T> {
         }
     }
 
-    void write_chunk(const Chunk &c, int64_t kv_head, const Real *out,
+    void write_chunk(const Chunk &c, int64_t kv_head, int64_t heads, const Real *out,
                      const RowState<Real> *states) const {
         const int64_t length = c.end - c.begin;
-        for (int64_t g = 0; g < group; ++g) {
+        for (int64_t g = 0; g < heads * group; ++g) {
             write_rows(out + g * length * padded_dim, states + g * length, length,
                        text_rows<T>(p.out, c.row, c.begin, kv_head * group + g));
         }
     }
 
-    void forward_task(const ForwardTask &task, int64_t kv_head, ForwardScratch<T> &s,
+    void forward_task(const ForwardTask &task, int64_t kv_head, int64_t heads, ForwardScratch<T> &s,
                       const Partials<T> &partials) const {
         const Chunk &c = plan.chunks[task.chunk];
         if (c.start == c.stop) {
-            this->write_zeros(p.out, c, kv_head);
+            for (int64_t h = kv_head; h < kv_head + heads; ++h) {
+                this->write_zeros(p.out, c, h);
+            }
         } else if (task.partial >= 0) {
             const int64_t row = first_row(task, kv_head);
-            attend(task, kv_head, s, partials.states + row, partials.out + row * padded_dim);
+            attend(task, kv_head, heads, s, partials.states + row, partials.out + row * padded_dim);
         } else if (c.uniform && c.stop - c.start <= key_block && is_packed(c)) {
             forward_one_block(c, kv_head, s);
         } else {
-            attend(task, kv_head, s, s.states, s.out);
-            write_chunk(c, kv_head, s.out, s.states);
+            attend(task, kv_head, heads, s, s.states, s.out);
+            write_chunk(c, kv_head, heads, s.out, s.states);
         }
     }
     // Of the partial results of a task.
     int64_t first_row(const ForwardTask &task, int64_t kv_head) const {
-        return (kv_head * plan.partial_tokens + task.partial) * group;
+        const Chunk &c = plan.chunks[task.chunk];
+        return (task.partial * p.kv_heads + kv_head * (c.end - c.begin)) * group;
     }
 
     // Adds parts to the first one of their chunk, in order, and writes the chunk.
@@ -250,7 +264,7 @@ template <typename T> struct MediaForward : Media<T> {
                 }
             }
         }
-        write_chunk(c, kv_head, out, states);
+        write_chunk(c, kv_head, 1, out, states);
     }
 
     bool run() const {
@@ -258,10 +272,13 @@ template <typename T> struct MediaForward : Media<T> {
         if (!partials.ok()) {
             return false;
         }
+        const int64_t at_once = heads_at_once(), parts = (p.kv_heads + at_once - 1) / at_once;
         const bool ok = run_tasks<ForwardScratch<T>>(
-            plan.forward_count * p.kv_heads, this->threads(),
+            plan.forward_count * parts, this->threads(),
             [&](int64_t i, ForwardScratch<T> &s) {
-                forward_task(plan.forward_tasks[i / p.kv_heads], i % p.kv_heads, s, *partials);
+                const int64_t head = i % parts * at_once;
+                forward_task(plan.forward_tasks[i / parts], head,
+                             smaller(at_once, p.kv_heads - head), s, *partials);
             },
             *this);
         const ForwardTask *end = plan.forward_tasks + plan.forward_count;

@@ -106,6 +106,28 @@ template <typename Real, int STEP = lanes<Real> / 2> inline void transpose_squar
     }
 }
 
+// One step of sums_of: rows i and i + STEP become one, with the sums of lanes that differ in STEP.
+template <typename Real, int STEP, size_t... LANE>
+inline void add_halves(vec<Real> *rows, std::index_sequence<LANE...>) {
+    typedef typename lane_index<Real>::type index;
+    constexpr index upper = {(LANE & STEP ? lanes<Real> + int(LANE) - STEP : int(LANE))...};
+    constexpr index lower = {(LANE & STEP ? lanes<Real> + int(LANE) : int(LANE) + STEP)...};
+#pragma GCC unroll 16
+    for (int i = 0; i < STEP; ++i) {
+        const vec<Real> a = rows[i], b = rows[i + STEP];
+        rows[i] = shuffle<Real>(a, b, upper) + shuffle<Real>(a, b, lower);
+    }
+}
+// Lane i of the result is sum_of(rows[i]), with the same bits. Overwrites rows[lanes].
+template <typename Real, int STEP = lanes<Real> / 2> inline vec<Real> sums_of(vec<Real> *rows) {
+    add_halves<Real, STEP>(rows, std::make_index_sequence<lanes<Real>>{});
+    if constexpr (STEP > 1) {
+        return sums_of<Real, STEP / 2>(rows);
+    } else {
+        return rows[0];
+    }
+}
+
 // The bits of a vector of float.
 typedef uint32_t words __attribute__((vector_size(FLAMINGO_VECTOR_BYTES)));
 inline vec<float> absolute(vec<float> x) { return (vec<float>)((words)x & 0x7fffffffu); }
@@ -113,8 +135,8 @@ inline vec<float> absolute(vec<float> x) { return (vec<float>)((words)x & 0x7fff
 inline int64_t round_up(int64_t value, int64_t multiple) {
     return (value + multiple - 1) / multiple * multiple;
 }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t bigger(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t bigger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Storage types narrower than the type of accumulation.
 struct bfloat16 {
