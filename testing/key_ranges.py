@@ -22,6 +22,12 @@ def _in_any_order(batch: int, tokens: int, keys: int) -> KeyRanges:
     return KeyRanges(*torch.randint(-3, keys + 4, (2, batch, tokens), dtype=torch.int32))
 
 
+def _with_gaps(batch: int, tokens: int, keys: int) -> KeyRanges:
+    """Return ranges of one to three keys here and there."""
+    start = torch.randint(0, keys + 1, (batch, tokens), dtype=torch.int32)
+    return KeyRanges(start, start + torch.randint(1, 4, start.shape, dtype=torch.int32))
+
+
 def _prefix(batch: int, tokens: int, keys: int, window: int | None = None) -> KeyRanges:
     boundary = torch.randint(0, keys + 1, (batch, tokens)).sort(1).values
     return KeyRanges.from_boundary(boundary, window)
@@ -46,6 +52,7 @@ def _packed(batch: int, tokens: int, keys: int) -> KeyRanges:
 
 RANGES: dict[str, Callable[[int, int, int], KeyRanges]] = {
     "any order": _in_any_order,
+    "gaps": _with_gaps,
     "prefix": _prefix,
     "window": lambda batch, tokens, keys: _prefix(batch, tokens, keys, window=1 + keys // 4),
     "items": _items,

@@ -144,6 +144,19 @@ def media_calls(dtype: torch.dtype, head_dim: int, latents: int, group: int = 1)
             media_attention.backward(d_out, None, arguments)
 
 
+def key_range_calls(dtype: torch.dtype, head_dim: int) -> None:
+    """Forward and backward of a flat list of keys, and the forward of a decoding step."""
+    k, v = meta(2, 8192, 1, 2, 8, head_dim, dtype=dtype).unbind(3)
+    for tokens in (4096, 1):
+        q, d_out = (meta(2, tokens, 8, head_dim, dtype=dtype) for _ in range(2))
+        first, last = (meta(2, tokens, dtype=torch.int32) for _ in range(2))
+        gate = meta(1, dtype=torch.float32)
+        arguments = MediaArguments(q, k, v, first, last, gate, head_dim**-0.5, False)
+        media_attention.forward(arguments)
+        if tokens > 1:
+            media_attention.backward(d_out, None, arguments)
+
+
 def latent_calls(dtype: torch.dtype, head_dim: int, group: int = 1) -> None:
     """Forward, split and not, and backward of latent attention with lengths."""
     lengths = meta(2, dtype=torch.int32)
@@ -178,6 +191,7 @@ def cases() -> Iterator[tuple[str, Callable[[], None]]]:
             for latents in LATENTS[name]:
                 label = f"{name} D{head_dim} R{latents}"
                 yield label, partial(media_calls, dtype, head_dim, latents)
+            yield f"{name} D{head_dim} keys", partial(key_range_calls, dtype, head_dim)
             yield f"{name} D{head_dim}", partial(latent_calls, dtype, head_dim)
         for channels in CHANNELS[name]:
             yield f"{name} C{channels}", partial(pointwise_calls, dtype, channels)

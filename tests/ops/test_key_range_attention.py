@@ -19,6 +19,7 @@ from flamingo_kernels.ops import (
 )
 from testing.budgets import assert_gradients_close
 from testing.cases import MediaCase, kernels_for, media_case
+from testing.compiled import GraphCounter
 from testing.key_ranges import range_case
 from testing.media_attention import NAMES, gradients
 
@@ -114,6 +115,23 @@ def test_a_plan_of_key_ranges(stand_in_kernels: list[str]) -> None:
         media_cross_attention(case.q, case.k[:, 1:], case.v[:, 1:], planned, kernel="triton")
     with torch.no_grad():
         assert plan_media_attention(case.spans, case.k, "triton") is case.spans
+
+
+@pytest.mark.slow
+def test_at_most_two_graphs_of_triton_over_many_lengths(stand_in_kernels: list[str]) -> None:
+    """Also where keys begin to share entries of the segment table."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, boundary: Tensor) -> Tensor:
+        ranges = plan_media_attention(KeyRanges.from_boundary(boundary), k, "triton")
+        return media_cross_attention(q, k, v, ranges, kernel="triton")
+
+    counter = GraphCounter()
+    compiled = torch.compile(attend, fullgraph=True, backend=counter)
+    for tokens, keys in ((2, 30), (3, 700), (5, 1023), (8, 1024), (13, 3000), (21, 50_000)):
+        case = range_case(torch.float32, tokens=tokens, keys=keys).require_grad()
+        compiled(case.q, case.k, case.v, case.spans.stop).sum().backward()
+    assert counter.graphs <= 2
+    assert stand_in_kernels.count("media_attention_segments") == 6
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from flamingo_kernels.ops.media_attention.api import _MediaCrossAttention
 from flamingo_kernels.ops.spans import SegmentTable
 from testing.budgets import assert_within_budget, attention_terms
 from testing.cases import MediaCase, media_case
+from testing.key_ranges import RANGES, range_case
 from testing.media_attention import NAMES, exact, gradients, plain_pytorch
 from testing.targets import HAS_GPU, ONE_TARGET, TARGETS, float64_products, gpu
 
@@ -27,13 +31,20 @@ SHAPES = [
 ]
 
 
+def key_case(dtype: torch.dtype, **options: Any) -> MediaCase:
+    """Draw a ``range_case``, and return it in items of one key each, as the kernels take it."""
+    case = range_case(dtype, **options)
+    return replace(case, k=case.k[:, :, None], v=case.v[:, :, None], spans=case.spans.spans)
+
+
 @pytest.fixture
 def implementation(monkeypatch: pytest.MonkeyPatch):
-    """The launchers, with chunks so short that a few tokens need partial sums."""
+    """The launchers, as for many tokens and items: short chunks, and entries for several items."""
     from flamingo_kernels.ops.media_attention import segment_sizes
     from flamingo_kernels.ops.media_attention.impl_triton import media_segments
 
     monkeypatch.setattr(segment_sizes, "SHORTEST_CHUNK", 16)
+    monkeypatch.setattr(segment_sizes, "MOST_ITEMS_ALONE", 16)
     monkeypatch.setattr(media_segments, "LONGEST_CHUNK", 16)
     return media_segments
 
@@ -99,6 +110,52 @@ def test_within_budget(implementation, shape: dict, attend: str, device: str, dt
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
+@pytest.mark.parametrize("ranges", RANGES)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_key_ranges(implementation, ranges: str, device: str, dtype: torch.dtype) -> None:
+    """Tiles of rows that see different keys, blocks of keys that rows see in part."""
+    shape = {"tokens": 90, "keys": 150, "heads": 2, "kv_heads": 1, "head_dim": 24}
+    check(on(device, key_case(dtype, ranges=ranges, **shape)), dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+@pytest.mark.parametrize("shape", [{"tokens": 1}, {"tokens": 20, "heads": 6, "kv_heads": 1}])
+@pytest.mark.parametrize("ranges", ["any order", "gaps"])
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_many_keys_are_divided(
+    implementation, ranges: str, shape: dict, device: str, dtype: torch.dtype
+) -> None:
+    """Shares of many keys, some of which a row, or every row, sees nothing of."""
+    case = key_case(dtype, ranges=ranges, keys=1300, head_dim=16, **shape)
+    assert shares(case) == 5
+    check(on(device, case), dtype)
+
+
+def shares(case: MediaCase) -> int:
+    """The number of programs that the forward divides a tile's keys among."""
+    from flamingo_kernels._triton.launch import recording
+    from flamingo_kernels.ops.media_attention.arguments import Arguments
+    from flamingo_kernels.ops.media_attention.impl_triton import forward
+
+    spans = case.spans
+    with recording("interpreter") as recorder:
+        forward(Arguments(*case.tensors()[:3], spans.first, spans.last, None, 1.0, False))
+    return recorder.launches[0].grid[1]
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
+@pytest.mark.usefixtures("nan_filled_memory")
+def test_many_items_are_divided(implementation, device: str, dtype: torch.dtype) -> None:
+    """A decoding step that sees nine images in one row of the batch, and two in the other."""
+    case = media_case(dtype, tokens=1, media=9, latents=65, head_dim=16, nan=False)
+    last = torch.tensor([[8], [1]], dtype=torch.int32)
+    case.spans = MediaSpans(last * 0, last)
+    case.k[1, 2:] = case.v[1, 2:] = float("nan")
+    assert shares(case) == 2
+    check(on(device, case), dtype)
+
+
+@pytest.mark.parametrize(("device", "dtype"), TARGETS)
 @pytest.mark.parametrize("single_item", [True, False])
 @pytest.mark.usefixtures("nan_filled_memory")
 def test_ranges_in_any_order(implementation, single_item: bool, device: str, dtype: torch.dtype):
@@ -130,9 +187,12 @@ def test_sizes_of_zero(shape: dict, single_item: bool, device: str, dtype: torch
 
 
 @pytest.mark.parametrize(("device", "dtype"), ONE_TARGET)
-def test_strides(implementation, device: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("draw", [media_case, key_case, partial(key_case, tokens=20, keys=600)])
+def test_strides(
+    implementation, draw: Callable[..., MediaCase], device: str, dtype: torch.dtype
+) -> None:
     """Views of one projection, and of a wider buffer, give the same bits; so do copies."""
-    case = on(device, media_case(dtype, heads=4, kv_heads=4, head_dim=8, nan=False))
+    case = on(device, draw(dtype, kv_heads=4, nan=False))
     fused = torch.stack((case.k, case.v), 3)  # [B, I, R, 2, H, D]
     wide = torch.full((*case.q.shape[:3], 16), float("nan"), dtype=dtype, device=device)
     wide[..., 4:12] = case.q
@@ -151,20 +211,25 @@ def test_strides(implementation, device: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("device", "dtype"), ONE_TARGET)
-def test_row_bits_do_not_depend_on_the_batch(device: str, dtype: torch.dtype) -> None:
-    case = on(device, media_case(dtype, batch=3, nan=False))
+@pytest.mark.parametrize("draw", [media_case, key_case, partial(key_case, keys=1000)])
+def test_row_bits_do_not_depend_on_the_batch(
+    draw: Callable[..., MediaCase], device: str, dtype: torch.dtype
+) -> None:
+    case = on(device, draw(dtype, batch=3, nan=False))
     together = run(case)
     for row in range(3):
-        spans = MediaSpans(
-            case.spans.first[row : row + 1], case.spans.last[row : row + 1], single_item=True
-        )
+        bounds = (bound[row : row + 1] for bound in (case.spans.first, case.spans.last))
+        spans = MediaSpans(*bounds, case.spans.single_item)
         q, k, v = (t[row : row + 1] for t in (case.q, case.k, case.v))
         assert torch.equal(run(MediaCase(q, k, v, spans, case.gate)), together[row : row + 1])
 
 
 @pytest.mark.parametrize(("device", "dtype"), TARGETS)
-def test_same_bits_twice(implementation, device: str, dtype: torch.dtype) -> None:
-    case = on(device, media_case(dtype, tokens=40, heads=2)).require_grad()
+@pytest.mark.parametrize("draw", [media_case, key_case, partial(key_case, keys=1000)])
+def test_same_bits_twice(
+    implementation, draw: Callable[..., MediaCase], device: str, dtype: torch.dtype
+) -> None:
+    case = on(device, draw(dtype, tokens=40, heads=2, kv_heads=1)).require_grad()
     seed = torch.randn(case.q.shape).to(device)
     first, second = ([run(case), *gradients(run(case), case, seed)] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -212,19 +277,24 @@ def test_chunks_cover_each_token_once(implementation, device: str, dtype: torch.
 
 
 @pytest.mark.parametrize(("device", "dtype"), ONE_TARGET)
-@pytest.mark.parametrize("attend", ["last", "previous"])
+@pytest.mark.parametrize("attend", ["last", "previous", "keys"])
 def test_a_shared_plan_gives_the_same_bits(
     implementation, monkeypatch: pytest.MonkeyPatch, attend: str, device: str, dtype: torch.dtype
 ) -> None:
-    """Also where it is larger than its kernels' blocks: 40 media slots."""
-    shape = {"batch": 1, "tokens": 50, "media": 40, "heads": 1, "kv_heads": 1}
-    case = on(device, media_case(dtype, attend=attend, **shape)).require_grad()
+    """Also where it is larger than its kernels' blocks: 40 media slots, or entries of 47 keys."""
+    shape = {"batch": 1, "tokens": 50, "heads": 1, "kv_heads": 1}
+    if attend == "keys":
+        case = key_case(dtype, keys=750, **shape)
+    else:
+        case = media_case(dtype, attend=attend, media=40, **shape)
+    case = on(device, case).require_grad()
     media, kv_heads = case.k.shape[1], case.k.shape[3]
     seed = torch.randn(case.q.shape).to(device)
     alone = gradients(run(case), case, seed)
     table = implementation.segments(
         case.spans.first, case.spans.last, media, kv_heads, case.spans.single_item
     )
+    assert attend != "keys" or table.shape == (1, 17, 4)
     case.spans = case.spans.with_segments(SegmentTable(table, media, kv_heads))
     monkeypatch.delattr(implementation, "segments")  # nothing is derived again
     shared = gradients(run(case), case, seed)
@@ -233,13 +303,19 @@ def test_a_shared_plan_gives_the_same_bits(
 
 @pytest.mark.skipif(HAS_GPU, reason="one is enough, without 4 GiB of GPU memory")
 def test_offsets_past_32_bits() -> None:
-    """A token stride of more than 2**31 elements; untouched pages cost no memory."""
-    case = media_case(torch.float16, batch=1, tokens=2, heads=2, head_dim=16, nan=False)
+    """Strides of tokens and keys of over 2**31 elements; untouched pages cost no memory."""
+    case = media_case(
+        torch.float16, batch=1, tokens=2, media=2, latents=1, attend="previous", heads=2,
+        head_dim=16, nan=False,
+    )  # fmt: skip
     stride = 2**31 + 32
-    far = torch.empty(stride + 32, dtype=torch.float16)
-    far = far.as_strided((1, 2, 2, 16), (0, stride, 16, 1))
-    far.copy_(case.q)
-    spread = MediaCase(far, case.k, case.v, case.spans, case.gate)
+
+    def far(x: Tensor) -> Tensor:
+        spread = torch.empty(stride + 32, dtype=torch.float16)
+        strides = (0, stride, *x.stride()[2:])
+        return spread.as_strided(x.shape, strides).copy_(x)
+
+    spread = MediaCase(far(case.q), far(case.k), case.v, case.spans, case.gate)
     assert torch.equal(run(spread), run(case))
     seed = torch.randn(case.q.shape)
     pairs = (gradients(run(c.require_grad()), c, seed) for c in (case, spread))

@@ -3,6 +3,11 @@
 A row is a (token, query head) pair of one key/value head, the G query heads of a group side by
 side: K and V of a group are read once, and a decoding step fills more of its tile.
 
+The keys of all items are one list: key s is latent ``s % R`` of item ``s // R``, and a flat list of
+keys is one of items of one key each. A tile of rows loops over blocks of keys, from the lowest to
+the highest that a row sees: its own ranges say which, there is no mask object. A key that no row of
+the tile sees is not read, so it may hold NaN: 0 * NaN would be NaN.
+
 Shape letters: B rows of the batch, T tokens, I media slots (ITEMS), R latents, H = G * Hkv query
 heads, Hkv key/value heads (KV_HEADS), D head dim.
 """
@@ -82,7 +87,7 @@ def config_of_item(kernel: str, q: Tensor, latents: int) -> LaunchConfig | None:
 
 def shared_arguments(config: LaunchConfig, arguments: Arguments) -> dict[str, Any]:
     """Return the arguments that all kernels of this op take."""
-    q, k, v, first, last, gate, scale, _single_item = arguments
+    q, k, v, first, last, gate, scale, single_item = arguments
     tokens, heads, head_dim = q.shape[1:]
     media, latents, kv_heads = k.shape[1:4]
     group = heads // kv_heads
@@ -101,7 +106,7 @@ def shared_arguments(config: LaunchConfig, arguments: Arguments) -> dict[str, An
         "R": latents,
         "D": head_dim,
         "BLOCK_T": min(padded(tokens * group), config.rows),
-        "BLOCK_R": min(padded(latents), config.keys),
+        "BLOCK_R": min(padded(latents), config.keys) if single_item else config.keys,
         "BLOCK_D": padded_head_dim(q),
         "ACC": triton_accumulator(q.dtype),
         "PRECISION": dot_precision(q),
@@ -136,12 +141,58 @@ def token_and_head(rows, i_h, G: tl.constexpr):
 
 
 @triton.jit
-def items_of_tile(b_first, b_last, ITEMS):
-    """Return which rows see anything, and the lowest and the highest item that any row sees."""
+def key_ranges(first, last, i_b, i_t, mask, ITEMS, R: tl.constexpr):
+    """Load the first key that each row sees and one past the last, with items end to end.
+
+    Clipped to the keys there are. An empty range ends at 0.
+    """
+    b_first, b_last = clipped_ranges(first, last, i_b, i_t, mask, ITEMS)
     m_sees = b_first <= b_last
-    lowest = tl.min(tl.where(m_sees, b_first, ITEMS))
-    highest = tl.max(tl.where(m_sees, b_last, -1))
-    return m_sees, lowest, highest
+    return tl.where(m_sees, b_first, 0) * R, tl.where(m_sees, b_last + 1, 0) * R
+
+
+@triton.jit
+def _next_keys(b_start, b_stop, key, stop):
+    """Return the next keys from ``key`` on, before ``stop``, that rows see without a gap.
+
+    Two looks forward reach the end where all ranges overlap, or follow one another. Otherwise what
+    is left comes next. The end is not past the first key where no row sees any more.
+    """
+    first = tl.min(tl.where(b_stop > key, tl.maximum(b_start, key), stop))
+    end = first
+    for _ in tl.static_range(2):
+        end = tl.maximum(end, tl.max(tl.where(b_start <= end, b_stop, 0)))
+    return first, tl.minimum(end, stop)
+
+
+@triton.jit
+def first_block(b_start, b_stop, key, stop, R: tl.constexpr, STEP: tl.constexpr):
+    """Return the first block of the keys ``key..stop-1`` that rows see, its end, and their number.
+
+    Blocks that lie in one item each are named by their number, others by their first key. The end
+    is that of the keys without a gap: what no row sees is stepped over, so it may hold NaN.
+    """
+    first, end = _next_keys(b_start, b_stop, key, stop)
+    if R % STEP == 0:
+        return first // STEP, stop, tl.cdiv(stop - first, STEP)
+    blocks = 0
+    from_key = first
+    to_key = end
+    while from_key < to_key:
+        blocks += tl.cdiv(to_key - from_key, STEP)
+        from_key, to_key = _next_keys(b_start, b_stop, to_key, stop)
+    return first, end, blocks
+
+
+@triton.jit
+def next_block(b_start, b_stop, block, end, stop, R: tl.constexpr, STEP: tl.constexpr):
+    """Return the block after ``block``, and its end, as ``first_block`` does."""
+    if R % STEP == 0:
+        return block + 1, end
+    block += STEP
+    if block >= end:
+        block, end = _next_keys(b_start, b_stop, end, stop)
+    return block, end
 
 
 @triton.jit
@@ -151,41 +202,64 @@ def pointers(x, i_b, i_t, i_qh):
 
 
 @triton.jit
-def keys_of_step(
+def key_pointers(x, i_b, i_h, block, i_k, R: tl.constexpr, STEP: tl.constexpr):
+    """Return where the values of each key of a block start in a tensor [B, I, R, Hkv, D]."""
+    p_x = x.ptr + i_b * x.stride_b + i_h * x.stride_h
+    if R % STEP == 0:
+        zero = i_h * 0  # int64; the counter of an interpreted loop is no tensor
+        p_x += (zero + block // (R // STEP)) * x.stride_i
+        p_x += (zero + block % (R // STEP) * STEP) * x.stride_r
+        p_x += i_k.to(tl.int64) * x.stride_r
+    else:
+        keys = block + i_k
+        p_x += (keys // R).to(tl.int64) * x.stride_i + (keys % R).to(tl.int64) * x.stride_r
+    return p_x[:, None]
+
+
+@triton.jit
+def sees(start, stop, key):
+    """Return whether ``start <= key < stop``, where ``start <= stop``.
+
+    It is one comparison: differences below zero wrap around. A mask of two spills on gfx942.
+    """
+    return (key - start).to(tl.uint32) < (stop - start).to(tl.uint32)
+
+
+@triton.jit
+def keys_of_block(
     k,
     v,
     i_b,
     i_h,
-    step,
-    lowest,
-    b_first,
-    b_last,
+    block,
+    end,
+    b_start,
+    b_stop,
     R: tl.constexpr,
     D: tl.constexpr,
+    STEP: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Load the keys and values of one step of a row tile's loop.
+    """Load the keys and values of a block, and say which rows see them.
 
-    Returns them, [BLOCK_R, BLOCK_D], which rows see their item, and which keys are within it.
+    Returns two tiles [BLOCK_R, BLOCK_D] and one [BLOCK_T, BLOCK_R].
     """
-    tiles_of_item: tl.constexpr = (R + BLOCK_R - 1) // BLOCK_R
-    item = lowest + step // tiles_of_item
-    i_r = step % tiles_of_item * BLOCK_R + tl.arange(0, BLOCK_R)
+    i_k = tl.arange(0, BLOCK_R)
+    if R % STEP == 0:  # rows see all of the block, or nothing; if no row does, it is not read
+        m_row = (b_start <= block * STEP) & (block * STEP < b_stop)
+        m_s = m_row[:, None] & (i_k < STEP)[None, :]
+        # Spread, then compared: Triton's interpreter takes no comparison of scalars as a mask.
+        m_k = (i_k < STEP) & (tl.broadcast_to(tl.max(m_row.to(tl.int32)), [BLOCK_R]) > 0)
+    else:
+        m_k = i_k < end - block
+        b_stop = tl.maximum(tl.minimum(b_stop, end), b_start)
+        m_s = sees(b_start[:, None], b_stop[:, None], (block + i_k)[None, :])
     o_d = tl.arange(0, BLOCK_D)[None, :]
-    m_row = (b_first <= item) & (item <= b_last)
-    m_r = i_r < R
-    # No row of the tile sees the item: nothing of it is read, 0 * NaN would be NaN.
-    # Spread, then compared: the interpreter of Triton 3.9 takes no comparison of scalars as a mask.
-    m_seen = tl.broadcast_to(tl.max(m_row.to(tl.int32)), [BLOCK_R]) > 0
-    m_kv = (m_r & m_seen)[:, None] & (o_d < D)
-    o_item = item.to(tl.int64)
-    o_r = i_r.to(tl.int64)[:, None]
-    p_k = k.ptr + i_b * k.stride_b + i_h * k.stride_h + o_item * k.stride_i + o_r * k.stride_r
-    p_v = v.ptr + i_b * v.stride_b + i_h * v.stride_h + o_item * v.stride_i + o_r * v.stride_r
-    b_k = tl.load(p_k + o_d, mask=m_kv, other=0.0)
-    b_v = tl.load(p_v + o_d, mask=m_kv, other=0.0)
-    return b_k, b_v, m_row, m_r
+    m_kv = m_k[:, None] & (o_d < D)
+    b_k = tl.load(key_pointers(k, i_b, i_h, block, i_k, R, STEP) + o_d, mask=m_kv, other=0.0)
+    b_v = tl.load(key_pointers(v, i_b, i_h, block, i_k, R, STEP) + o_d, mask=m_kv, other=0.0)
+    return b_k, b_v, m_s
 
 
 @triton.jit

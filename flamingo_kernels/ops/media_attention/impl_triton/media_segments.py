@@ -8,9 +8,10 @@ dV, which is added to those of the other chunks later.
 The table is int32 [B, ENTRIES, 4]; row b holds
 
 * I + 1 items: first token, one past the last, place of the first partial sum, how many there are.
-  Item I stands for "sees nothing".
-* chunks, at most SLOTS of them used: item, first token, one past the last, place of its partial sum
-  or -1. An unused entry is all -1.
+  Item I stands for "sees nothing". Many items of any ranges, as are single keys, share entries: an
+  entry has the first and the last token that sees any of them.
+* for ranges of single items, chunks, at most SLOTS of them used: item, first token, one past the
+  last, place of its partial sum or -1. An unused entry is all -1.
 
 Two kernels: the second reads segments of other threads of the first, and a barrier inside one
 kernel orders writes to global memory on NVIDIA only.
@@ -47,11 +48,12 @@ def segments(first: Tensor, last: Tensor, media: int, kv_heads: int, single_item
     }
     launch(
         media_segments_kernel,
-        (batch * -(-(media + 1) // CONFIG.keys),),
+        (batch * -(-segment_sizes.item_entries(media, single_item) // CONFIG.keys),),
         CONFIG,
         first=strided(Bound, first),
         last=strided(Bound, last),
         **shared,
+        SHARED=segment_sizes.items_of_entry(media, single_item),
         BLOCK_T=CONFIG.rows,
     )
     if single_item:
@@ -90,11 +92,13 @@ def media_segments_kernel(
     T,
     ITEMS,
     ENTRIES,
+    SHARED,  # items of an entry
     BLOCK_T: tl.constexpr,
     BLOCK_I: tl.constexpr,
 ):
-    """One program per row of the batch and block of items."""
-    blocks = tl.cdiv(ITEMS + 1, BLOCK_I)
+    """One program per row of the batch and block of entries."""
+    nothing = tl.cdiv(ITEMS, SHARED)
+    blocks = tl.cdiv(nothing + 1, BLOCK_I)
     i_b = (tl.program_id(0) // blocks).to(tl.int64)
     i_i = tl.program_id(0) % blocks * BLOCK_I + tl.arange(0, BLOCK_I)
     b_start = tl.zeros([BLOCK_I], tl.int32) + T
@@ -104,17 +108,17 @@ def media_segments_kernel(
         m_t = i_t < T
         b_first, b_last = clipped_ranges(first, last, i_b, i_t, m_t, ITEMS)
         b_empty = b_first > b_last
-        b_first = tl.where(b_empty, ITEMS, b_first)
-        b_last = tl.where(b_empty, ITEMS, b_last)
+        b_first = tl.where(b_empty, nothing, b_first // SHARED)
+        b_last = tl.where(b_empty, nothing, b_last // SHARED)
         m_sees = (b_first[:, None] <= i_i[None, :]) & (i_i[None, :] <= b_last[:, None])
         m_sees = m_sees & m_t[:, None]  # [BLOCK_T, BLOCK_I]
         b_start = tl.minimum(b_start, tl.min(tl.where(m_sees, i_t[:, None], T), 0))
         b_end = tl.maximum(b_end, tl.max(tl.where(m_sees, i_t[:, None] + 1, 0), 0))
     p_item = segments + (i_b * ENTRIES + i_i) * 4
-    tl.store(p_item, b_start, mask=i_i <= ITEMS)
-    tl.store(p_item + 1, b_end, mask=i_i <= ITEMS)
-    tl.store(p_item + 2, i_i * 0, mask=i_i <= ITEMS)
-    tl.store(p_item + 3, i_i * 0, mask=i_i <= ITEMS)
+    tl.store(p_item, b_start, mask=i_i <= nothing)
+    tl.store(p_item + 1, b_end, mask=i_i <= nothing)
+    tl.store(p_item + 2, i_i * 0, mask=i_i <= nothing)
+    tl.store(p_item + 3, i_i * 0, mask=i_i <= nothing)
 
 
 @triton.jit
