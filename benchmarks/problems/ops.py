@@ -88,7 +88,9 @@ def _ranges(case: Case, device: torch.device) -> Problem:
     dtype = getattr(torch, case.dtype)
     rows = (1, shape.tokens, shape.heads, shape.head_dim)
     fused = _randn(1, shape.keys, 2, shape.kv_heads, shape.head_dim, like=(dtype, device))
-    k, v = fused.unbind(2)
+    k, v = fused.unbind(2)  # views of one projection's output, as in training
+    if not case.training:  # as in a cache
+        k, v = k.contiguous(), v.contiguous()
     leaves = {"q": _randn(*rows, like=(dtype, device)), "k": k.detach(), "v": v.detach()}
     seed = _randn(*rows, like=(dtype, device))
     ranges = key_ranges(shape)
