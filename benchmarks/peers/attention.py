@@ -18,6 +18,7 @@ from benchmarks.problems.ops import concatenated, textbook_attention, textbook_p
 from testing.peers import open_flamingo_helpers
 
 MEDIA, RANGES, LATENT = "media_cross_attention", "key_ranges", "latent_attention"
+_MOST_SCORES = 2**30  # bytes; a training step holds several copies
 POINTWISE = ("layer_norm", "gated_residual", "gated_activation")
 _BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -293,6 +294,9 @@ def _compiled_pointwise(problem: Problem) -> Implementation:
 )
 def _eager_mask(problem: Problem) -> Implementation:
     leaves, allowed = problem.leaves, visible_keys(problem)
+    scores = allowed.numel() * problem.case.shape.heads * problem.dtype.itemsize
+    if scores > _MOST_SCORES:
+        raise UnavailableError(f"scores of {scores / 2**30:.1f} GiB, and copies of them")
     return Implementation(
         lambda: textbook_attention(*leaves.values(), allowed),
         leaves,

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import reference.attention
 import reference.pointwise
@@ -103,21 +107,21 @@ def _ranges(case: Case, device: torch.device) -> Problem:
     ]
     ranges = KeyRanges(ranges.start.to(device), ranges.stop.to(device))
 
-    def exact(leaves: Leaves) -> Tensor:
-        return reference.attention.key_range_attention(
-            *(leaves[name] for name in "qkv"), ranges.start, ranges.stop
-        )
-
-    def plain(leaves: Leaves) -> Tensor:
-        """Attend run by run: the scores of all keys would not fit into memory."""
+    def run_by_run(attend: Callable[..., Tensor], leaves: Leaves) -> Tensor:
+        """Attend without what no token sees; all scores at once would not fit into memory."""
+        parts = []
         queries = leaves["q"].split([count for *_, count in runs], 1)
-        return torch.cat(
-            [
-                textbook_attention(q, leaves["k"][:, start:stop], leaves["v"][:, start:stop], None)
-                for q, (start, stop, _) in zip(queries, runs, strict=True)
-            ],
-            1,
-        )
+        for q, (start, stop, _) in zip(queries, runs, strict=True):
+            keys = (leaves[name][:, start:stop] for name in "kv")
+            parts.append(checkpoint(attend, q, *keys, use_reentrant=False))
+        return torch.cat(parts, 1)
+
+    def exact(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        every = KeyRanges.everything(1, q.shape[1], k.shape[1], device)
+        return reference.attention.key_range_attention(q, k, v, every.start, every.stop)
+
+    def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return textbook_attention(q, k, v, None)
 
     size = dtype.itemsize
     text = leaves["q"].numel() * size
@@ -133,8 +137,8 @@ def _ranges(case: Case, device: torch.device) -> Problem:
         dtype,
         leaves,
         seed,
-        exact,
-        plain,
+        partial(run_by_run, exact),
+        partial(run_by_run, plain),
         cost,
         {"spans": ranges},
         {"out": terms["out"], **{name: terms[f"d{name}"] for name in "qkv"}},
