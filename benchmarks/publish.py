@@ -9,6 +9,7 @@ import json
 import os
 import statistics
 from collections import Counter
+from itertools import product
 from pathlib import Path
 
 from benchmarks import report, results, tables
@@ -73,9 +74,9 @@ def publish(root: Path) -> list[Path]:
 
 def render(root: Path) -> dict[Path, str]:
     """Return the text of both pages with the figures of the newest results; write nothing."""
-    sections: dict[Path, list[str]] = {README: [], PAGE: []}
-    for folder, records in _latest().items():
-        sections[README] += _summary(records)
+    latest = _latest()
+    sections: dict[Path, list[str]] = {README: _summary([*latest.values()]), PAGE: []}
+    for folder, records in latest.items():
         sections[PAGE] += _device(records, folder, root)
     sections[PAGE] += ["## Baselines", "", *report.markdown_table(peers_table()), ""]
     return {root / page: _filled(root / page, lines) for page, lines in sections.items()}
@@ -112,29 +113,28 @@ def _measured_on(records: list[Record]) -> str:
     )
 
 
-def _summary(records: list[Record]) -> list[str]:
-    lines = [
-        f"{_measured_on(records)}:",
-        "",
-        *report.markdown_table(summary_table(records)),
+def _summary(devices: list[list[Record]]) -> list[str]:
+    """Return one table of all devices, and what they are."""
+    names = [f"[{number}]" for number, _ in enumerate(devices, 1)]
+    decodings = (_other_figures(records[-1]["device"], tables.DECODING_FILE) for records in devices)
+    return [
+        *report.markdown_table(summary_table(dict(zip(names, devices, strict=True)))),
         "",
         "Speed-up over the fastest baseline of each case (baseline time / our time, higher is "
-        "better, below 1 the baseline is faster), measured in the same run.",
+        "better, below 1 the baseline is faster), measured in the same run. "
+        + " ".join(tables.decoding_sentence(decoding) for decoding in decodings if decoding),
+        *(f"{name} {_measured_on(of)}." for name, of in zip(names, devices, strict=True)),
     ]
-    decoding = _other_figures(records[-1]["device"], tables.DECODING_FILE)
-    return [*lines, *([tables.decoding_sentence(decoding)] if decoding else []), ""]
 
 
-def summary_table(records: list[Record]) -> Table:
+def summary_table(devices: dict[str, list[Record]]) -> Table:
     """Return one row for each of ``SUMMARY`` that was measured: ours beside the fastest baselines.
 
     The library's own kernels are no baselines here. Our time is that of the case at the median.
     """
-    table = Table(
-        "",
-        ["op", "phase", "cases", "fastest baseline", "median", "worst", "our time, at the median"],
-    )
-    for op, phase in SUMMARY:
+    columns = ["op", "phase", "on", "cases", "fastest baseline", "median", "worst"]
+    table = Table("", [*columns, "our time, at the median"])
+    for (op, phase), (device, records) in product(SUMMARY, devices.items()):
         fastest: dict[str, tuple[float, str]] = {}
         for peer, found in tables.speed_ups(records, op, phase).items():
             if not tables.is_own(peer):
@@ -151,6 +151,7 @@ def summary_table(records: list[Record]) -> Table:
             [
                 text(op),
                 text(tables.PHASE_TITLES[phase]),
+                text(device),
                 number(len(fastest), "{:.0f}"),
                 text(f"{peer} ({count} of {len(fastest)})"),
                 number(statistics.median(values), "{:.2f}"),
