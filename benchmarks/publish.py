@@ -194,7 +194,9 @@ def _device(records: list[Record], folder: Path, root: Path) -> list[str]:
         lines += ["", f"### {name}: few-shot decoding", "", *tables.decoding_lines(decoding)]
     if overhead:
         lines += ["", f"### {name}: overhead of a call", "", *tables.overhead_lines(overhead)]
-    missing = tables.unmeasured(records)
+    missing, ops = tables.unmeasured(records), tables.unmeasured_ops(records)
+    if ops:
+        lines += ["", f"No case was measured here of {', '.join(ops)}."]
     if missing:
         lines += ["", f"### {name}: not measured", "", *(f"- `{key}`" for key in missing)]
     return [*lines, ""]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from benchmarks.cases import CASES
+from benchmarks.cases import CASES, OPS
 from benchmarks.results import Record
 
 # Beside the result files.
@@ -232,10 +232,18 @@ def missing_table(records: list[Record]) -> Table | None:
 
 
 def unmeasured(records: list[Record]) -> list[str]:
-    """Return the cases for this kind of device without any figure."""
+    """Return the cases for this kind of device without any figure, of ops that were measured."""
     kind = records[0]["device"].split("-")[0]
     seen = {r["case"] for r in records if r["status"] == "ok"}
-    return [case.key for case in CASES if kind in case.devices and case.key not in seen]
+    ops = {r["op"] for r in records}
+    cases = (case for case in CASES if kind in case.devices and case.op in ops)
+    return [case.key for case in cases if case.key not in seen]
+
+
+def unmeasured_ops(records: list[Record]) -> list[str]:
+    """Return the ops of which no case was measured."""
+    ops = {r["op"] for r in records}
+    return [op for op in OPS if op not in ops]
 
 
 def all_tables(records: list[Record]) -> list[Table]:
