@@ -19,6 +19,7 @@ def add(parser: ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="rows per GPU")
     parser.add_argument("--tokens", type=int, default=256, help="of a row")
     parser.add_argument("--images", type=int, default=5, help="of a row")
+    parser.add_argument("--frames", type=int, default=1, help="of an image, or its tiles")
     parser.add_argument("--compute", choices=COMPUTE_DTYPES, default="bfloat16")
     parser.add_argument("--keep-activations", action="store_true", help="do not checkpoint them")
 
@@ -29,6 +30,7 @@ def run(options: Namespace) -> int:
         batch_size=options.batch_size,
         tokens=options.tokens,
         images=options.images,
+        frames=options.frames,
         dtype=getattr(torch, options.compute),
         activation_checkpointing=not options.keep_activations,
     )

@@ -185,8 +185,10 @@ def _host_integers(
     _require_integers(name, value)
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-    if value.numel() and not low <= int(value.min()) <= int(value.max()) <= high:
-        raise ValueError(f"{name} must be in {low}..{high}, got {value.tolist()}")
+    outside = (value < low) | (value > high)
+    if bool(outside.any()):
+        index = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(f"{name}{list(index)} is {int(value[index])}, outside {low}..{high}")
     return value.tolist()
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flamingo_kernels.model.inputs import MediaInputs
 from flamingo_kernels.nn import GatedCrossAttentionBlock, MediaKeyValue
+from flamingo_kernels.ops.transforms import is_recorded
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,18 @@ def encode_media(
     -------
     Media
         In the dtype of the connector. Latents of a resampler are zero in slots without an image.
+
+    Raises
+    ------
+    ValueError
+        A model with a projector is traced.
     """
     parameter = next(connector.parameters())
+    if not resample and is_recorded():
+        raise ValueError(
+            "a model with a projector is not traced: the numbers of keys of its images would be "
+            "constants of the program"
+        )
     if inputs is None:
         # The connector runs on nothing, so that its parameters have gradients, zero, and so that
         # processes that wait for each other in it go on waiting for the same ones.

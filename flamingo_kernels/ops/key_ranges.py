@@ -34,7 +34,7 @@ class KeyRanges:
     Attributes
     ----------
     start, stop : Tensor
-        int32 [B, T].
+        int32 [B, T]. They are read when the ranges are made: to change them, make others.
     spans : MediaSpans
         The same ranges over media items of one key each, as the kernels take them.
     """
@@ -61,8 +61,9 @@ class KeyRanges:
     @classmethod
     def everything(cls, batch: int, tokens: int, keys: int, device: torch.device) -> KeyRanges:
         """Return ranges by which every token sees all ``keys`` keys."""
+        _require_count("keys", keys)
         start = torch.zeros(batch, tokens, dtype=torch.int32, device=device)
-        return cls(start, torch.full_like(start, keys))
+        return cls(start, torch.full_like(start, min(keys, _MOST_KEYS)))
 
     @classmethod
     def from_items(cls, spans: MediaSpans, lengths: Tensor) -> KeyRanges:
@@ -117,11 +118,11 @@ class KeyRanges:
             ``boundary`` is not such a tensor, or ``window`` no integer of at least 1.
         """
         _require_integers("boundary", boundary, "[B, T]", 2)
-        if window is not None and not (isinstance(window, int) and window >= 1):
-            raise ValueError(f"window must be an integer of at least 1, got {window}")
-        stop = boundary.long().clamp(min=0)
-        start = torch.zeros_like(stop) if window is None else (stop - window).clamp(min=0)
-        return cls._of(start, stop)
+        stop = boundary.long().clamp(0, _MOST_KEYS)
+        if window is None:
+            return cls._of(torch.zeros_like(stop), stop)
+        _require_count("window", window, 1)
+        return cls._of((stop - min(window, _MOST_KEYS)).clamp(min=0), stop)
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, tokens: int) -> KeyRanges:
@@ -138,7 +139,8 @@ class KeyRanges:
         Raises
         ------
         TypeError, ValueError
-            The offsets are not such tensors, of one length, or fall (seen on the CPU only).
+            The offsets are not such tensors, of one length, or fall or are negative (seen on the
+            CPU only), or ``tokens`` is no count.
         """
         for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             _require_integers(name, offsets, "[N + 1]", 1)
@@ -149,10 +151,11 @@ class KeyRanges:
             )
         for name, offsets in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             _require_rising(name, offsets)
+        _require_count("tokens", tokens)
         position = torch.arange(tokens, device=cu_seqlens_q.device)
         document = torch.searchsorted(cu_seqlens_q.long(), position, right=True) - 1
         offsets = F.pad(cu_seqlens_k.long(), (1, 1))  # before the first document, after the last
-        outside = (document < 0) | (document >= len(cu_seqlens_k) - 1)
+        outside = (document < 0) | (document >= cu_seqlens_k.shape[0] - 1)
         start, stop = offsets[document + 1], offsets[document + 2]
         return cls._of(*(bound.masked_fill(outside, 0)[None] for bound in (start, stop)))
 
@@ -169,23 +172,30 @@ class KeyRanges:
 
         Raises
         ------
-        ValueError
+        TypeError, ValueError
             There are no documents, not as many as numbers of keys, documents of different B, or
-            negative numbers of keys.
+            what is no document or no number of keys.
         """
         if len(documents) != len(keys) or not documents:
             raise ValueError(
                 f"packed needs documents, and one number of keys for each: got {len(documents)} "
                 f"documents and {len(keys)} numbers of keys"
             )
-        if min(keys) < 0:
-            raise ValueError(f"numbers of keys must be at least 0, got {list(keys)}")
-        if len({ranges.shape[0] for ranges in documents}) > 1:
+        for number, (ranges, count) in enumerate(zip(documents, keys, strict=True)):
+            if not isinstance(ranges, KeyRanges):
+                raise TypeError(
+                    f"documents[{number}] must be KeyRanges, got {type(ranges).__name__}"
+                )
+            _require_count(f"keys[{number}]", count)
+        if any(ranges.shape[0] != documents[0].shape[0] for ranges in documents):
             shapes = ", ".join(str(tuple(ranges.shape)) for ranges in documents)
             raise ValueError(f"documents must have one number of rows B, got [B, T] of {shapes}")
         starts, stops, before = [], [], 0
         for ranges, count in zip(documents, keys, strict=True):
-            start, stop = (bound.long().clamp(0, count) for bound in (ranges.start, ranges.stop))
+            start, stop = (
+                bound.long().clamp(0, min(count, _MOST_KEYS))
+                for bound in (ranges.start, ranges.stop)
+            )
             starts.append(start + before)
             stops.append(stop + before)
             before += count
@@ -240,6 +250,7 @@ class KeyRanges:
         It reads the ranges, for which a GPU must finish all that came before: for who takes ranges
         from others, at the boundary of a model.
         """
+        _require_count("keys", keys)
         beyond = self.stop > min(keys, _MOST_KEYS)  # int32 takes no other number
         wrong = (self.start < 0) | beyond | (self.start > self.stop)
         if bool(wrong.any()):
@@ -270,9 +281,20 @@ def _require_integers(name: str, tensor: object, layout: str, ndim: int) -> None
         raise ValueError(f"{name} must be {layout}, got shape {tuple(tensor.shape)}")
 
 
+def _require_count(name: str, value: int, least: int = 0) -> None:
+    # Not "no int": in a recorded program a size is another type.
+    if isinstance(value, (bool, float)) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value}")
+
+
 def _require_rising(name: str, offsets: Tensor) -> None:
-    falls = offsets.long().diff() < 0
-    if checks.may_read(offsets) and bool(falls.any()):
+    if not checks.may_read(offsets):
+        return
+    offsets = offsets.long()
+    falls = offsets[1:] < offsets[:-1]
+    if bool((offsets[:1] < 0).any()):
+        raise ValueError(f"{name}[0] is {int(offsets[0])}, a negative number")
+    if bool(falls.any()):
         place = int(falls.nonzero()[0])
         before, after = offsets[place : place + 2].tolist()
         raise ValueError(f"{name} must not fall: [{place}] is {before}, [{place + 1}] is {after}")

@@ -123,7 +123,7 @@ def estimate(config: FlamingoConfig, gpus: int, work: Workload) -> dict[str, Mem
     Raises
     ------
     ValueError
-        ``gpus`` is below 1, or the language model is not the package's own decoder.
+        ``gpus`` is below 1, or a backbone is not the package's own decoder or NFNet.
     """
     if gpus < 1:
         raise ValueError(f"gpus must be at least 1, got {gpus}")
@@ -131,6 +131,11 @@ def estimate(config: FlamingoConfig, gpus: int, work: Workload) -> dict[str, Mem
         raise ValueError(
             f"{config.name} has a language model of kind {config.language.kind!r}: memory is "
             "estimated for the package's own decoder"
+        )
+    if not isinstance(config.vision, NFNetConfig):
+        raise ValueError(
+            f"{config.name} has a vision encoder of kind {config.vision.kind!r}: memory is "
+            "estimated for the package's own NFNet"
         )
     sizes = parameter_sizes(config)
     frozen, trainable = shard_sizes(config, gpus)
@@ -175,7 +180,8 @@ def report(config: FlamingoConfig, gpus: int, memory_gib: float, work: Workload)
         f"and {sizes.trainable / 1e9:.2f}B trainable parameters"
     )
     yield (
-        f"{work.batch_size} rows per GPU of {work.tokens} tokens and {work.images} image(s), "
+        f"{work.batch_size} rows per GPU of {work.tokens} tokens and {work.images} image(s) of "
+        f"{work.frames} frame(s), "
         f"{str(work.dtype).removeprefix('torch.')}, activations "
         f"{'checkpointed' if work.activation_checkpointing else 'kept'}; GiB per GPU"
     )

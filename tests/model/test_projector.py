@@ -187,6 +187,16 @@ def test_saved_and_loaded(tmp_path) -> None:
         assert torch.equal(again(**arguments).logits, model(**arguments).logits)
 
 
+def test_tracing_is_refused() -> None:
+    """Its program would be wrong for other numbers of images."""
+    pixels = torch.randn(1, 1, 1, 3, 32, 32)
+    with pytest.raises(ValueError, match="a model with a projector is not traced"):
+        torch.jit.trace(
+            lambda ids, images: projecting_model()(ids, images).logits,
+            (torch.tensor([[IMAGE, 5]]), pixels),
+        )
+
+
 @pytest.mark.parametrize("sections", [("resampler", "projector"), ()])
 def test_a_config_has_one_connector(sections: tuple[str, ...]) -> None:
     values = {**TINY.to_dict(), "projector": {"dim": 8}}

@@ -127,6 +127,29 @@ def test_constructors_read_nothing_on_other_devices() -> None:
         assert ranges.start.is_meta and ranges.spans.last.is_meta
 
 
+def test_a_program_takes_other_numbers_of_documents() -> None:
+    """Recorded with two documents, run with four, and packed with other numbers of tokens."""
+
+    def bounds(ranges: KeyRanges) -> tuple[torch.Tensor, torch.Tensor]:
+        return ranges.start, ranges.stop
+
+    def offsets(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return bounds(KeyRanges.from_cu_seqlens(q, k, 8))
+
+    def packed(start: torch.Tensor, stop: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        document = KeyRanges(start, stop)
+        return bounds(KeyRanges.packed([document, document], [5, 5]))
+
+    many = torch.tensor([0, 2, 3, 6, 8])
+    program = torch.jit.trace(offsets, (many[:3], many[:3]))
+    for found, expected in zip(program(many, many), offsets(many, many), strict=True):
+        assert torch.equal(found, expected)
+    start, stop = torch.tensor([[[0, 1, 2]], [[2, 5, 5]]], dtype=torch.int32)
+    program = torch.jit.trace(packed, (start[:, :2], stop[:, :2]))
+    for found, expected in zip(program(start, stop), packed(start, stop), strict=True):
+        assert torch.equal(found, expected)
+
+
 def test_a_changed_copy_has_other_ranges_and_no_plan() -> None:
     planned = row((0, 2)).with_segments(SegmentTable(torch.zeros(1), 3, 1))
     assert planned.spans.segments is not None
@@ -155,6 +178,9 @@ SPANS = MediaSpans(INTS, INTS)
         (lambda: KeyRanges.from_items(SPANS, INTS.expand(3, 2)), r"\(3, 2\) and spans \(1, 2\)"),
         (lambda: KeyRanges.from_items(SPANS, INTS - INTS.new_tensor([0, 7])), r"\[0, 1\] is -7"),
         (lambda: KeyRanges.from_boundary(INTS[0]), r"boundary must be \[B, T\], got .*\(2,\)"),
+        (lambda: KeyRanges.from_boundary(INTS, True), "window must be .* 1, got True"),
+        (lambda: KeyRanges.everything(1, 2, -3, INTS.device), "keys must be .* 0, got -3"),
+        (lambda: KeyRanges.everything(1, 2, 3, INTS.device).check(float("nan")), "keys .* nan"),
         (lambda: KeyRanges.from_boundary(INTS, 0), "window must be .* at least 1, got 0"),
         (lambda: KeyRanges.from_boundary(INTS, float("nan")), "window must be .* 1, got nan"),
         (lambda: KeyRanges.from_cu_seqlens(INTS, INTS, 1), r"cu_seqlens_q must be \[N \+ 1\]"),
@@ -166,7 +192,10 @@ SPANS = MediaSpans(INTS, INTS)
         ),
         (lambda: KeyRanges.packed([], []), "got 0 documents and 0"),
         (lambda: KeyRanges.packed([row((0, 1))], [1, 2]), "got 1 documents and 2"),
-        (lambda: KeyRanges.packed([row((0, 1))], [-1]), r"at least 0, got \[-1\]"),
+        (lambda: KeyRanges.packed([row((0, 1))], [-1]), r"keys\[0\] must be .* at least 0, got -1"),
+        (lambda: KeyRanges.packed([row((0, 1))], [float("nan")]), r"keys\[0\] must be .* got nan"),
+        (lambda: KeyRanges.from_cu_seqlens(INTS[0], INTS[0] - 7, 1), r"cu_seqlens_k\[0\] is -7"),
+        (lambda: KeyRanges.from_cu_seqlens(INTS[0], INTS[0], -1), "tokens must be .* got -1"),
         (
             lambda: KeyRanges.packed([row((0, 1)), KeyRanges(*INTS.expand(2, 2, 2))], [1, 1]),
             r"rows B, got \[B, T\] of \(1, 1\), \(2, 2\)",
@@ -193,6 +222,7 @@ def test_value_errors(call, message: str) -> None:
         (lambda x: KeyRanges(INTS, x), "KeyRanges.stop must be an int32 tensor"),
         (lambda x: KeyRanges.from_items(SPANS, x), r"lengths must be an integer tensor \[B, I\]"),
         (lambda x: KeyRanges.from_items(x, INTS), "spans must be MediaSpans"),
+        (lambda x: KeyRanges.packed([x], [1]), r"documents\[0\] must be KeyRanges"),
         (KeyRanges.from_boundary, r"boundary must be an integer tensor \[B, T\]"),
         (
             lambda x: KeyRanges.from_cu_seqlens(INTS[0], x, 1),

@@ -18,6 +18,7 @@ from flamingo_kernels.saved_tensors import saved_bytes
 from flamingo_kernels.train import memory_estimate
 from flamingo_kernels.train.config import STRATEGIES
 from flamingo_kernels.train.memory_estimate import Workload
+from flamingo_kernels.vision import FeaturesConfig
 
 TINY = FlamingoConfig.from_name("tiny")
 
@@ -77,6 +78,9 @@ def test_keys_of_projected_features_by_hand() -> None:
     assert memory_estimate.media_bytes(config, work) == 2 * 3 * 5 * 2 * 16 * 2 * 16 * 2
     estimates = memory_estimate.estimate(config, 1, work).values()
     assert all(estimate.total > 0 for estimate in estimates)
+    features = dataclasses.replace(config, vision=FeaturesConfig(output_dim=8))
+    with pytest.raises(ValueError, match="has a vision encoder of kind 'features'"):
+        memory_estimate.estimate(features, 1, work)
 
 
 @pytest.mark.skipif(not losses._IN_CHUNKS, reason="this torch has no LinearCrossEntropyOptions")
