@@ -30,7 +30,7 @@ _meshes: list[DeviceMesh] = []
 
 def start() -> torch.device:
     """Join the group if torchrun started this process; return the device to train on."""
-    if dist.is_available() and dist.is_torchelastic_launched():
+    if of_torchrun():
         if torch.cuda.is_available():
             own = torch.device("cuda", dist.get_node_local_rank(0))
             torch.cuda.set_device(own)
@@ -38,6 +38,11 @@ def start() -> torch.device:
         else:
             dist.init_process_group("gloo")
     return device()
+
+
+def of_torchrun() -> bool:
+    """Return whether torchrun started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def device() -> torch.device:
