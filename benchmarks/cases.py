@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 DTYPES = ("float32", "bfloat16", "float16")
+RANGES = "key_ranges"  # the op media_cross_attention, with KeyRanges
 LAYOUTS = ("even", "uneven", "late", "decode")
 
 
@@ -238,8 +239,8 @@ def _ranges() -> Iterator[Case]:
     for shape in shapes:
         training = shape.sees != "window"
         for dtype in ("float32", "bfloat16"):
-            yield Case("key_ranges", shape, dtype, training=training)
-        yield Case("key_ranges", _scaled_down(shape), quick=True, training=training)
+            yield Case(RANGES, shape, dtype, training=training)
+        yield Case(RANGES, _scaled_down(shape), quick=True, training=training)
 
 
 def _scaled_down(shape: RangeShape) -> RangeShape:

@@ -11,13 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from benchmarks.cases import RANGES
 from benchmarks.peers import Implementation, UnavailableError, peer, require
 from benchmarks.problems import Leaves, Problem
 from benchmarks.problems.base import flat_keys, item_spans, visible_keys
 from benchmarks.problems.ops import concatenated, textbook_attention, textbook_pointwise
 from testing.peers import open_flamingo_helpers
 
-MEDIA, RANGES, LATENT = "media_cross_attention", "key_ranges", "latent_attention"
+MEDIA, LATENT = "media_cross_attention", "latent_attention"
 _MOST_SCORES = 2**30  # bytes; a training step holds several copies
 POINTWISE = ("layer_norm", "gated_residual", "gated_activation")
 _BACKENDS = {

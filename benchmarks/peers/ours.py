@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from benchmarks.cases import RANGES
 from benchmarks.peers import Implementation, UnavailableError, peer
 from benchmarks.problems import Problem
 from benchmarks.problems.base import seen_items
@@ -14,7 +15,6 @@ from flamingo_kernels import ops
 from flamingo_kernels.ops import dispatch
 
 OPS = dispatch.OPS
-RANGES = "key_ranges"  # media_cross_attention with KeyRanges
 
 
 def _call(problem: Problem, kernel: str) -> Callable[[], Tensor]:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases import MediaShape
+from benchmarks.cases import RANGES, MediaShape
 from benchmarks.peers import Implementation, UnavailableError, peer, require
-from benchmarks.peers.attention import MEDIA, RANGES, grouped, sdpa_choice
+from benchmarks.peers.attention import MEDIA, grouped, sdpa_choice
 from benchmarks.problems import Problem
 from benchmarks.problems.base import flat_keys, item_spans
 

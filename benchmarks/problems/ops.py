@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import reference.attention
 import reference.pointwise
-from benchmarks.cases import Case, LatentShape, MediaShape, PointwiseShape, RangeShape
+from benchmarks.cases import RANGES, Case, LatentShape, MediaShape, PointwiseShape, RangeShape
 from benchmarks.problems.base import (
     Cost,
     Leaves,
@@ -247,7 +247,7 @@ def _gate(like: tuple[torch.dtype, torch.device]) -> Tensor:
 
 BUILDERS = {
     "media_cross_attention": _media,
-    "key_ranges": _ranges,
+    RANGES: _ranges,
     "latent_attention": _latent,
     "gated_residual": _pointwise,
     "gated_activation": _pointwise,

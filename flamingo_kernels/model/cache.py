@@ -68,12 +68,10 @@ class FlamingoCache:
         if self.extendable or not self.media or not may_write_in_place(self.media):
             return self
         slots = self.media[0].key.shape[1]
-        spare = _with_spare(slots) - slots if slots else 0
-
-        def copied(tensor: Tensor) -> Tensor:
-            return _with_slots(tensor, slots + spare)
-
-        media = tuple(MediaKeyValue(copied(k), copied(v)) for k, v in self.media)
+        wanted = _with_spare(slots) if slots else 0
+        media = tuple(
+            MediaKeyValue(_with_slots(k, wanted), _with_slots(v, wanted)) for k, v in self.media
+        )
         return replace(self, media=media, extendable=True)
 
     def select_rows(self, rows: Tensor) -> FlamingoCache:
